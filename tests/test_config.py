@@ -1,0 +1,24 @@
+import pytest
+
+from visual_ground import GroundingConfig, GroundingError
+
+
+def test_dict_round_trip():
+    config = GroundingConfig(num_visual_tokens=4, text_layers=[-1, 1])
+    assert GroundingConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"num_visual_tokens": 0}, {"retrieval_dim": 1.5}, {"text_layers": ()}, {"text_layers": (1, 1)}, {"units": "x"}],
+)
+def test_values_out_of_range_name_the_field(bad):
+    with pytest.raises(GroundingError, match=next(iter(bad))):
+        GroundingConfig(**bad)
+
+
+def test_unknown_keys_and_presets_raise():
+    with pytest.raises(GroundingError, match="nonsense"):
+        GroundingConfig.from_dict({"nonsense": 1})
+    with pytest.raises(GroundingError, match="fromage"):
+        GroundingConfig.preset("other")

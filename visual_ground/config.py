@@ -1,0 +1,102 @@
+"""What is saved with an adapter: its shapes and conventions.
+
+The letters used for dimensions in every docstring of this package:
+
+    b  batch                        d  width of the language model's input embedding
+    s  sequence positions           h  width of what the language model's output head reads
+    v  rows of the LM's vocabulary  f  width of the vision encoder's features
+    k  visual tokens per image      q  width of the retrieval space
+    n  images of one call
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from visual_ground.errors import GroundingValueError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GroundingConfig:
+    """The settings that an adapter is built with and saved with.
+
+    Args:
+        num_visual_tokens: k, input rows per image, at least 1.
+        retrieval_dim: q, width of the space in which text and images are compared, at least 1.
+        text_layers: hidden states that are mapped into the retrieval space and summed. -1 is what the output head
+            reads; other numbers index transformers' `hidden_states` tuple (0 is the input of the first layer).
+        ret_token: the text of the retrieval token; the tokenizer must not have it.
+        sink_token: text put before every caption in training and before every `embed_text` prompt, so that no caption
+            starts its sequence. None takes the tokenizer's BOS, or else its EOS.
+        caption_prompt: text between the sink token and a caption (after the image when captioning).
+        units: "lm" writes rows in units of the LM's own embedding (its mean and spread), standardises what the linear
+            layers read, and starts `[RET]` at the mean embedding; "plain" is the published method, with raw linear
+            layers.
+        mask_spare_columns: set the logits of ids that no token has to -inf, as if the vocabulary were trimmed to the
+            tokenizer.
+
+    Raises:
+        GroundingValueError: a value outside its range.
+
+    Example:
+        >>> GroundingConfig(num_visual_tokens=4).num_visual_tokens
+        4
+        >>> GroundingConfig.preset("fromage").units
+        'plain'
+    """
+
+    num_visual_tokens: int = 1
+    retrieval_dim: int = 256
+    text_layers: tuple[int, ...] = (-1,)
+    ret_token: str = "[RET]"
+    sink_token: str | None = None
+    caption_prompt: str = "Image:"
+    units: str = "lm"
+    mask_spare_columns: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text_layers", tuple(self.text_layers))
+        for name in ("num_visual_tokens", "retrieval_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise GroundingValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if not self.text_layers or len(set(self.text_layers)) != len(self.text_layers):
+            raise GroundingValueError(f"text_layers must name at least one layer, each once, got {self.text_layers}.")
+        if not self.ret_token or self.ret_token != self.ret_token.strip():
+            raise GroundingValueError(f"ret_token must be text without outer spaces, got {self.ret_token!r}.")
+        if self.units not in ("lm", "plain"):
+            raise GroundingValueError(f'units must be "lm" or "plain", got {self.units!r}.')
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> GroundingConfig:
+        """Return named settings: "fromage" is the published method.
+
+        Args:
+            name: "fromage".
+            changes: fields to set otherwise.
+
+        Raises:
+            GroundingValueError: an unknown name.
+        """
+        if name != "fromage":
+            raise GroundingValueError(f'Unknown preset {name!r}; the presets are: "fromage".')
+        return cls(**{"caption_prompt": "", "units": "plain", "mask_spare_columns": True, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return {**asdict(self), "text_layers": list(self.text_layers)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GroundingConfig:
+        """Build a config from `to_dict`'s result; unknown keys raise.
+
+        Raises:
+            GroundingValueError: a key that no field has, or a value outside its range.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise GroundingValueError(f"Unknown config keys {unknown}; known are {sorted(known)}.")
+        return cls(**values)
