@@ -1,0 +1,149 @@
+"""The adapter: everything that is trained, in one module whose `state_dict` is the saved file."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visual_ground.config import GroundingConfig
+
+
+class Adapter(nn.Module):
+    r"""Three linear layers, the `[RET]` rows and a temperature, in float32 whatever the LM's dtype.
+
+    With image features :math:`x` (f), hidden states :math:`h_l` at `[RET]`, and the LM's embedding statistics
+    :math:`\mu, \sigma` (Koh et al. 2023, section 3):
+
+    .. math::
+        rows = \mu + \sigma (W_c \hat x + b_c), \quad
+        v = W_i \hat x + b_i, \quad t = \sum_l W_l \hat h_l + b_l
+
+    :math:`v` and :math:`t` are then scaled to unit length. With `units="plain"` the hats and :math:`\mu, \sigma` do
+    nothing, which is the published method. With `units="lm"`, :math:`\hat x` is standardised with the statistics of
+    the training images and :math:`\hat h` has unit mean square, so one learning rate fits any LM and any encoder.
+
+    Args:
+        config: the settings.
+        embedding_dim: d, width of the LM's input embedding.
+        feature_dim: f, width of the vision encoder's features.
+        text_dims: widths of the hidden states named by `config.text_layers`; the first -1 entry is h.
+        head_dim: h, width of what the output head reads.
+        tied: whether `[RET]`'s input and output row are one tensor.
+    """
+
+    embedding_mean: Tensor
+    embedding_std: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
+    ret_norms: Tensor
+
+    def __init__(
+        self,
+        config: GroundingConfig,
+        embedding_dim: int,
+        feature_dim: int,
+        text_dims: tuple[int, ...],
+        head_dim: int,
+        tied: bool,
+    ) -> None:
+        super().__init__()
+        self.config, self.tied = config, tied
+        self.embedding_dim, self.feature_dim = embedding_dim, feature_dim
+        self.image_to_rows = nn.Linear(feature_dim, config.num_visual_tokens * embedding_dim)
+        self.image_to_retrieval = nn.Linear(feature_dim, config.retrieval_dim)
+        self.text_to_retrieval = nn.ModuleList(nn.Linear(width, config.retrieval_dim) for width in text_dims)
+        self.ret_input = nn.Parameter(torch.randn(embedding_dim) * 0.02)
+        if not tied:
+            self.ret_output = nn.Parameter(torch.randn(head_dim) * 0.02)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.register_buffer("embedding_mean", torch.zeros(embedding_dim))
+        self.register_buffer("embedding_std", torch.ones(embedding_dim))
+        self.register_buffer("feature_mean", torch.zeros(feature_dim))
+        self.register_buffer("feature_std", torch.ones(feature_dim))
+        self.register_buffer("ret_norms", torch.zeros(2))
+
+    def image_rows(self, features: Tensor) -> Tensor:
+        """Map image features (n, f) to input rows (n * k, d)."""
+        rows = self.image_to_rows(self._standardise(features)).view(-1, self.embedding_dim)
+        return self.embedding_mean + self.embedding_std * rows
+
+    def embed_images(self, features: Tensor) -> Tensor:
+        """Map image features (n, f) to unit vectors (n, q)."""
+        return F.normalize(self.image_to_retrieval(self._standardise(features)), dim=-1)
+
+    def embed_states(self, states: list[Tensor]) -> Tensor:
+        """Map the hidden states at `[RET]`, one (n, width) per text layer, to unit vectors (n, q)."""
+        if self.config.units == "lm":
+            states = [state.float() for state in states]
+            states = [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6) for state in states]
+        mapped = [layer(state.float()) for layer, state in zip(self.text_to_retrieval, states, strict=True)]
+        return F.normalize(torch.stack(mapped).sum(0), dim=-1)
+
+    def ret_rows(self) -> tuple[Tensor, Tensor]:
+        """Return `[RET]`'s input row (d,) and output row (h,)."""
+        return self.ret_input, self.ret_input if self.tied else self.ret_output
+
+    def _standardise(self, features: Tensor) -> Tensor:
+        return (features.float() - self.feature_mean) / self.feature_std
+
+    @torch.no_grad()
+    def start_from_lm(self, embedding: RowStatistics, head: RowStatistics | None) -> None:
+        """Set the start values from the LM's own rows; `units="plain"` keeps only the norms.
+
+        Args:
+            embedding: statistics of the embedding module's output.
+            head: statistics of the output head's rows, where they are not tied to the embedding.
+        """
+        head = embedding if head is None else head
+        self.ret_norms.copy_(torch.tensor([embedding.mean_norm, head.mean_norm]))
+        if self.config.units == "plain":
+            return
+        self.embedding_mean.copy_(embedding.mean)
+        self.embedding_std.copy_(embedding.std)
+        self.ret_input.copy_(embedding.mean)
+        if not self.tied:
+            self.ret_output.copy_(head.mean)
+        nn.init.normal_(self.image_to_rows.weight, std=1 / math.sqrt(self.feature_dim))
+        nn.init.zeros_(self.image_to_rows.bias)
+        self.renormalise_ret()
+
+    @torch.no_grad()
+    def standardise_with(self, features: Tensor) -> None:
+        """Take the statistics of the training images' features (n, f) as the standardisation."""
+        features = features.float()
+        self.feature_mean.copy_(features.mean(0))
+        self.feature_std.copy_(features.std(0, correction=0).clamp_min(1e-2 * features.std(correction=0) + 1e-6))
+
+    @torch.no_grad()
+    def renormalise_ret(self) -> None:
+        """Scale `[RET]`'s rows to the mean norm of the LM's own rows, as after every published training step."""
+        for row, norm in zip(self.ret_rows()[: 1 if self.tied else 2], self.ret_norms, strict=False):
+            row.mul_(norm / row.norm().clamp_min(1e-12))
+
+
+class RowStatistics:
+    """Mean (d,), per-dimension spread (d,) and mean norm of many rows, gathered in chunks.
+
+    Example:
+        >>> statistics = RowStatistics.of(iter([torch.eye(2)]))
+        >>> statistics.mean.tolist(), statistics.mean_norm
+        ([0.5, 0.5], 1.0)
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, mean_norm: float) -> None:
+        self.mean, self.std, self.mean_norm = mean, std, mean_norm
+
+    @classmethod
+    def of(cls, chunks) -> RowStatistics:
+        """Gather the statistics of an iterable of chunks (rows, d)."""
+        count, total, squares, norms = 0, 0.0, 0.0, 0.0
+        for chunk in chunks:
+            wide = chunk.double()
+            count += len(wide)
+            total, squares = total + wide.sum(0), squares + wide.square().sum(0)
+            norms += float(wide.norm(dim=-1).sum())
+        mean = total / count
+        return cls(mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float(), norms / count)

@@ -1,0 +1,73 @@
+"""Reading images: any PIL image, of any mode, or a path, becomes RGB, or one clear error."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+
+
+def to_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
+    """Return an image as upright 8-bit RGB; transparency becomes white.
+
+    Args:
+        image: a PIL image of any mode (also palette, RGBA, CMYK, 16-bit), or a path.
+
+    Returns:
+        An RGB image. A file that was opened here is closed again.
+
+    Raises:
+        GroundingTypeError: neither an image nor a path.
+        GroundingValueError: missing, unreadable, truncated, without pixels, or over Pillow's decompression limit.
+
+    Example:
+        >>> to_rgb(Image.new("L", (4, 4), 255)).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    if isinstance(image, Image.Image):
+        return _decode(image, f"{type(image).__name__} of mode {image.mode}")
+    if not isinstance(image, (str, os.PathLike)):
+        raise GroundingTypeError(f"An image must be a PIL image or a path, got {type(image).__name__}.")
+    name = os.fspath(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(name)
+    except UnidentifiedImageError as error:
+        raise GroundingValueError(f"{name!r} is not an image that Pillow can read.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise GroundingValueError(f"{name!r} is too large: {error} Scale it down, or load it yourself.") from error
+    except OSError as error:
+        raise GroundingValueError(f"The image {name!r} cannot be opened: {error}.") from error
+    with opened:
+        return _decode(opened, repr(name))
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise GroundingValueError(f"The image {name} has no pixels: its size is {image.size}.")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise GroundingValueError(f"The image {name} is damaged or truncated: {error}.") from error
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scale_to_bytes(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        page = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(page, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_bytes(image: Image.Image) -> Image.Image:
+    """Map a 16-bit, 32-bit or float image to 8 bits; Pillow's own conversion clips at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    values = np.nan_to_num(values, posinf=values[np.isfinite(values)].max(initial=0))
+    top = values.max(initial=0)
+    scale = 1 if image.mode == "F" and top <= 1 else 255 if top <= 255 else 65535 if top <= 65535 else top
+    return Image.fromarray(np.clip(values / scale * 255, 0, 255).round().astype(np.uint8))
