@@ -43,7 +43,7 @@ def test_chat_goes_through_the_template():
     )
     content = [{"type": "image", "image": PICTURE}, {"type": "text", "text": " a"}]
     encoded = make(template=template).encode([{"role": "user", "content": content}])
-    assert encoded.ids == (8, 7, -1, -1, 4, 3)[:4] + encoded.ids[4:]
+    assert encoded.ids == (8, 7, -1, -1, 3)
     assert len(encoded.images) == 1
     with pytest.raises(GroundingError, match="chat template"):
         make().encode([{"role": "user", "content": content}])
