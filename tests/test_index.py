@@ -1,11 +1,17 @@
+import itertools
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageChops
 from torch.nn import functional as F
 
-from visual_ground.errors import GroundingError
-from visual_ground.index import ImageIndex
+from tests.test_saving import until_stopped
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.images import to_rgb
+from visual_ground.index import ENTRIES_FILE, VECTORS_FILE, ImageIndex
 
 
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10**6))
@@ -44,3 +50,80 @@ def test_bad_input():
     ):
         with pytest.raises(GroundingError):
             call()
+
+
+def test_pil_images_are_saved_beside_the_index_and_paths_are_kept(tmp_path):
+    images = ["there.png", Image.new("CMYK", (3, 2), (9, 99, 9, 9)), None, Image.new("RGBA", (2, 2), (9, 0, 0, 99))]
+    ImageIndex(torch.eye(4), images=images).save_pretrained(tmp_path)
+    places = ["there.png", str(tmp_path / "images/00000001.png"), None, str(tmp_path / "images/00000003.png")]
+    again = ImageIndex.from_pretrained(tmp_path)
+    assert again.images == places
+    for i in (1, 3):
+        assert not ImageChops.difference(to_rgb(places[i]), to_rgb(images[i])).getbbox()
+    again.save_pretrained(tmp_path)
+    assert ImageIndex.from_pretrained(tmp_path).images == places
+    (tmp_path / "moved").mkdir()
+    for name in (VECTORS_FILE, ENTRIES_FILE, "images"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert ImageIndex.from_pretrained(tmp_path / "moved").images[1] == str(tmp_path / "moved/images/00000001.png")
+
+
+def test_a_new_image_is_not_written_over_one_that_the_index_still_has(tmp_path):
+    red, blue = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
+    ImageIndex(torch.eye(1), images=[red]).save_pretrained(tmp_path)
+    old = ImageIndex.from_pretrained(tmp_path).images[0]
+    ImageIndex(torch.eye(2), images=[blue, old]).save_pretrained(tmp_path)
+    again = ImageIndex.from_pretrained(tmp_path)
+    assert [to_rgb(image).getpixel((0, 0)) for image in again.images] == [(0, 0, 255), (255, 0, 0)]
+
+
+def test_a_stop_at_any_point_leaves_the_old_or_the_new_index(tmp_path):
+    def save(folder, value):
+        color = (value, value, value)
+        images = [Image.new("RGB", (1, 1), color)] * value
+        ImageIndex(torch.full((value, 2), float(value)), images=images).save_pretrained(folder)
+
+    seen = []
+    for n in itertools.count(1):
+        folder = tmp_path / str(n)
+        save(folder, 1)
+        stopped = until_stopped(n, lambda folder=folder: save(folder, 2))
+        index = ImageIndex.from_pretrained(folder)
+        values = {len(index), int(index.vectors.max()), *(to_rgb(image).getpixel((0, 0))[0] for image in index.images)}
+        assert len(values) == 1
+        seen += values
+        if not stopped:
+            break
+    assert seen == sorted(seen) and set(seen) == {1, 2}
+
+
+def test_damaged_folders(tmp_path):
+    def saved():
+        ImageIndex(torch.eye(2), images=["a.png", "b.png"]).save_pretrained(tmp_path)
+        return json.loads((tmp_path / ENTRIES_FILE).read_text())
+
+    def refused(error, **changes):
+        entries = {**saved(), **changes}
+        (tmp_path / ENTRIES_FILE).write_text(json.dumps(entries))
+        with pytest.raises(error):
+            ImageIndex.from_pretrained(tmp_path)
+
+    for name in (ENTRIES_FILE, VECTORS_FILE):
+        for damage in (b"{", b"", b"\xff" * 20):
+            saved()
+            (tmp_path / name).write_bytes(damage)
+            with pytest.raises(GroundingFileError, match="damaged"):
+                ImageIndex.from_pretrained(tmp_path)
+    for changes in ({"ids": None}, {"ids": [[1], [2]]}, {"metadata": ["x", "y"]}, {"images": "ab"}, {"more": 1}):
+        refused(GroundingFileError, **changes)
+    for changes in ({"ids": [0]}, {"images": []}, {"metadata": [{}] * 3}, {"ids": [0, 0]}, {"format_version": 99}):
+        refused(GroundingValueError, **changes)
+    for name in ("../a.png", "/etc/a.png", "images/../../a.png", "C:a.png", "..\\a.png", 3):
+        refused(GroundingFileError, images=[{"file": name}, None])
+
+
+def test_what_cannot_be_saved_leaves_the_old_index(tmp_path):
+    ImageIndex(torch.eye(2), ["old", "er"]).save_pretrained(tmp_path)
+    with pytest.raises(GroundingTypeError, match="got int"):
+        ImageIndex(torch.eye(1), images=[3]).save_pretrained(tmp_path)
+    assert ImageIndex.from_pretrained(tmp_path).ids == ["old", "er"]

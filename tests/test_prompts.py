@@ -3,6 +3,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from visual_ground import GroundingConfig
 from visual_ground.errors import GroundingError
 from visual_ground.prompts import EncodedPrompt, PromptEncoder, pad_batch
 
@@ -10,13 +11,13 @@ PICTURE = Image.new("RGB", (4, 4))
 WORDS = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", ":", "user"])}
 
 
-def make(bos=True, template=None, k=2):
+def make(bos=True, template=None, k=2, **settings):
     backend = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if bos:
         backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", chat_template=template)
-    return PromptEncoder(tokenizer, "[RET]", 50, k)
+    return PromptEncoder(tokenizer, GroundingConfig(num_visual_tokens=k, **settings), 50)
 
 
 def test_text_is_what_the_tokenizer_makes_of_it():

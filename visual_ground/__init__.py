@@ -1,6 +1,45 @@
 """Give any language model eyes, and let it answer with pictures, without touching its weights."""
 
-from visual_ground.config import GroundingConfig
-from visual_ground.errors import GroundingError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["GroundingConfig", "GroundingError"]
+if TYPE_CHECKING:
+    from visual_ground.config import GroundingConfig
+    from visual_ground.errors import GroundingError
+    from visual_ground.index import ImageIndex
+    from visual_ground.model import GroundedModel, ground
+    from visual_ground.output import InterleavedOutput, RetrievedImage
+    from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+
+_HOMES = {
+    "GroundedModel": "model",
+    "GroundingConfig": "config",
+    "GroundingError": "errors",
+    "GroundingTrainer": "training",
+    "GroundingTrainingArguments": "training",
+    "ImageIndex": "index",
+    "InterleavedOutput": "output",
+    "RetrievedImage": "output",
+    "ground": "model",
+}
+
+__all__ = [
+    "GroundedModel",
+    "GroundingConfig",
+    "GroundingError",
+    "GroundingTrainer",
+    "GroundingTrainingArguments",
+    "ImageIndex",
+    "InterleavedOutput",
+    "RetrievedImage",
+    "ground",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used, so that what a program does not use costs it nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

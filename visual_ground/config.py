@@ -32,6 +32,7 @@ class GroundingConfig:
         sink_token: text put before every caption in training and before every `embed_text` prompt, so that no caption
             starts its sequence. None takes the tokenizer's BOS, or else its EOS.
         caption_prompt: text between the sink token and a caption (after the image when captioning).
+        image_first: put the images that open a sequence before the sink token, as published, and not after it.
         units: "lm" writes rows in units of the LM's own embedding (its mean and spread), standardises what the linear
             layers read, and starts `[RET]` at the mean embedding; "plain" is the published method, with raw linear
             layers.
@@ -54,6 +55,7 @@ class GroundingConfig:
     ret_token: str = "[RET]"
     sink_token: str | None = None
     caption_prompt: str = "Image:"
+    image_first: bool = False
     units: str = "lm"
     mask_spare_columns: bool = False
 
@@ -83,7 +85,8 @@ class GroundingConfig:
         """
         if name != "fromage":
             raise GroundingValueError(f'Unknown preset {name!r}; the presets are: "fromage".')
-        return cls(**{"caption_prompt": "", "units": "plain", "mask_spare_columns": True, **changes})
+        published = {"caption_prompt": "", "image_first": True, "units": "plain", "mask_spare_columns": True}
+        return cls(**{**published, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class RetrievalSettings:
     ret_bias: float = 0.0
     min_new_tokens_before_ret: int = 0
     allow_repeats: bool = False
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ("ret_bias", "min_new_tokens_before_ret", "allow_repeats")
 
     def __post_init__(self) -> None:
         if self.images_per_ret < 1:

@@ -1,26 +1,32 @@
-"""`ImageIndex`: exact search over image vectors, saved as safetensors with the ids and metadata beside them."""
+"""`ImageIndex`: exact search over image vectors, saved as safetensors with ids, images and metadata beside them."""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from itertools import count
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from visual_ground.config import FORMAT_VERSION
 from visual_ground.errors import GroundingFileError, GroundingIndexError, GroundingValueError
-from visual_ground.saving import write_json, write_tensors
+from visual_ground.images import to_rgb
+from visual_ground.saving import read_json, resolve, write_folder, write_json, write_tensors
 
 if TYPE_CHECKING:
     from visual_ground.model import GroundedModel
 
 VECTORS_FILE = "index.safetensors"
 ENTRIES_FILE = "index.json"
+IMAGES_FOLDER = "images"
 
 
 @dataclass(frozen=True)
@@ -121,24 +127,117 @@ class ImageIndex:
         return self.ids[position], image, {} if self.metadata is None else self.metadata[position]
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Save vectors, ids, paths and metadata; PIL images given as objects are not saved, so give paths."""
-        paths = None
-        if self.images is not None:
-            paths = [os.fspath(i) if isinstance(i, (str, os.PathLike)) else None for i in self.images]
-        write_tensors(Path(folder) / VECTORS_FILE, {"vectors": self.vectors})
-        write_json(Path(folder) / ENTRIES_FILE, {"ids": self.ids, "images": paths, "metadata": self.metadata})
+        """Save vectors, ids, images and metadata, whole or not at all (see `visual_ground.saving.write_folder`).
+
+        Paths are kept as given. PIL images are written beside the index as upright RGB, `images/00000012.png`.
+
+        Args:
+            folder: where to. Files of other names in it stay as they are.
+
+        Raises:
+            GroundingValueError: a PIL image that cannot be read.
+            GroundingTypeError: an image that is neither a PIL image nor a path.
+        """
+        places, pictures = _place_images(self.images or [], Path(folder))
+        entries = {
+            "format_version": FORMAT_VERSION,
+            "ids": self.ids,
+            "images": None if self.images is None else places,
+            "metadata": self.metadata,
+        }
+        write_folder(
+            folder,
+            {
+                **{name: partial(_write_png, image) for name, image in pictures.items()},
+                VECTORS_FILE: lambda path: write_tensors(path, {"vectors": self.vectors}),
+                ENTRIES_FILE: lambda path: write_json(path, entries),
+            },
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> ImageIndex:
-        """Load what `save_pretrained` wrote.
+        """Load what `save_pretrained` wrote; the folder's own images come back as paths in it.
+
+        Args:
+            folder: where from.
 
         Raises:
-            GroundingFileError: a file is missing.
+            GroundingFileError: a file is missing or damaged, or an image's place is outside the folder.
+            GroundingValueError: another format version, or not as many ids, images or metadata as vectors.
         """
-        folder = Path(folder)
         for name in (VECTORS_FILE, ENTRIES_FILE):
-            if not (folder / name).is_file():
+            if not resolve(folder, name).is_file():
                 raise GroundingFileError(f"{str(folder)!r} is no image index: it has no {name}.")
-        return cls(
-            load_file(folder / VECTORS_FILE)["vectors"], **json.loads((folder / ENTRIES_FILE).read_text("utf-8"))
+        entries = _read_entries(resolve(folder, ENTRIES_FILE))
+        images = entries["images"]
+        if images is not None:
+            images = [_find_image(place, folder) for place in images]
+        path = resolve(folder, VECTORS_FILE)
+        try:
+            vectors = load_file(path)["vectors"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise GroundingFileError(f"{path} is damaged: {error}. Save the index again.") from error
+        return cls(vectors, entries["ids"], images, entries["metadata"])
+
+
+def _place_images(images: Sequence[Any], folder: Path) -> tuple[list[Any], dict[str, Any]]:
+    """Return what `index.json` holds for each image, and the images to write, by file name.
+
+    A path stands for itself and `{"file": NAME}` for a file of the folder's own. The paths of an index that was loaded
+    from this folder stay files of its own, and no new image is written over them.
+    """
+    places: list[Any] = [
+        _own_file(image, folder) or os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
+        for image in images
+    ]
+    taken = {place["file"] for place in places if isinstance(place, dict)}
+    pictures = {}
+    for position, image in enumerate(images):
+        if image is not None and places[position] is None:
+            numbered = (f"{IMAGES_FOLDER}/{number:08d}.png" for number in count(position))
+            name = next(name for name in numbered if name not in taken)
+            taken.add(name)
+            pictures[name] = image
+            places[position] = {"file": name}
+    return places, pictures
+
+
+def _own_file(path: str | os.PathLike, folder: Path) -> dict[str, str] | None:
+    parent, name = Path(path).parent, Path(path).name
+    own = re.fullmatch(r"\d{8,}\.png", name) and parent.resolve() == (folder / IMAGES_FOLDER).resolve()
+    return {"file": f"{IMAGES_FOLDER}/{name}"} if own else None
+
+
+def _write_png(image: Any, path: Path) -> None:
+    to_rgb(image).save(path, format="PNG")
+
+
+def _find_image(place: Any, folder: str | os.PathLike) -> str | None:
+    """Return the path that an entry of `index.json` stands for."""
+    if place is None or isinstance(place, str):
+        return place
+    name = place.get("file") if isinstance(place, dict) else None
+    # Windows paths know both kinds of slash and drives, so this refuses the same names on every system.
+    if not isinstance(name, str) or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+        raise GroundingFileError(
+            f"{ENTRIES_FILE} in {str(folder)!r} places an image at {place!r}, which is not inside the folder. "
+            "Do not use this index, or build it again."
         )
+    return os.fspath(resolve(folder, name))
+
+
+def _read_entries(path: Path) -> dict[str, Any]:
+    """Read and check `index.json`."""
+    entries = read_json(path)
+    names = {"format_version", "ids", "images", "metadata"}
+    lists: list[Any] = [entries.get("ids"), entries.get("images") or [], entries.get("metadata") or []]
+    if (
+        set(entries) != names
+        or not all(isinstance(values, list) for values in lists)
+        or not all(isinstance(value, (str, int)) for value in lists[0])
+        or not all(isinstance(value, dict) for value in lists[2])
+    ):
+        raise GroundingFileError(
+            f"{path} is damaged: it does not hold the lists {sorted(names)}. Save the index again."
+        )
+    return entries

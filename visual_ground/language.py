@@ -99,7 +99,8 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
     ]
     ids = torch.ones((1, 2), dtype=torch.long, device=embedding_device(lm))
     try:
-        output = lm(input_ids=ids, output_hidden_states=True)
+        # Asked for only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
+        output = lm(input_ids=ids, output_hidden_states=any(layer != -1 for layer in text_layers))
     finally:
         for handle in handles:
             handle.remove()
@@ -157,3 +158,31 @@ def head_rows(lm: nn.Module, count: int, head_dim: int) -> Iterator[Tensor]:
         eye = torch.eye(head_dim, device=device).unsqueeze(0)
         weight = (head(eye) - head(zero))[0].T
     yield from weight[:count].split(CHUNK)
+
+
+def core_of(lm: nn.Module) -> nn.Module:
+    """Return the causal LM itself, inside a `PeftModel` or not; `generate` runs its forward, not the wrapper's."""
+    unwrap = getattr(lm, "get_base_model", None)
+    return unwrap() if callable(unwrap) else lm
+
+
+class Frozen:
+    """Frozen modules in evaluation mode, and what it takes to give them back as they were.
+
+    Args:
+        modules: the modules to freeze.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self._training = [part for module in modules for part in module.modules() if part.training]
+        for module in modules:
+            module.requires_grad_(False).eval()
+
+    def restore(self) -> None:
+        """Set every parameter and module back to what it was."""
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        for module in self._training:
+            module.training = True
+        self._parameters, self._training = [], []

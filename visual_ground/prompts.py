@@ -6,12 +6,14 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.images import to_rgb
 
@@ -36,14 +38,12 @@ class PromptEncoder:
 
     Args:
         tokenizer: a transformers tokenizer, never written to.
-        ret_token: the text that stands for `[RET]`.
-        ret_token_id: its id.
-        num_visual_tokens: k, ids per image.
+        config: which tokens stand for `[RET]` and in front of captions, and k, the ids per image.
+        ret_token_id: the id of `[RET]`.
     """
 
-    def __init__(self, tokenizer: Any, ret_token: str, ret_token_id: int, num_visual_tokens: int = 1) -> None:
-        self.tokenizer, self.ret_token, self.ret_token_id = tokenizer, ret_token, ret_token_id
-        self.num_visual_tokens = num_visual_tokens
+    def __init__(self, tokenizer: Any, config: GroundingConfig, ret_token_id: int) -> None:
+        self.tokenizer, self.config, self.ret_token_id = tokenizer, config, ret_token_id
 
     def encode(self, prompt: Any) -> EncodedPrompt:
         """Encode one prompt.
@@ -57,13 +57,18 @@ class PromptEncoder:
         """
         chat = is_chat(prompt)
         parts = self._render(prompt) if chat else prompt if isinstance(prompt, (list, tuple)) else [prompt]
-        ids = [] if chat else self._prefix()
+        ids: list[int] = []
         images: list[Image.Image] = []
+        texts = 0
         for part in parts:
             if isinstance(part, str) and not _names_image(part):
-                ids += self._encode_text(part)
+                opening = self._opening if not (chat or texts) and (self.config.image_first or not images) else ()
+                ids += [*opening, *self.encode_text(part)]
+                texts += 1
             elif isinstance(part, (str, os.PathLike, Image.Image)):
-                ids += [-1 - len(images)] * self.num_visual_tokens
+                # An LM's first position is its attention sink, which an image must not become.
+                sink = () if chat or ids or self.config.image_first else self.sink
+                ids += [*sink, *self._marks(len(images))]
                 images.append(to_rgb(part))
             else:
                 raise GroundingTypeError(
@@ -74,18 +79,54 @@ class PromptEncoder:
             raise GroundingValueError("The prompt is empty: it has neither text nor images. Give at least one token.")
         return EncodedPrompt(tuple(ids), tuple(images))
 
-    def _encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text without special tokens in front; `[RET]` in it becomes its id."""
         ids: list[int] = []
-        for i, piece in enumerate(text.split(self.ret_token)):
+        for i, piece in enumerate(text.split(self.config.ret_token)):
             ids += [self.ret_token_id] if i else []
             ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
         return ids
 
-    def _prefix(self) -> list[int]:
-        """Return the special ids that the tokenizer puts in front of a text by itself."""
+    def encode_caption(self, caption: str) -> list[int]:
+        """Return the ids of a caption as it stands after `caption_lead`; these are what the losses are about.
+
+        Raises:
+            GroundingTypeError: not a string.
+            GroundingValueError: a caption with no tokens.
+        """
+        if not isinstance(caption, str):
+            raise GroundingTypeError(f"A caption must be a string, got {type(caption).__name__}.")
+        ids = self.encode_text(caption and (" " if self.config.caption_prompt else "") + caption.strip())
+        if not ids or not caption.strip():
+            raise GroundingValueError(f"The caption {caption!r} has no tokens. Leave the example out.")
+        return [*self.sink, *ids] if self.config.image_first else ids
+
+    def caption_lead(self, image: bool) -> list[int]:
+        """Return what stands before a caption: the sink token, the image's marks where asked, the caption prompt.
+
+        With `image_first` the sink token belongs to the caption: it comes after the image, and is predicted from it.
+        """
+        opening = [] if self.config.image_first else list(self.sink)
+        opening += self._marks(0) if image else []
+        return opening + (self.encode_text(self.config.caption_prompt) if self.config.caption_prompt else [])
+
+    def _marks(self, image: int) -> list[int]:
+        return [-1 - image] * self.config.num_visual_tokens
+
+    @cached_property
+    def _opening(self) -> tuple[int, ...]:
+        """The special ids that the tokenizer puts in front of a text by itself."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = self.tokenizer("a")["input_ids"]
-        return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+        return tuple(next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), []))
+
+    @cached_property
+    def sink(self) -> tuple[int, ...]:
+        """The ids that open a sequence: the configured sink token, or the tokenizer's own opening, BOS or EOS."""
+        if self.config.sink_token is not None:
+            return tuple(self.tokenizer(self.config.sink_token, add_special_tokens=False)["input_ids"])
+        own = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return self._opening or tuple(token for token in own if token is not None)[:1]
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Apply the chat template with a mark for each image, then cut the text at the marks."""
@@ -123,6 +164,19 @@ def is_chat(prompt: Any) -> bool:
         and bool(prompt)
         and all(isinstance(m, Mapping) and "role" in m for m in prompt)
     )
+
+
+def as_batch(prompts: Any) -> list[Any]:
+    """Return a list of prompts: one string, image, path or chat alone is a batch of one.
+
+    Raises:
+        GroundingTypeError: neither a prompt nor a list of prompts.
+    """
+    if isinstance(prompts, (str, os.PathLike, Image.Image)) or is_chat(prompts):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise GroundingTypeError(f"Prompts must be a list of prompts, or one alone, got {type(prompts).__name__}.")
+    return list(prompts)
 
 
 def pad_batch(encoded: Sequence[EncodedPrompt], first_image_id: int, pad_id: int, side: str) -> tuple[Tensor, Tensor]:

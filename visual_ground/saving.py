@@ -1,13 +1,17 @@
-"""Adapter folders: `adapter_config.json` and `adapter_model.safetensors`, written whole or not at all."""
+"""Folders that are written whole or not at all, and adapter folders, which are such.
+
+An adapter folder holds `adapter_config.json`, `adapter_model.safetensors` and a README.md.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from visual_ground.errors import GroundingFileError, GroundingValueError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+COMMIT_FOLDER = ".commit"
+STAGED_PREFIX = ".staged-"
 
 
 @contextmanager
@@ -47,54 +53,17 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors, whole or not at all."""
-    with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-
-
-def write_adapter(
-    folder: str | os.PathLike, tensors: Mapping[str, Tensor], values: Mapping[str, Any], card: str
-) -> None:
-    """Write an adapter folder: all files are staged beside it first, then moved in.
-
-    A failure while writing leaves the old folder whole. A machine that stops between the moves can leave new weights
-    beside an old config.
-
-    Args:
-        folder: where to.
-        tensors: the adapter's state dict.
-        values: what `adapter_config.json` holds; the format version and every shape are added.
-        card: the text of README.md.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        write_tensors(staged / WEIGHTS_FILE, tensors)
-        write_json(staged / CONFIG_FILE, {**values, "format_version": FORMAT_VERSION, "shapes": shapes})
-        (staged / "README.md").write_text(card, encoding="utf-8")
-        for name in ("README.md", WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(staged / name, folder / name)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """Read and check `adapter_config.json`.
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON object that carries this package's format version.
 
     Raises:
-        GroundingFileError: no folder, no file, or not JSON.
+        GroundingFileError: unreadable, or not JSON.
         GroundingValueError: another format version.
     """
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise GroundingFileError(f"{str(folder)!r} is no adapter folder: it has no {CONFIG_FILE}.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise GroundingFileError(f"{path} is damaged: {error}. Save the adapter again.") from error
+        raise GroundingFileError(f"{path} is damaged: {error}. Save it again.") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise GroundingValueError(
@@ -104,14 +73,148 @@ def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
     return values
 
 
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors, whole or not at all."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write a set of files into a folder, all of them or none.
+
+    They are staged in a subfolder, and renaming that to `.commit` is the moment at which the new set counts. Then its
+    files are moved over the old ones; `finish_commit` does the rest where that was cut short. So a process or machine
+    that stops at any point leaves the old set or the new one, and never a mix. Other files in the folder stay as they
+    are. One process may write a folder at a time.
+
+    Args:
+        folder: where to; made where it is missing.
+        writers: for each file's name, which may have folders in it, a function that writes the path it is given.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish_commit(folder)
+    for left_over in folder.glob(f"{STAGED_PREFIX}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    staged = folder / f"{STAGED_PREFIX}{secrets.token_hex(4)}"
+    staged.mkdir()
+    try:
+        for name, write in writers.items():
+            path = staged / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        for path in [*staged.rglob("*"), staged]:
+            _sync(path)
+        os.rename(staged, folder / COMMIT_FOLDER)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    _sync(folder)
+    finish_commit(folder)
+
+
+def finish_commit(folder: str | os.PathLike) -> None:
+    """Move the files of a `.commit` that counts, but was cut short, to where they belong.
+
+    Raises:
+        OSError: the folder cannot be written; `resolve` reads it as it is.
+    """
+    folder = Path(folder)
+    commit = folder / COMMIT_FOLDER
+    if not commit.is_dir():
+        return
+    names = sorted(path.relative_to(commit) for path in commit.rglob("*"))
+    subfolders = [name for name in names if (commit / name).is_dir()]
+    for name in subfolders:
+        (folder / name).mkdir(exist_ok=True)
+    for name in names:
+        if name not in subfolders:
+            with suppress(FileNotFoundError):  # Another reader has moved it.
+                os.replace(commit / name, folder / name)
+    for name in [*subfolders, Path()]:
+        _sync(folder / name)
+    # Only rmdir, never rmtree: where another process has just put a newer commit here, it fails and removes nothing.
+    for name in [*reversed(subfolders), Path()]:
+        with suppress(OSError):
+            (commit / name).rmdir()
+
+
+def resolve(folder: str | os.PathLike, name: str) -> Path:
+    """Return where a file of the folder's present set is to be read; it need not exist.
+
+    A commit that was cut short is finished first, or read in place where the folder cannot be written.
+    """
+    folder = Path(folder)
+    with suppress(OSError):
+        finish_commit(folder)
+    waiting = folder / COMMIT_FOLDER / name
+    return waiting if waiting.is_file() else folder / name
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on disk."""
+    if not path.is_dir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        return
+    with suppress(OSError):  # Windows and some network disks cannot do so for folders.
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_adapter(
+    folder: str | os.PathLike, tensors: Mapping[str, Tensor], values: Mapping[str, Any], card: str
+) -> None:
+    """Write an adapter folder, whole or not at all.
+
+    Stopping at any point, the power cut included, leaves the old adapter or the new one; see `write_folder`.
+
+    Args:
+        folder: where to.
+        tensors: the adapter's state dict.
+        values: what `adapter_config.json` holds; the format version and every shape are added.
+        card: the text of README.md.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    config = {**values, "format_version": FORMAT_VERSION, "shapes": shapes}
+    write_folder(
+        folder,
+        {
+            "README.md": lambda path: path.write_bytes(card.encode("utf-8")),
+            WEIGHTS_FILE: lambda path: write_tensors(path, tensors),
+            CONFIG_FILE: lambda path: write_json(path, config),
+        },
+    )
+
+
+def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read and check `adapter_config.json`.
+
+    Raises:
+        GroundingFileError: no folder, no file, or not JSON.
+        GroundingValueError: another format version.
+    """
+    path = resolve(folder, CONFIG_FILE)
+    if not path.is_file():
+        raise GroundingFileError(f"{str(folder)!r} is no adapter folder: it has no {CONFIG_FILE}.")
+    return read_json(path)
+
+
 def load_tensors_into(module: nn.Module, path: str | os.PathLike) -> None:
     """Load safetensors into a module, strictly; nothing is written unless everything fits.
+
+    Args:
+        module: whose `state_dict` names and shapes the file must have.
+        path: the file; it is looked up by `resolve`, so a commit that was cut short is seen.
 
     Raises:
         GroundingFileError: missing or damaged.
         GroundingValueError: names or shapes differ; each is listed.
     """
-    path, own = Path(path), module.state_dict()
+    path, own = resolve(Path(path).parent, Path(path).name), module.state_dict()
     if not path.is_file():
         raise GroundingFileError(f"{path} is missing: the adapter folder is half-written. Save the adapter again.")
     try:

@@ -140,6 +140,17 @@ class VirtualRows:
             handle.remove()
         self._handles = []
 
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the LM."""
+        return bool(self._handles)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether this runs inside a call with `enabled=False`."""
+        call = self._current()
+        return call is not None and not call.enabled
+
     @contextlib.contextmanager
     def call(
         self, image_rows: Tensor | None = None, positions: Tensor | None = None, enabled: bool = True
@@ -264,6 +275,12 @@ class VirtualRows:
             logits = torch.cat([logits[..., : words.num_tokens], gap(own - words.num_tokens)], dim=-1)
         before, after = gap(words.ret_token_id - own), gap(width - words.ret_token_id - 1)
         return torch.cat([logits, before, column, after], dim=-1)
+
+
+def is_attached(lm: nn.Module) -> bool:
+    """Return whether some `VirtualRows` is on this LM's input embedding."""
+    hooks = lm.get_input_embeddings()._forward_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), VirtualRows) for hook in hooks)
 
 
 def _place(seen: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:

@@ -1,0 +1,83 @@
+"""How well a grounded model retrieves and captions: recall at k both ways, and caption pair accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visual_ground.errors import GroundingValueError
+from visual_ground.prompts import EncodedPrompt
+from visual_ground.reader import GroundedReader
+
+RANKS = (1, 5, 10)
+
+
+def recall_at(scores: Tensor, ks: Sequence[int] = RANKS) -> dict[str, float]:
+    """Return in how many percent of the queries the right candidate is among the best k.
+
+    Args:
+        scores: (queries, candidates); query i's right candidate is i. Ties count against it.
+        ks: the ranks.
+
+    Example:
+        >>> recall_at(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), ks=(1, 2))
+        {'r1': 50.0, 'r2': 100.0}
+    """
+    own = scores.diagonal().unsqueeze(1)
+    better = (scores >= own).sum(1) - 1
+    return {f"r{k}": 100 * float((better < k).double().mean()) for k in ks}
+
+
+def retrieval_recall(model: GroundedReader, texts: Sequence[Any], features: Tensor, batch_size: int = 64) -> dict:
+    """Return `{"text_to_image": recalls, "image_to_text": recalls}` of pairs.
+
+    Args:
+        model: the grounded model.
+        texts: n prompts, as in `embed_text`.
+        features: (n, f), their images' features.
+        batch_size: prompts run at once.
+    """
+    if len(texts) != len(features) or not len(texts):
+        raise GroundingValueError(f"{len(texts)} texts and {len(features)} images are no pairs; give as many of each.")
+    starts = range(0, len(texts), batch_size)
+    vectors = torch.cat([model.embed_text(list(texts[i : i + batch_size])) for i in starts])
+    scores = vectors @ model.embed_images(image_features=features).T
+    return {"text_to_image": recall_at(scores), "image_to_text": recall_at(scores.T)}
+
+
+@torch.no_grad()
+def caption_pair_accuracy(
+    model: GroundedReader, captions: Sequence[str], features: Tensor, batch_size: int = 32
+) -> float:
+    """Return in how many percent of the pairs the true image gives the caption a higher likelihood than a wrong one.
+
+    The wrong image of pair i is that of pair i + 1; the likelihood is summed over the caption's tokens.
+
+    Args:
+        model: the grounded model.
+        captions: n captions, n at least 2.
+        features: (n, f), their images' features.
+        batch_size: captions run at once.
+    """
+    if len(captions) != len(features) or len(captions) < 2:
+        raise GroundingValueError(
+            f"At least two pairs are needed, got {len(captions)} captions, {len(features)} images."
+        )
+    right = _caption_scores(model, captions, features, batch_size)
+    wrong = _caption_scores(model, captions, features.roll(-1, 0), batch_size)
+    return 100 * float((right > wrong).double().mean())
+
+
+def _caption_scores(model: GroundedReader, captions: Sequence[str], features: Tensor, batch_size: int) -> Tensor:
+    lead = tuple(model.encoder.caption_lead(image=True))
+    tails = [tuple(model.encoder.encode_caption(caption)) for caption in captions]
+    whole = [EncodedPrompt(lead + tail, ()) for tail in tails]
+    scores = []
+    for start in range(0, len(whole), batch_size):
+        part = slice(start, start + batch_size)
+        lengths = [len(tail) for tail in tails[part]]
+        scores.append(model.tail_log_likelihood(whole[part], lengths, image_features=features[part]))
+    return torch.cat(scores)

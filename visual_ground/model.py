@@ -1,0 +1,273 @@
+"""`GroundedModel`: answers in text and pictures, is saved and loaded; and `ground`, which makes one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchFeature, LogitsProcessorList
+
+from visual_ground.adapter import RowStatistics
+from visual_ground.config import GroundingConfig
+from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
+from visual_ground.generation import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
+from visual_ground.hub import fetch_adapter, push_folder, render_card
+from visual_ground.index import ImageIndex
+from visual_ground.language import embedding_rows, head_rows, load_language_model, read_facts
+from visual_ground.output import InterleavedOutput
+from visual_ground.reader import GroundedReader
+from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, read_adapter_config, resolve, write_adapter
+from visual_ground.virtual_rows import is_attached
+from visual_ground.vision import load_vision
+
+
+class GroundedModel(GroundedReader):
+    """A frozen LM, a frozen vision encoder, and the adapter between them; made by `ground` or `from_pretrained`.
+
+    Example:
+        >>> model = ground("HuggingFaceTB/SmolLM2-135M-Instruct", "openai/clip-vit-base-patch32")  # doctest: +SKIP
+        >>> model.print_trainable_parameters()  # doctest: +SKIP
+    """
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Any,
+        index: ImageIndex | None = None,
+        max_new_tokens: int = 64,
+        images_per_ret: int = 1,
+        max_images: int | None = None,
+        **options: Any,
+    ) -> list[InterleavedOutput]:
+        """Answer prompts with text and retrieved images.
+
+        Args:
+            prompts: as in `prepare`.
+            index: where `[RET]`'s images are searched; with None the parts say that an image was meant.
+            max_new_tokens: at most so many, `[RET]`s included.
+            images_per_ret: images shown at each `[RET]`.
+            max_images: `[RET]`s per answer, None for any number.
+            options: `ret_bias`, added to `[RET]`'s logit; `min_new_tokens_before_ret`; `allow_repeats`; and any
+                argument of transformers' `generate`.
+
+        Returns:
+            One output per prompt, or `num_return_sequences` for each, in order.
+
+        Raises:
+            GroundingTypeError, GroundingValueError: a prompt, setting or index that cannot be used.
+
+        Example:
+            >>> model.generate("Show me a cat.", index)[0].parts  # doctest: +SKIP
+            ('Here is a cat.', RetrievedImage(id='cat', ...))
+        """
+        own = {name: options.pop(name) for name in RetrievalSettings.OPTIONS if name in options}
+        settings = RetrievalSettings(images_per_ret, max_images, **own)
+        self._check_index(index)
+        batch = self.prepare(prompts)
+        image_rows = self.image_rows(batch.get("pixel_values"))
+        with self.bind(image_rows):
+            sequences = self._say(batch, settings, max_new_tokens, options)
+        mask = batch["attention_mask"].repeat_interleave(len(sequences) // len(batch["attention_mask"]), 0)
+        start = batch["input_ids"].shape[1]
+        vectors = self._ret_vectors(sequences, mask, start, image_rows)
+        return [
+            self._interleave(row[start:].tolist(), found, index, settings)
+            for row, found in zip(sequences, vectors, strict=True)
+        ]
+
+    def _say(
+        self, batch: BatchFeature, settings: RetrievalSettings, max_new_tokens: int, options: dict[str, Any]
+    ) -> Tensor:
+        """Run transformers' `generate`; return ids (b * num_return_sequences, s)."""
+        ids = batch["input_ids"]
+        steer = RetLogitsProcessor(self.ret_token_id, ids.shape[1], settings)
+        processors = LogitsProcessorList([steer, *(options.pop("logits_processor", None) or [])])
+        if "stop_strings" in options:
+            options.setdefault("tokenizer", self.tokenizer)
+        options.setdefault("pad_token_id", self.pad_id)
+        output = self.lm.generate(
+            input_ids=ids,
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            logits_processor=processors,
+            **options,
+        )
+        return output if isinstance(output, Tensor) else output.sequences
+
+    def _ret_vectors(self, sequences: Tensor, mask: Tensor, start: int, image_rows: Tensor | None) -> list[Tensor]:
+        """Return, for each sequence, the retrieval vectors (r, q) of the `[RET]`s said from `start` on.
+
+        One forward over the finished sequences reads them, so that beams, sampling and any cache give the same.
+        """
+        said = sequences == self.ret_token_id
+        said[:, :start] = False
+        if not bool(said.any()):
+            return [torch.empty(0, self.config.retrieval_dim) for _ in sequences]
+        asked = said.any(-1)
+        stop = int(said.any(0).nonzero().max()) + 1
+        ids, positions = sequences[asked, :stop], said[asked, :stop]
+        mask = nn.functional.pad(mask[asked], (0, stop - start), value=1)
+        vectors = self.embed(ids, mask, positions, image_rows)
+        return list(vectors.cpu().split(said.sum(-1).tolist()))
+
+    def _interleave(
+        self, ids: list[int], vectors: Tensor, index: ImageIndex | None, settings: RetrievalSettings
+    ) -> InterleavedOutput:
+        images = iter(retrieve(vectors, index, settings))
+        parts: list[Any] = []
+        for piece in split_at_ret(ids, self.ret_token_id, self.tokenizer):
+            parts += next(images) if piece is None else [piece]
+        return InterleavedOutput(tuple(parts))
+
+    def _check_index(self, index: ImageIndex | None) -> None:
+        if index is None:
+            return
+        if not callable(getattr(index, "search", None)):
+            raise GroundingTypeError(f"index must be an ImageIndex or None, got {type(index).__name__}.")
+        if index.vectors.shape[1] != self.config.retrieval_dim:
+            raise GroundingValueError(
+                f"The index holds vectors of width {index.vectors.shape[1]}, this model's retrieval space has width "
+                f"{self.config.retrieval_dim}. Build the index with this model."
+            )
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block, the LM behaves as if it had never been grounded."""
+        with self.rows.call(enabled=False):
+            yield
+
+    def unground(self) -> nn.Module:
+        """Take everything off the LM and hand it back, bit for bit what it was."""
+        self.rows.detach()
+        self._frozen.restore()
+        return self.lm
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the counts of trainable and of all parameters, as PEFT does."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both counts and their ratio, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # On disk and on the Hub.
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the adapter: adapter_config.json, adapter_model.safetensors, README.md; whole or not at all."""
+        values = {**self.names, "config": self.config.to_dict(), "library": "visual_ground"}
+        tensors = self.adapter.state_dict()
+        count = sum(parameter.numel() for parameter in self.adapter.parameters())
+        write_adapter(folder, tensors, values, render_card(values, count))
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, **options: Any) -> str:
+        """Upload what `save_pretrained` writes, as one commit; see `hub.push_folder`."""
+        return push_folder(self.save_pretrained, repo_id, private, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        lm: str | nn.Module,
+        adapter: str | os.PathLike,
+        vision_encoder: Any = None,
+        tokenizer: Any = None,
+        image_processor: Any = None,
+        is_trainable: bool = False,
+        **hub_options: Any,
+    ) -> GroundedModel:
+        """Ground an LM with a saved adapter.
+
+        Args:
+            lm: as in `ground`.
+            adapter: local folder or Hub id.
+            vision_encoder: for an encoder that no name can load; else the one that the adapter names.
+            tokenizer: as in `ground`.
+            image_processor: as in `ground`.
+            is_trainable: False freezes the adapter too.
+            hub_options: revision, subfolder, token, cache_dir, local_files_only.
+
+        Raises:
+            GroundingFileError: no such adapter, or a damaged one.
+            GroundingValueError: another format version, or an adapter for other widths, each named with both shapes.
+        """
+        folder = fetch_adapter(adapter, **hub_options)
+        values = read_adapter_config(folder)
+        config = GroundingConfig.from_dict(values["config"])
+        vision_encoder = vision_encoder if vision_encoder is not None else values["vision_encoder"]
+        if vision_encoder is None:
+            raise GroundingValueError(
+                "This adapter was trained with a vision encoder that no name can load. Pass vision_encoder=."
+            )
+        model = _assemble(lm, vision_encoder, tokenizer, image_processor, config)
+        try:
+            load_tensors_into(model.adapter, resolve(folder, WEIGHTS_FILE))
+        except BaseException:
+            model.unground()
+            raise
+        model.adapter.requires_grad_(is_trainable)
+        return model.train(is_trainable)
+
+
+def ground(
+    lm: str | nn.Module,
+    vision_encoder: Any,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    config: GroundingConfig | None = None,
+) -> GroundedModel:
+    """Attach a new adapter between a causal LM and a vision encoder; both stay frozen.
+
+    Args:
+        lm: Hub id, local folder, or a loaded causal LM (also a `PeftModel`).
+        vision_encoder: Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded model of one of
+            these, or any module from pixels (n, c, h, w) to features (n, f).
+        tokenizer: a tokenizer or its name; found by the LM's name where None.
+        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where None.
+        config: the settings; `GroundingConfig()` where None.
+
+    Returns:
+        The grounded model, whose adapter has its start values and is ready to be trained.
+
+    Raises:
+        GroundingTypeError: not a causal LM, or not a vision encoder.
+        GroundingValueError: no tokenizer, preprocessing or feature width can be found; the tokenizer has `[RET]`.
+        GroundingStateError: the LM is grounded already.
+    """
+    model = _assemble(lm, vision_encoder, tokenizer, image_processor, config or GroundingConfig())
+    facts = model.facts
+    count = min(facts.vocabulary.num_rows, facts.vocabulary.num_tokens)
+    with model.disable_adapter():
+        embedding = RowStatistics.of(embedding_rows(model.lm, count))
+        head = None if facts.tied else RowStatistics.of(head_rows(model.lm, count, facts.head_dim))
+    model.adapter.start_from_lm(embedding, head)
+    return model.train()
+
+
+def _assemble(
+    lm: str | nn.Module, vision_encoder: Any, tokenizer: Any, image_processor: Any, config: GroundingConfig
+) -> GroundedModel:
+    """Load and check the parts, then attach; whatever raises leaves the LM untouched."""
+    if not isinstance(config, GroundingConfig):
+        raise GroundingTypeError(f"config must be a GroundingConfig, got {type(config).__name__}.")
+    lm, tokenizer = load_language_model(lm, tokenizer)
+    if is_attached(lm):
+        raise GroundingStateError("This LM is grounded already. Call unground() on its GroundedModel first.")
+    if config.ret_token in tokenizer.get_vocab():
+        raise GroundingValueError(
+            f"The tokenizer has the token {config.ret_token!r} already. Choose another GroundingConfig.ret_token."
+        )
+    vision = load_vision(vision_encoder, image_processor)
+    names = {
+        "base_model_name_or_path": getattr(lm.config, "_name_or_path", None) or None,
+        "revision": getattr(lm.config, "_commit_hash", None),
+        "vision_encoder": vision.name,
+        "vision_revision": getattr(getattr(vision.model, "config", None), "_commit_hash", None),
+    }
+    return GroundedModel(lm, tokenizer, vision, config, read_facts(lm, tokenizer, config.text_layers), names)

@@ -1,0 +1,179 @@
+"""Training examples: rows of a dataset become labelled ids, and those become padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.prompts import EncodedPrompt, pad_batch
+from visual_ground.reader import GroundedReader
+
+IGNORED = -100
+COLUMNS = ("image", "caption", "request", "question", "group")
+_BLANK = Image.new("RGB", (1, 1))
+
+
+@dataclass(frozen=True)
+class LabelledIds:
+    """One sequence; `ids` has image marks as in `EncodedPrompt`, `labels` is -100 where nothing is to be predicted."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lead: Sequence[int], tail: Sequence[int]) -> LabelledIds:
+        """Join an unlabelled lead and a labelled tail."""
+        return cls((*lead, *tail), (*[IGNORED] * len(lead), *tail))
+
+    def __add__(self, other: LabelledIds) -> LabelledIds:
+        shift = sum(1 for i in set(self.ids) if i < 0)
+        moved = tuple(i - shift if i < 0 else i for i in other.ids)
+        return LabelledIds(self.ids + moved, self.labels + other.labels)
+
+
+class ExampleDataset(Dataset):
+    """The rows of a dataset, with their image features where these are known.
+
+    Args:
+        rows: mappings with `image` (or `image_features`) and `caption`; either may be a list, of which one is taken at
+            random each time. Optional: `request`, what a user says before the caption in retrieval; `question`, what a
+            user asks about the image when captioning; both go through the tokenizer's chat template. `group`: rows of
+            one group are no negatives of each other; by default those that share an image.
+        features: for each row, its images' features (images, f); None reads `image` each time.
+        groups: for each row, a number.
+        sample: False always takes the first image and caption.
+
+    Raises:
+        GroundingValueError: no rows, or columns missing.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        features: Sequence[Tensor] | None = None,
+        groups: Sequence[int] | None = None,
+        sample: bool = True,
+    ) -> None:
+        check_columns(rows)
+        self.rows, self.features, self.sample = rows, features, sample
+        self.groups = list(range(len(rows))) if groups is None else list(groups)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        row = self.rows[number]
+        example = {"row": number, "group": self.groups[number], "caption": self._pick(row["caption"])}
+        example |= {name: self._pick(row[name]) for name in ("request", "question") if row.get(name)}
+        if self.features is not None:
+            return {**example, "image_features": self._pick(list(self.features[number]))}
+        return {**example, "image": self._pick(row["image"])}
+
+    def _pick(self, values: Any) -> Any:
+        if not isinstance(values, (list, tuple)):
+            return values
+        return values[int(torch.randint(len(values), ())) if self.sample else 0]
+
+
+def check_columns(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless there are rows, with images and captions in the columns `image` and `caption`."""
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise GroundingTypeError(f"A dataset needs len() and rows by number, got {type(rows).__name__}.")
+    if not len(rows):
+        raise GroundingValueError("The dataset is empty; give at least two rows with image and caption.")
+    names = set(rows[0])
+    if missing := [name for name in ("image", "caption") if name not in names]:
+        raise GroundingValueError(
+            f"The dataset has no columns {missing}; its columns are {sorted(names)}. Rename them."
+        )
+
+
+class ExampleCollator:
+    """Turns examples into one batch.
+
+    Args:
+        model: the grounded model, for its tokenizer, conventions and image preprocessing.
+        max_caption_length: ids of a caption with its `[RET]`; longer ones are cut.
+        concat_captions_prob: with this probability the captioning rows 2i and 2i + 1 become one, twice as long.
+        captioning_fraction: the part of each batch that is captioned; all of it is retrieved.
+        end_captions: whether a caption's end, as EOS, is to be predicted when captioning.
+    """
+
+    def __init__(
+        self,
+        model: GroundedReader,
+        max_caption_length: int = 24,
+        concat_captions_prob: float = 0.5,
+        captioning_fraction: float = 1.0,
+        end_captions: bool = True,
+    ) -> None:
+        self.model, self.encoder = model, model.encoder
+        self.max_caption_length, self.concat_captions_prob = max_caption_length, concat_captions_prob
+        self.captioning_fraction, self.end_captions = captioning_fraction, end_captions
+
+    def captioning(self, example: Mapping[str, Any]) -> LabelledIds:
+        """Return the image, what leads to a caption, and the caption as labels."""
+        caption = self._caption(example, "question")
+        if self.end_captions and self.encoder.tokenizer.eos_token_id is not None:
+            caption = [*caption, self.encoder.tokenizer.eos_token_id]
+        if question := example.get("question"):
+            return LabelledIds.of(self._chat([_BLANK, question]), caption)
+        return LabelledIds.of(self.encoder.caption_lead(image=True), caption)
+
+    def retrieval(self, example: Mapping[str, Any]) -> LabelledIds:
+        """Return what leads to a caption, and the caption with `[RET]` as labels."""
+        tail = [*self._caption(example, "request"), self.model.ret_token_id]
+        if request := example.get("request"):
+            return LabelledIds.of(self._chat([request]), tail)
+        return LabelledIds.of(self.encoder.caption_lead(image=False), tail)
+
+    def _caption(self, example: Mapping[str, Any], turn: str) -> list[int]:
+        ids = self.encoder.encode_caption(example["caption"])
+        if example.get(turn) and self.encoder.tokenizer.chat_template:
+            ids = self.encoder.encode_text(example["caption"].strip())
+        return ids[: self.max_caption_length - 1]
+
+    def _chat(self, parts: Sequence[Any]) -> list[int]:
+        if not self.encoder.tokenizer.chat_template:
+            return list(self.encoder.encode([*parts, "\n"]).ids)
+        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+        return list(self.encoder.encode([{"role": "user", "content": content}]).ids)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return `captioning` and `retrieval`, each input_ids, attention_mask and labels (rows, s), and the images.
+
+        Images are `image_features` (b, f) or `pixel_values` (b, c, h, w), one per example; the captioning rows use the
+        first of them in order.
+        """
+        captioned = examples[: max(1, round(self.captioning_fraction * len(examples)))]
+        rows = [self.captioning(example) for example in captioned]
+        if len(rows) > 1 and float(torch.rand(())) < self.concat_captions_prob:
+            rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=False)] + rows[len(rows) - len(rows) % 2 :]
+        batch = {
+            "captioning": self._pad(rows),
+            "retrieval": self._pad([self.retrieval(example) for example in examples]),
+            "groups": torch.tensor([example["group"] for example in examples]),
+            "rows": torch.tensor([example["row"] for example in examples]),
+        }
+        if "image_features" in examples[0]:
+            batch["image_features"] = torch.stack([example["image_features"] for example in examples])
+        else:
+            batch["pixel_values"] = self.model.vision.preprocess([example["image"] for example in examples])
+        return batch
+
+    def _pad(self, rows: Sequence[LabelledIds]) -> dict[str, Tensor]:
+        self.model.check_length(max(len(row.ids) for row in rows))
+        encoded = [EncodedPrompt(row.ids, ()) for row in rows]
+        first, pad = self.model.facts.vocabulary.first_image_id, self.model.pad_id
+        ids, mask = pad_batch(encoded, first, pad, "right")
+        labels = torch.full_like(ids, IGNORED)
+        for label_row, row in zip(labels, rows, strict=True):
+            label_row[: len(row.labels)] = torch.tensor(row.labels)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
