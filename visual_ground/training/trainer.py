@@ -104,7 +104,7 @@ class GroundingTrainer(Trainer):
         if not any(parameter.requires_grad for parameter in model.adapter.parameters()):
             raise GroundingStateError("The adapter is frozen; load it with is_trainable=True to train it further.")
         args = GroundingTrainingArguments() if args is None else args
-        self.grounded = model
+        self.grounded, self._progress = model, not args.disable_tqdm
         self._parts: dict[str, list[float]] = {}
         self._cache = self._open_cache(model, args)
         train = None if train_dataset is None else self._examples(train_dataset, sample=True)
@@ -129,7 +129,7 @@ class GroundingTrainer(Trainer):
         if self._cache is None:
             return ExampleDataset(rows, groups=_groups(rows, None), sample=sample)
         images = [row["image"] if isinstance(row["image"], (list, tuple)) else [row["image"]] for row in rows]
-        flat = self._cache.features([image for several in images for image in several], progress=True)
+        flat = self._cache.features([image for several in images for image in several], progress=self._progress)
         features = flat.split([len(several) for several in images])
         return ExampleDataset(rows, features, _groups(rows, features), sample)
 
@@ -164,7 +164,7 @@ class GroundingTrainer(Trainer):
         """Return the loss of a batch, or raise where it is not finite."""
         losses: GroundingLoss = model(**inputs)
         if not bool(torch.isfinite(losses.loss)):
-            raise GroundingValueError(f"The loss became {float(losses.loss)} {self._where(inputs)}")
+            raise GroundingValueError(f"The loss became {float(losses.loss.detach())} {self._where(inputs)}")
         for name, value in losses.items():
             if name != "loss" and model.training:
                 self._parts.setdefault(name, []).append(float(value))
@@ -188,7 +188,7 @@ class GroundingTrainer(Trainer):
         """Log, with the means of the losses' parts since the last time."""
         if "loss" in logs:
             logs |= {name: round(sum(values) / len(values), 4) for name, values in self._parts.items() if values}
-            logs["temperature"] = round(float((-self.grounded.adapter.logit_scale).exp()), 4)
+            logs["temperature"] = round(float((-self.grounded.adapter.logit_scale.detach()).exp()), 4)
             self._parts = {}
         super().log(logs, *args, **options)
 
