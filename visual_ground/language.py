@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.virtual_rows import VirtualVocabulary
 
-CHUNK = 4096
+CHUNK = 512
 
 
 @dataclass(frozen=True)
