@@ -31,7 +31,9 @@ class GroundingConfig:
         ret_token: the text of the retrieval token; the tokenizer must not have it.
         sink_token: text put before every caption in training and before every `embed_text` prompt, so that no caption
             starts its sequence. None takes the tokenizer's BOS, or else its EOS.
-        caption_prompt: text between the sink token and a caption (after the image when captioning).
+        caption_prompt: text between the sink token and a caption in retrieval.
+        image_prompt: the same when captioning; "{image}" stands for the image. It matters how it reads: in words that
+            make an LM say again what the image's rows say, captioning is learnt many times sooner.
         image_first: put the images that open a sequence before the sink token, as published, and not after it.
         units: "lm" writes rows in units of the LM's own embedding (its mean and spread), standardises what the linear
             layers read, and starts `[RET]` at the mean embedding; "plain" is the published method, with raw linear
@@ -55,6 +57,7 @@ class GroundingConfig:
     ret_token: str = "[RET]"
     sink_token: str | None = None
     caption_prompt: str = "Image:"
+    image_prompt: str = "Image of {image}:"
     image_first: bool = False
     units: str = "lm"
     mask_spare_columns: bool = False
@@ -69,6 +72,8 @@ class GroundingConfig:
             raise GroundingValueError(f"text_layers must name at least one layer, each once, got {self.text_layers}.")
         if not self.ret_token or self.ret_token != self.ret_token.strip():
             raise GroundingValueError(f"ret_token must be text without outer spaces, got {self.ret_token!r}.")
+        if self.image_prompt.count("{image}") != 1:
+            raise GroundingValueError(f'image_prompt must have "{{image}}" in it once, got {self.image_prompt!r}.')
         if self.units not in ("lm", "plain"):
             raise GroundingValueError(f'units must be "lm" or "plain", got {self.units!r}.')
 
@@ -85,7 +90,13 @@ class GroundingConfig:
         """
         if name != "fromage":
             raise GroundingValueError(f'Unknown preset {name!r}; the presets are: "fromage".')
-        published = {"caption_prompt": "", "image_first": True, "units": "plain", "mask_spare_columns": True}
+        published = {
+            "caption_prompt": "",
+            "image_prompt": "{image}",
+            "image_first": True,
+            "units": "plain",
+            "mask_spare_columns": True,
+        }
         return cls(**{**published, **changes})
 
     def to_dict(self) -> dict[str, Any]:

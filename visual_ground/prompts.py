@@ -96,19 +96,21 @@ class PromptEncoder:
         """
         if not isinstance(caption, str):
             raise GroundingTypeError(f"A caption must be a string, got {type(caption).__name__}.")
-        ids = self.encode_text(caption and (" " if self.config.caption_prompt else "") + caption.strip())
+        ids = self.encode_text((" " if self.config.caption_prompt else "") + caption.strip())
         if not ids or not caption.strip():
             raise GroundingValueError(f"The caption {caption!r} has no tokens. Leave the example out.")
         return [*self.sink, *ids] if self.config.image_first else ids
 
     def caption_lead(self, image: bool) -> list[int]:
-        """Return what stands before a caption: the sink token, the image's marks where asked, the caption prompt.
+        """Return what stands before a caption: the sink token and the prompt, with the image's marks where asked.
 
         With `image_first` the sink token belongs to the caption: it comes after the image, and is predicted from it.
         """
-        opening = [] if self.config.image_first else list(self.sink)
-        opening += self._marks(0) if image else []
-        return opening + (self.encode_text(self.config.caption_prompt) if self.config.caption_prompt else [])
+        sink = [] if self.config.image_first else list(self.sink)
+        prompt = self.config.image_prompt if image else self.config.caption_prompt
+        before, _, after = prompt.partition("{image}")
+        marks = self._marks(0) if image else []
+        return [*sink, *self.encode_text(before), *marks, *self.encode_text(after)]
 
     def _marks(self, image: int) -> list[int]:
         return [-1 - image] * self.config.num_visual_tokens

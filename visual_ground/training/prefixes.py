@@ -19,6 +19,9 @@ from visual_ground.model import GroundedModel
 from visual_ground.training.examples import IGNORED
 
 
+ROWS_AT_ONCE = 32
+
+
 @dataclass(frozen=True)
 class RetrievalPass:
     """What the text-retrieval pass gives: the loss of its labels, and the vectors (b, q) at its `[RET]`s."""
@@ -71,7 +74,12 @@ class PrefixStore:
         rows = [tuple(ids[:n].tolist()) for ids, n in zip(batch["input_ids"], lengths, strict=True)]
         firsts = [int((labels != IGNORED).nonzero()[0]) for labels in batch["labels"]]
         missing = {row: first for row, first in zip(rows, firsts, strict=True) if row not in self._kept}
-        fresh = dict(zip(missing, self._compute(list(missing), list(missing.values())), strict=True)) if missing else {}
+        fresh: dict[tuple[int, ...], Prefix] = {}
+        # By length, so that one long row does not pad all others.
+        ordered = sorted(missing, key=len)
+        for start in range(0, len(ordered), ROWS_AT_ONCE):
+            some = ordered[start : start + ROWS_AT_ONCE]
+            fresh |= zip(some, self._compute(some, [missing[row] for row in some]), strict=True)
         for row, prefix in fresh.items():
             if self.held_bytes + prefix.nbytes <= self.limit_bytes:
                 self._kept[row] = prefix

