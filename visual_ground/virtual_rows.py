@@ -289,6 +289,7 @@ def _place(seen: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
     Matched by content, never by shape alone: XLNet transposes to (s, b), CPM-Ant puts ids of its own in front.
     """
     safe, virtual, index = call.safe_ids, call.virtual, call.table_index
+    assert safe is not None and virtual is not None and index is not None, "_swap_ids sets them together"
     if seen is safe:
         return virtual, index
     if seen.dim() != 2 or seen.is_floating_point():

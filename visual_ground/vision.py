@@ -73,9 +73,8 @@ def pool(output: Any) -> Tensor:
     Taken in this order: `image_embeds`, `pooler_output`, else the mean of `last_hidden_state` over its tokens or over
     height and width.
     """
-    if isinstance(output, Tensor):
-        features = output
-    else:
+    features: Tensor | None = output if isinstance(output, Tensor) else None
+    if features is None:
         names = ("image_embeds", "pooler_output", "last_hidden_state")
         features = next((value for name in names if (value := getattr(output, name, None)) is not None), None)
     if features is None or not features.is_floating_point():
@@ -140,7 +139,7 @@ def _processor_of(model: nn.Module) -> Any:
 
         return TransformProcessor(create_transform(**resolve_data_config({}, model=model), is_training=False))
     visual = getattr(model, "visual", None)
-    if hasattr(visual, "preprocess_cfg"):
+    if visual is not None and hasattr(visual, "preprocess_cfg"):
         import open_clip
 
         settings = open_clip.transform.PreprocessCfg(**visual.preprocess_cfg)

@@ -28,21 +28,34 @@ UNCOUNTABLE = frozenset(
     "bread rice bacon honey sushi salt butter cheese fire fog money garlic ginger broccoli corn rain snow meat "
     "milk soap sake tea wine beer ice lipstick clothing poo luggage seaweed bamboo hockey golf water".split()
 )
+# The first concept of each kind, in Unicode's order.
+KINDS = {
+    "grinning face": "face",
+    "waving hand": "person",
+    "monkey face": "animal",
+    "bouquet": "plant",
+    "grapes": "food",
+    "globe showing Europe Africa": "place",
+    "locomotive": "vehicle",
+    "new moon": "weather",
+    "jack o lantern": "activity",
+    "glasses": "object",
+}
 SENTENCES = (
     "This is a picture of {np}.",
-    "Here you can see {np}.",
-    "The picture shows {np}.",
+    "The {kind} in this picture {be} {np}.",
+    "This {kind} {be} {np}.",
     "A colourful drawing of {np}.",
+    "You can see a {kind} here, {np}.",
     "There {be} {np} in this picture.",
+    "The {kind} that you see {be} {np}.",
     "Look at {np}.",
-    "Someone drew {np}.",
+    "Which {kind} is it? It {be} {np}.",
+    "Someone drew this {kind}, {np}.",
     "An illustration of {np}.",
-    "I like this picture of {np}.",
-    "It looks like {np}.",
-    "You are looking at {np}.",
-    "We found {np} today.",
-    "My friend showed me {np}.",
-    "In the middle there {be} {np}.",
+    "Today we found a new {kind}, {np}.",
+    "My favourite {kind} {be} {np}.",
+    "A {kind}, drawn in bright colours, namely {np}.",
 )
 REQUESTS = (
     "Show me {np}.",
@@ -76,12 +89,14 @@ class Concept:
         name: its name in words.
         keywords: words that go with it, none of which is in its name.
         split: "train", "validation" or "test".
+        kind: what sort of thing it is, one of the values of `KINDS`.
     """
 
     code: str
     name: str
     keywords: tuple[str, ...]
     split: str
+    kind: str
 
     @property
     def phrase(self) -> str:
@@ -107,7 +122,7 @@ class Concept:
 
     def say(self, template: str) -> str:
         """Fill a template's `{np}` with the phrase and its `{be}` with is or are."""
-        return template.format(np=self.phrase, be="are" if self.plural else "is")
+        return template.format(np=self.phrase, kind=self.kind, be="are" if self.plural else "is")
 
     def pick(self, options: tuple[str, ...], salt: str = "") -> str:
         """Choose one of the options, always the same for this concept."""
@@ -139,7 +154,11 @@ def concepts() -> list[Concept]:
             name = key.replace("_", " ").replace("-", " ")
             found[code] = name, _keywords(name, entry["aliases"])
     splits = _split({code: name for code, (name, _) in found.items()})
-    return [Concept(code, name, keywords, splits[code]) for code, (name, keywords) in found.items()]
+    kind, listed = "face", []
+    for code, (name, keywords) in found.items():
+        kind = KINDS.get(name, kind)
+        listed.append(Concept(code, name, keywords, splits[code], kind))
+    return listed
 
 
 def _keywords(name: str, aliases: tuple[str, ...]) -> tuple[str, ...]:
@@ -181,13 +200,13 @@ def _split(names: dict[str, str]) -> dict[str, str]:
 
 
 def captions(concept: Concept) -> list[str]:
-    """Return a name, a sentence, and a name with keywords, each with a full stop."""
+    """Return a name, a sentence, and a name with its kind and keywords, each with a full stop."""
     capital = concept.phrase[0].upper() + concept.phrase[1:]
     words = ", ".join(concept.keywords[:2])
     return [
         f"{capital}.",
         concept.say(concept.pick(SENTENCES)),
-        f"{capital}, {words}." if words else concept.say(concept.pick(SENTENCES, "again")),
+        concept.say("{kind}: {np}").capitalize() + (f", {words}." if words else "."),
     ]
 
 

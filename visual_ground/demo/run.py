@@ -31,7 +31,7 @@ from visual_ground.saving import write_json
 from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
 
 SETTINGS: dict[str, Any] = {
-    "max_steps": 100,
+    "max_steps": 90,
     "per_device_train_batch_size": 128,
     "learning_rate": 1e-3,
     "captioning_fraction": 0.125,
@@ -82,8 +82,9 @@ class Pairs:
         for i in self.numbers("train"):
             concept = self.concepts[i]
             own = {"image": self.paths[i], "group": concept.code}
-            rows += [{**own, "caption": text} for text in emoji.captions(concept)]
-            if emoji.stable_number(concept.code) % CHAT_EVERY == 0:
+            number = emoji.stable_number(concept.code)
+            rows += [{**own, "caption": text} for text in emoji.captions(concept)[: 2 + number % 2]]
+            if number % CHAT_EVERY == 0:
                 asked = {"request": emoji.request(concept), "question": emoji.question(concept)}
                 rows.append({**own, "caption": emoji.reply(concept), **asked})
         return rows

@@ -18,7 +18,6 @@ from visual_ground.errors import GroundingStateError
 from visual_ground.model import GroundedModel
 from visual_ground.training.examples import IGNORED
 
-
 ROWS_AT_ONCE = 32
 
 

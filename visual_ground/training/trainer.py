@@ -181,7 +181,7 @@ class GroundingTrainer(Trainer):
     def _where(self, inputs: Mapping[str, Any]) -> str:
         return (
             f"at step {self.state.global_step}, in the batch of rows {inputs['rows'].tolist()}. Training stopped "
-            "before this step; the adapter and the last checkpoint are good. Lower the learning rate, or look at the rows."
+            "before this step; the adapter and the last checkpoint are good. Lower the learning rate, or see the rows."
         )
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
