@@ -22,6 +22,9 @@ def test_processor_bias_minimum_and_maximum():
     start, later, done = torch.zeros(1, 2), torch.zeros(1, 3), torch.tensor([[0, 0, RET, 1]])
     values = [float(process(ids.long(), torch.ones(1, 10))[0, RET]) for ids in (start, later, done)]
     assert values == [float("-inf"), 3.0, float("-inf")]
+    apart = RetLogitsProcessor(RET, 2, RetrievalSettings(min_new_tokens_between_rets=2))
+    near, far = torch.tensor([[0, 0, RET, 1]]), torch.tensor([[0, 0, RET, 1, 1]])
+    assert [float(apart(ids, torch.ones(1, 10))[0, RET]) for ids in (near, far)] == [float("-inf"), 1.0]
 
 
 def test_no_image_twice_unless_asked_and_small_indexes_give_what_they_have():

@@ -24,6 +24,7 @@ class RetrievalSettings:
         max_images: `[RET]`s per answer; None for any number, 0 for none.
         ret_bias: added to `[RET]`'s logit.
         min_new_tokens_before_ret: tokens that an answer says before its first `[RET]`.
+        min_new_tokens_between_rets: tokens that an answer says between two `[RET]`s.
         allow_repeats: whether one answer may show an image twice.
     """
 
@@ -31,15 +32,22 @@ class RetrievalSettings:
     max_images: int | None = None
     ret_bias: float = 0.0
     min_new_tokens_before_ret: int = 0
+    min_new_tokens_between_rets: int = 0
     allow_repeats: bool = False
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("ret_bias", "min_new_tokens_before_ret", "allow_repeats")
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "ret_bias",
+        "min_new_tokens_before_ret",
+        "min_new_tokens_between_rets",
+        "allow_repeats",
+    )
 
     def __post_init__(self) -> None:
         if self.images_per_ret < 1:
             raise GroundingValueError(f"images_per_ret must be at least 1, got {self.images_per_ret}.")
-        if self.min_new_tokens_before_ret < 0 or (self.max_images is not None and self.max_images < 0):
-            raise GroundingValueError("min_new_tokens_before_ret and max_images must not be negative.")
+        least = min(self.min_new_tokens_before_ret, self.min_new_tokens_between_rets)
+        if least < 0 or (self.max_images is not None and self.max_images < 0):
+            raise GroundingValueError("Numbers of tokens and max_images must not be negative.")
 
 
 class RetLogitsProcessor(LogitsProcessor):
@@ -63,6 +71,8 @@ class RetLogitsProcessor(LogitsProcessor):
         elif self.settings.max_images is not None:
             said = (new == self.ret_token_id).sum(-1)
             column = column.masked_fill(said >= self.settings.max_images, float("-inf"))
+        if gap := self.settings.min_new_tokens_between_rets:
+            column = column.masked_fill((new[:, -gap:] == self.ret_token_id).any(-1), float("-inf"))
         scores = scores.clone()
         scores[:, self.ret_token_id] = column
         return scores

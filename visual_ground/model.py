@@ -51,7 +51,8 @@ class GroundedModel(GroundedReader):
             max_new_tokens: at most so many, `[RET]`s included.
             images_per_ret: images shown at each `[RET]`.
             max_images: `[RET]`s per answer, None for any number.
-            options: `ret_bias`, added to `[RET]`'s logit; `min_new_tokens_before_ret`; `allow_repeats`; and any
+            options: `ret_bias`, added to `[RET]`'s logit; `min_new_tokens_before_ret` and
+                `min_new_tokens_between_rets`; `allow_repeats`; and any
                 argument of transformers' `generate`.
 
         Returns:

@@ -19,11 +19,13 @@ class Conversation:
         title: what it shows.
         turns: the user's turns, each a list of texts and of names of pictures, written "<name>".
         options: for `generate`.
+        chat: False gives the one turn to the model as it is, without a chat template.
     """
 
     title: str
     turns: tuple[tuple[str, ...], ...]
     options: Mapping[str, Any]
+    chat: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,21 @@ class Exchange:
     answer: InterleavedOutput
 
 
-SHORT = {"max_new_tokens": 24, "max_images": 1}
+SHORT = {"max_new_tokens": 24, "max_images": 1, "ret_bias": 2.0}
 CONVERSATIONS = (
     Conversation("Text to picture", (("Show me a penguin.",),), SHORT),
-    Conversation("Picture to caption", (("<tiger>", "What is this?"),), SHORT),
+    Conversation("Picture to caption", (("Image of", "<tiger>", ":"),), {"max_new_tokens": 16, "max_images": 0}, False),
     Conversation("Picture and instruction to another picture", (("<honeybee>", "Show me a flower for it."),), SHORT),
     Conversation(
         "A story with pictures",
         (("Tell me a very short story about a dog, a boat and a fish.",),),
-        {"max_new_tokens": 90, "max_images": 4, "min_new_tokens_before_ret": 8, "ret_bias": 4.0},
+        {
+            "max_new_tokens": 100,
+            "max_images": 4,
+            "min_new_tokens_before_ret": 12,
+            "min_new_tokens_between_rets": 16,
+            "ret_bias": 6.0,
+        },
     ),
     Conversation(
         "A chat of several turns",
@@ -68,7 +76,8 @@ def converse(
     for turn in conversation.turns:
         said = tuple(RetrievedImage(p[1:-1], None, pictures[p[1:-1]]) if p.startswith("<") else p for p in turn)
         messages.append({"role": "user", "content": _content(said)})
-        answer = model.generate(messages, index, do_sample=False, **conversation.options)[0]
+        prompt = messages if conversation.chat else [[p if isinstance(p, str) else p.image for p in said]]
+        answer = model.generate(prompt, index, do_sample=False, **conversation.options)[0]
         messages.append({"role": "assistant", "content": _content(answer.parts)})
         exchanges.append(Exchange(said, answer))
     return exchanges

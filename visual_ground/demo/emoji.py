@@ -55,7 +55,7 @@ SENTENCES = (
     "An illustration of {np}.",
     "Today we found a new {kind}, {np}.",
     "My favourite {kind} {be} {np}.",
-    "A {kind}, drawn in bright colours, namely {np}.",
+    "This {kind}, drawn in bright colours, {be} {np}.",
 )
 REQUESTS = (
     "Show me {np}.",

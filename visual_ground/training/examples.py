@@ -43,9 +43,10 @@ class ExampleDataset(Dataset):
 
     Args:
         rows: mappings with `image` (or `image_features`) and `caption`; either may be a list, of which one is taken at
-            random each time. Optional: `request`, what a user says before the caption in retrieval; `question`, what a
-            user asks about the image when captioning; both go through the tokenizer's chat template. `group`: rows of
-            one group are no negatives of each other; by default those that share an image.
+            random each time. Optional: `request`, what a user says to be shown the image, read instead of the caption
+            in retrieval; `question`, what a user asks about the image when captioning; both go through the tokenizer's
+            chat template. `group`: rows of one group are no negatives of each other; by default those that share an
+            image.
         features: for each row, its images' features (images, f); None reads `image` each time.
         groups: for each row, a number.
         sample: False always takes the first image and caption.
@@ -120,7 +121,7 @@ class ExampleCollator:
 
     def captioning(self, example: Mapping[str, Any]) -> LabelledIds:
         """Return the image, what leads to a caption, and the caption as labels."""
-        caption = self._caption(example, "question")
+        caption = self._caption(example)
         if self.end_captions and self.encoder.tokenizer.eos_token_id is not None:
             caption = [*caption, self.encoder.tokenizer.eos_token_id]
         if question := example.get("question"):
@@ -128,15 +129,15 @@ class ExampleCollator:
         return LabelledIds.of(self.encoder.caption_lead(image=True), caption)
 
     def retrieval(self, example: Mapping[str, Any]) -> LabelledIds:
-        """Return what leads to a caption, and the caption with `[RET]` as labels."""
-        tail = [*self._caption(example, "request"), self.model.ret_token_id]
+        """Return what leads to a caption, and the caption with `[RET]` as labels; or a request, answered by `[RET]`."""
+        ret = self.model.ret_token_id
         if request := example.get("request"):
-            return LabelledIds.of(self._chat([request]), tail)
-        return LabelledIds.of(self.encoder.caption_lead(image=False), tail)
+            return LabelledIds.of(self._chat([request]), [ret])
+        return LabelledIds.of(self.encoder.caption_lead(image=False), [*self._caption(example), ret])
 
-    def _caption(self, example: Mapping[str, Any], turn: str) -> list[int]:
+    def _caption(self, example: Mapping[str, Any]) -> list[int]:
         ids = self.encoder.encode_caption(example["caption"])
-        if example.get(turn) and self.encoder.tokenizer.chat_template:
+        if example.get("question") and self.encoder.tokenizer.chat_template:
             ids = self.encoder.encode_text(example["caption"].strip())
         return ids[: self.max_caption_length - 1]
 
