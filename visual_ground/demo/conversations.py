@@ -36,7 +36,7 @@ class Exchange:
     answer: InterleavedOutput
 
 
-SHORT = {"max_new_tokens": 24, "max_images": 1, "ret_bias": 2.0}
+SHORT = {"max_new_tokens": 24, "max_images": 1, "ret_bias": 6.0}
 CONVERSATIONS = (
     Conversation("Text to picture", (("Show me a penguin.",),), SHORT),
     Conversation("Picture to caption", (("Image of", "<tiger>", ":"),), {"max_new_tokens": 16, "max_images": 0}, False),
@@ -49,7 +49,7 @@ CONVERSATIONS = (
             "max_images": 4,
             "min_new_tokens_before_ret": 12,
             "min_new_tokens_between_rets": 16,
-            "ret_bias": 6.0,
+            "ret_bias": 8.0,
         },
     ),
     Conversation(
