@@ -49,6 +49,7 @@ class GroundingTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64)
     remove_unused_columns: bool = field(default=False)
     dataloader_drop_last: bool = field(default=True)
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str | list[str] | None = field(default="none")
     caption_loss_scale: float = field(default=1.0)
     retrieval_loss_scale: float = field(default=1.0)

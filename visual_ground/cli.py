@@ -1,0 +1,188 @@
+"""`visual-ground`: the Python API from a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
+from visual_ground.prompts import IMAGE_SUFFIXES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, or 2 where the input cannot be used, which is said on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:
+        from visual_ground.demo.run import main as demo
+
+        return demo(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except GroundingError as error:
+        print(f"visual-ground: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="visual-ground", description="Give any language model eyes.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train an adapter on image-caption pairs")
+    train.add_argument("lm", help="Hub id or folder of a causal LM")
+    train.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
+    train.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
+    train.add_argument("--steps", type=int, default=2000)
+    train.add_argument("--batch-size", type=int, default=64)
+    train.add_argument("--learning-rate", type=float, default=1e-3)
+    train.add_argument("--visual-tokens", type=int, default=1, help="input rows per image")
+    train.add_argument("--seed", type=int, default=0)
+    index = commands.add_parser("index", help="embed images so that they can be found")
+    chat = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
+    evaluate = commands.add_parser("eval", help="recall both ways and caption pair accuracy, as JSON")
+    push = commands.add_parser("push", help="upload an adapter to the Hub")
+    for command in (index, chat, evaluate, push):
+        command.add_argument("lm", help="Hub id or folder of the LM")
+        command.add_argument("adapter", help="Hub id or folder of the adapter")
+    index.add_argument("images", nargs="+", help="image files, or folders of them")
+    index.add_argument("--output", required=True, help="folder for the index")
+    chat.add_argument("--index", help="folder of an index")
+    chat.add_argument("--once", metavar="PROMPT", help="answer one prompt and stop")
+    chat.add_argument("--html", help="write the last answer as a page")
+    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.add_argument("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]")
+    push.add_argument("repository", help="Hub id of the new repository")
+    for command in (train, evaluate):
+        command.add_argument(
+            "dataset", help="folder of images with metadata, a .csv/.tsv/.json/.parquet file, or Hub id"
+        )
+        command.add_argument("--split", default="train")
+        command.add_argument("--image-column", default="image")
+        command.add_argument("--caption-column", default="caption")
+    names = ((train, _train), (index, _index), (chat, _chat), (evaluate, _evaluate), (push, _push))
+    for command, run in names:
+        command.set_defaults(run=run)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ground
+
+    model = ground(options.lm, options.vision, config=GroundingConfig(num_visual_tokens=options.visual_tokens))
+    args = GroundingTrainingArguments(
+        output_dir=options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    trainer = GroundingTrainer(model, args, _pairs(options))
+    trainer.train()
+    model.save_pretrained(options.output)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from visual_ground import ImageIndex
+
+    found: list[str] = []
+    for name in options.images:
+        inside = sorted(str(p) for p in Path(name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        found += inside if os.path.isdir(name) else [name]
+    ImageIndex.build(_load(options), found, ids=found).save_pretrained(options.output)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from visual_ground import ImageIndex
+
+    model = _load(options)
+    index = None if options.index is None else ImageIndex.from_pretrained(options.index)
+    messages: list[dict[str, Any]] = []
+    while line := options.once or input("> "):
+        parts = _parts(line)
+        prompt: Any = [parts]
+        if model.tokenizer.chat_template:
+            messages.append({"role": "user", "content": _content(parts)})
+            prompt = messages
+        answer = model.generate(prompt, index, options.max_new_tokens, ret_bias=options.ret_bias)[0]
+        messages.append({"role": "assistant", "content": answer.text})
+        print(answer)
+        if options.html:
+            answer.save(options.html)
+        if options.once:
+            return
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import torch
+
+    from visual_ground.evaluation import caption_pair_accuracy, retrieval_recall
+
+    model, rows = _load(options), _pairs(options)
+    captions = [row["caption"] for row in rows]
+    batches = [[row["image"] for row in rows[i : i + 32]] for i in range(0, len(rows), 32)]
+    features = torch.cat([model.vision(model.vision.preprocess(images)) for images in batches])
+    results = retrieval_recall(model, captions, features)
+    results["caption_pair_accuracy"] = caption_pair_accuracy(model, captions, features)
+    print(json.dumps({"pairs": len(rows), **results}, indent=2))
+
+
+def _push(options: argparse.Namespace) -> None:
+    print(_load(options).push_to_hub(options.repository))
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from visual_ground import GroundedModel
+
+    return GroundedModel.from_pretrained(options.lm, options.adapter)
+
+
+def _parts(line: str) -> list[str]:
+    """Cut a line into texts and the paths of the images in it."""
+    parts = [""]
+    for word in line.split():
+        if Path(word).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(word):
+            parts += [word, ""]
+        else:
+            parts[-1] = f"{parts[-1]} {word}".strip()
+    return [part for part in parts if part]
+
+
+def _content(parts: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {"type": "image", "image": part} if os.path.isfile(part) else {"type": "text", "text": part} for part in parts
+    ]
+
+
+def _pairs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Load a dataset's images and captions; file names in it are relative to its folder."""
+    from datasets import load_dataset
+
+    path = Path(options.dataset)
+    kinds = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    try:
+        if path.is_dir():
+            loaded = load_dataset("imagefolder", data_dir=str(path), split=options.split)
+        elif path.suffix in kinds:
+            more = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            loaded = load_dataset(kinds[path.suffix], data_files=str(path), split=options.split, **more)
+        else:
+            loaded = load_dataset(options.dataset, split=options.split)
+    except (OSError, ValueError) as error:
+        raise GroundingFileError(f"The dataset {options.dataset!r} cannot be loaded: {error}") from error
+    image, caption = options.image_column, options.caption_column
+    if missing := [name for name in (image, caption) if name not in loaded.column_names]:
+        raise GroundingValueError(f"The dataset has no columns {missing}; its columns are {loaded.column_names}.")
+    rows = [{"image": row[image], "caption": row[caption]} for row in loaded]
+    for row in rows:
+        if isinstance(row["image"], str):
+            row["image"] = str(path.parent / row["image"])
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
