@@ -76,7 +76,9 @@ def converse(
     for turn in conversation.turns:
         said = tuple(RetrievedImage(p[1:-1], None, pictures[p[1:-1]]) if p.startswith("<") else p for p in turn)
         messages.append({"role": "user", "content": _content(said)})
-        prompt = messages if conversation.chat else [[p if isinstance(p, str) else p.image for p in said]]
+        # Outside a chat, the prompt opens as captions do in training: with the sink token.
+        opening = model.tokenizer.decode(model.encoder.sink)
+        prompt = messages if conversation.chat else [[opening, *(p if isinstance(p, str) else p.image for p in said)]]
         answer = model.generate(prompt, index, do_sample=False, **conversation.options)[0]
         messages.append({"role": "assistant", "content": _content(answer.parts)})
         exchanges.append(Exchange(said, answer))
