@@ -46,6 +46,7 @@ CONVERSATIONS = (
         (("Tell me a very short story about a dog, a boat and a fish.",),),
         {
             "max_new_tokens": 100,
+            "min_new_tokens": 80,
             "max_images": 4,
             "min_new_tokens_before_ret": 12,
             "min_new_tokens_between_rets": 16,
