@@ -20,7 +20,7 @@ from visual_ground.demo.pieces import load_language_model, load_vision
 from visual_ground.demo.run import Pairs
 from visual_ground.prompts import EncodedPrompt
 from visual_ground.training import ExampleCollator
-from visual_ground.training.losses import captioning_loss
+from visual_ground.training.captions import captioning_loss
 
 CACHE = Path("demo/cache")
 PROMPTS = ("{image}Image:", "Image:{image}", "Image:{image}\nCaption:", "Image of {image}:")

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, T
 
 from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ImageIndex, ground
 from visual_ground.training import GroundingObjective
+from visual_ground.training.captions import captioning_loss
 from visual_ground.training.examples import LabelledIds
-from visual_ground.training.losses import captioning_loss, plain_retrieval
-from visual_ground.training.prefixes import PrefixStore
+from visual_ground.training.prefixes import PrefixStore, plain_retrieval
 
 GOLDEN = Path(__file__).parent / "golden"
 RET = 501

@@ -11,8 +11,9 @@ from tests.tiny import FAMILIES, build, grounded, picture, tokenizer
 from visual_ground import GroundedModel, GroundingError, GroundingTrainer, GroundingTrainingArguments
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
-from visual_ground.training.losses import choose_prefixes, contrastive_losses, plain_retrieval
-from visual_ground.training.prefixes import PrefixStore
+from visual_ground.training.contrastive import contrastive_losses
+from visual_ground.training.prefixes import PrefixStore, plain_retrieval
+from visual_ground.training.shortcuts import choose_prefixes
 
 TEMPLATE = "{% for m in messages %}w50 {{ m.content }} w51 {% endfor %}{% if add_generation_prompt %}w52 {% endif %}"
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i} w9"} for i in range(12)]

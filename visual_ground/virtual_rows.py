@@ -79,6 +79,7 @@ class Call:
         image_rows: (n * k, d) input rows, or None.
         positions: (b, s) bool; where given, the output head runs only there and logits are (1, positions.sum(), v+1).
         enabled: False makes the LM behave as if nothing were attached.
+        head_rows: the output head runs at no more than so many of the positions; `head_input` has all of them.
         unbound: a forward outside any `VirtualRows.call` block; the call ends with it.
         head_input: (b, s, h) or (1, positions.sum(), h), what the head read in the latest forward.
     """
@@ -87,6 +88,7 @@ class Call:
     image_rows: Tensor | None = None
     positions: Tensor | None = None
     enabled: bool = True
+    head_rows: int | None = None
     unbound: bool = False
     head_input: Tensor | None = None
     outer: Call | None = None
@@ -256,7 +258,7 @@ class VirtualRows:
         if call.positions is not None and hidden.shape[:2] == call.positions.shape:
             hidden = hidden[call.positions.to(hidden.device)].unsqueeze(0)
         call.head_input = hidden
-        return (hidden, *args[1:])
+        return (hidden if call.head_rows is None else hidden[:, : call.head_rows], *args[1:])
 
     def _add_columns(self, module: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
         call = self._current()

@@ -19,7 +19,8 @@ from visual_ground.features import FeatureCache
 from visual_ground.model import GroundedModel
 from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, resolve
 from visual_ground.training.examples import ExampleCollator, ExampleDataset, check_columns
-from visual_ground.training.losses import GroundingLoss, GroundingObjective, choose_prefixes
+from visual_ground.training.losses import GroundingLoss, GroundingObjective
+from visual_ground.training.shortcuts import choose_prefixes, find_shortcuts
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class GroundingTrainingArguments(TrainingArguments):
         feature_cache: folder of the frozen features; "features" in the output folder where None.
         cache_features: False runs the vision encoder in every step.
         prefix_cache_gb: memory for what the LM computes before each caption's `[RET]`, kept across epochs.
+        rows_at_once: rows whose activations are in memory at once; the loss stays that of the whole batch. 0 holds all.
     """
 
     output_dir: str | None = field(default="grounded")
@@ -60,13 +62,16 @@ class GroundingTrainingArguments(TrainingArguments):
     feature_cache: str | None = field(default=None)
     cache_features: bool = field(default=True)
     prefix_cache_gb: float = field(default=0.0)
+    rows_at_once: int = field(default=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.concat_captions_prob <= 1 or not 0 < self.captioning_fraction <= 1:
             raise GroundingValueError("concat_captions_prob must be in [0, 1] and captioning_fraction in (0, 1].")
-        if self.max_caption_length < 2 or self.prefix_cache_gb < 0:
-            raise GroundingValueError("max_caption_length must be at least 2, prefix_cache_gb must not be negative.")
+        if self.max_caption_length < 2 or self.prefix_cache_gb < 0 or self.rows_at_once < 0:
+            raise GroundingValueError(
+                "max_caption_length must be at least 2; prefix_cache_gb and rows_at_once must not be negative."
+            )
 
 
 class GroundingTrainer(Trainer):
@@ -137,7 +142,7 @@ class GroundingTrainer(Trainer):
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, as `Trainer.train` does; a new adapter first learns the spread of the image features."""
         self._standardise()
-        self._choose_prefixes()
+        self._choose_shortcuts()
         return super().train(*args, **options)
 
     @torch.no_grad()
@@ -154,12 +159,16 @@ class GroundingTrainer(Trainer):
         batches = [vision(vision.preprocess(some[i : i + 32])) for i in range(0, len(some), 32)]
         adapter.standardise_with(torch.cat(batches))
 
-    def _choose_prefixes(self) -> None:
+    def _choose_shortcuts(self) -> None:
         if self.train_dataset is None or self.model.prefixes is not None:
             return
         some = [self.train_dataset[i] for i in range(min(len(self.train_dataset), 8))]
-        batch = self._prepare_inputs(self.data_collator(some)["retrieval"])
-        self.model.prefixes = choose_prefixes(self.grounded, batch, int(self.args.prefix_cache_gb * 2**30))
+        batch = self._prepare_inputs(self.data_collator(some))
+        rows_at_once = self.args.rows_at_once or None
+        ways = find_shortcuts(self.grounded, batch["captioning"], rows_at_once, at_once=not self.is_fsdp_enabled)
+        room = int(self.args.prefix_cache_gb * 2**30)
+        self.model.shortcuts = ways
+        self.model.prefixes = choose_prefixes(self.grounded, batch["retrieval"], room, ways.packed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Return the loss of a batch, or raise where it is not finite."""
