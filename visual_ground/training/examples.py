@@ -55,7 +55,7 @@ class ExampleDataset(Dataset):
             caption in retrieval; `question`, what a user asks about the image when captioning; both go through the
             tokenizer's chat template. `group`: rows of one group are no negatives of each other; by default those that
             share an image.
-        features: for each row, its images' features (images, f); None reads the image each time.
+        features: for each row by number, its images' features (images, f); None reads the image each time.
         groups: for each row, a number.
         sample: False always takes the first image and caption.
         columns: where the images and captions are.
@@ -69,7 +69,7 @@ class ExampleDataset(Dataset):
     def __init__(
         self,
         rows: Any,
-        features: Sequence[Tensor] | None = None,
+        features: Any = None,
         groups: Sequence[int] | None = None,
         sample: bool = True,
         columns: Columns | None = None,

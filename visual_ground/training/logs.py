@@ -75,6 +75,13 @@ def memory_mb() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
+def log_into(callbacks: CallbackHandler, folder: str) -> None:
+    """Have TensorBoard write into a folder of the run's own, also before training and after a restart."""
+    for callback in callbacks.callbacks:
+        if hasattr(callback, "tb_writer") and callback.logging_dir is None:
+            callback.logging_dir = folder
+
+
 def show_picture(callbacks: CallbackHandler, name: str, pixels: Any, step: int) -> None:
     """Show a picture (h, w, 3) in TensorBoard, where it is one of the run's callbacks."""
     for callback in callbacks.callbacks:

@@ -18,7 +18,7 @@ from visual_ground.training.examples import ExampleDataset
 from visual_ground.training.rows import Columns, Skipped, chosen, open_rows, usable_rows
 
 
-class StoredFeatures(Sequence):
+class StoredFeatures:
     """The features of each row's images, read from the cache's file when they are asked for.
 
     Args:
@@ -34,7 +34,7 @@ class StoredFeatures(Sequence):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, number: Any) -> Tensor:
+    def __getitem__(self, number: int) -> Tensor:
         return self.file.read(self.place(number))
 
     def place(self, number: int) -> np.ndarray:
@@ -96,7 +96,7 @@ class Preparing:
             features = StoredFeatures(self.cache.file, [places[i] for i in good])
         skipped.finish()
         groups = _groups(rows, features)
-        return ExampleDataset(rows, features, groups, sample, self.columns, numbers, self.seed)
+        return ExampleDataset(rows, features, groups, sample, self.columns, numbers.tolist(), self.seed)
 
     def _places(self, rows: Any, numbers: np.ndarray, skipped: Skipped) -> list[np.ndarray]:
         """Return, for each row, where the features of its readable images are."""

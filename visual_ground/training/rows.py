@@ -184,7 +184,7 @@ def _undecoded(rows: Any, columns: Columns) -> Any:
     if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
         return rows
     rows, as_file = rows.with_format(None), datasets.Image(decode=False)
-    kind = (rows.features or {}).get(columns.image)
+    kind: Any = (rows.features or {}).get(columns.image)
     if isinstance(kind, datasets.Image):
         return rows.cast_column(columns.image, as_file)
     if isinstance(getattr(kind, "feature", None), datasets.Image):

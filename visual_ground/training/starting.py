@@ -33,7 +33,7 @@ def preparing_of(model: GroundedModel, args: GroundingTrainingArguments) -> Prep
     """Return how a run's examples are prepared; the vision encoder is moved to the run's device for it."""
     if args.device.type != "cpu":
         model.vision.to(args.device)
-    cache = args.feature_cache or os.path.join(args.output_dir, FOLDER)
+    cache = args.feature_cache or os.path.join(args.output_dir or ".", FOLDER)
     return Preparing(
         Columns(args.image_column, args.caption_column, args.image_folder),
         FeatureCache(cache, model.vision) if args.cache_features else None,

@@ -21,7 +21,7 @@ from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, resolve
 from visual_ground.training import checkpoints
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.examples import ExampleCollator, ExampleDataset
-from visual_ground.training.logs import Meters, show_picture
+from visual_ground.training.logs import Meters, log_into, show_picture
 from visual_ground.training.losses import GroundingLoss, GroundingObjective
 from visual_ground.training.order import EpochSampler
 from visual_ground.training.rows import Skipped, is_stream
@@ -94,6 +94,7 @@ class GroundingTrainer(Trainer):
         super().__init__(objective, args, collator, train, evaluated, **options)
         self.loss_is_scaled_for_ga = False
         self.add_callback(_EachStep(self))
+        log_into(self.callback_handler, os.path.join(args.output_dir, "logs"))
 
     def _examples(self, rows: Any, sample: bool) -> ExampleDataset | ExampleStream:
         if not is_stream(rows):
