@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-short test lint types docs clean
+.PHONY: demo demo-short test test-slow lint types docs clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -13,6 +13,9 @@ demo-short: $(VENV)/demo-installed
 
 test: $(VENV)/dev-installed
 	$(PY) -m pytest
+
+test-slow: $(VENV)/dev-installed
+	$(PY) -m pytest -m slow
 
 lint: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .

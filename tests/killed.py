@@ -9,6 +9,7 @@ Each run is a fork of a process that has imported everything and computed nothin
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -102,13 +103,13 @@ def one_removed(original, folder, *args, **options):
     next(path for path in Path(folder).iterdir() if path.is_file()).unlink()
 
 
-def on_event(event, step):
+def on_event(event, step, act=die):
     """Return a sabotage: the process dies when `Trainer` reports this event after so many steps."""
 
     def sabotage():
         def call(self, args, state, control, **options):
             if state.global_step == step:
-                die()
+                act()
 
         callback = type("Dying", (TrainerCallback,), {event: call})
         original = GroundingTrainer.__init__
@@ -120,6 +121,16 @@ def on_event(event, step):
         GroundingTrainer.__init__ = init
 
     return sabotage
+
+
+def full_disk():
+    """Let no file grow past 10 kB from the third step on, which a write meets as it meets a full disk."""
+
+    def fill(*_):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+    on_event("on_step_end", 3, fill)()
 
 
 POINTS = {
@@ -134,8 +145,9 @@ POINTS = {
     "saving, optimizer half-written": dying("save", 5, lambda: torch, half_saved),
     "saving, not sealed": dying("seal", 2, lambda: checkpoints),
     "saving, seal not moved to its place": dying("write_json", 3, lambda: checkpoints),
-    "removing the old checkpoint": dying("rmtree", 1, lambda: shutil, one_removed),
+    "removing the old checkpoint": dying("rmtree", 3, lambda: shutil, one_removed),
     "evaluating": dying("loss", 2, lambda: validation.Validation),
+    "disk full": full_disk,
     "saving the adapter in the end": dying("rename", 5, lambda: saving.os),
 }
 
@@ -164,7 +176,7 @@ def main(folder, points):
         own = folder / str(number)
         own.mkdir(parents=True)
         ended = [fork(own, POINTS[point])]
-        if ended[0] < 0:
+        if ended[0] != 0:
             ended.append(fork(own, POINTS["none"]))
         weights = own / "adapter" / "adapter_model.safetensors"
         digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None

@@ -79,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from accelerate import PartialState
     from transformers import set_seed
 
     from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ground
@@ -89,7 +88,7 @@ def _train(options: argparse.Namespace) -> None:
     columns = _columns(options, rows)
     validation = None if options.validation is None else load_rows(options.validation, options.split)
     rows = rows.shuffle(seed=options.seed, buffer_size=SHUFFLED) if options.streaming else rows
-    most = 64 if options.streaming else max(2, min(64, len(rows) // PartialState().num_processes))
+    most = 64 if options.streaming else max(2, min(64, len(rows) // int(os.environ.get("WORLD_SIZE", 1))))
     args = GroundingTrainingArguments(
         output_dir=options.output,
         max_steps=options.steps,

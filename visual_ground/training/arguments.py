@@ -41,6 +41,7 @@ class GroundingTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=1.0)
     per_device_train_batch_size: int = field(default=64)
     per_device_eval_batch_size: int = field(default=64)
+    ddp_find_unused_parameters: bool | None = field(default=False)
     remove_unused_columns: bool = field(default=False)
     dataloader_drop_last: bool = field(default=True)
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from visual_ground.adapter import Adapter
 from visual_ground.errors import GroundingValueError
 from visual_ground.features import FeatureCache
 from visual_ground.model import GroundedModel
@@ -96,14 +95,6 @@ def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) 
     else:
         features = spread(STATISTICS_OF)
     adapter.standardise_with(features.to(adapter.feature_mean.device))
-
-
-def share_adapter(adapter: Adapter, processes: int) -> None:
-    """Give all processes the first one's adapter; distributed wrappers do so only for what they wrap."""
-    if processes > 1:
-        with torch.no_grad():
-            for tensor in adapter.state_dict().values():
-                tensor.copy_(broadcast(tensor.clone()))
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,19 @@ from visual_ground.model import GroundedModel
 from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, resolve
 from visual_ground.training import checkpoints
 from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.devices import gathered_outside_layers, shard_base_only, share_adapter
 from visual_ground.training.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.logs import Meters, log_into, show_picture
 from visual_ground.training.losses import GroundingLoss, GroundingObjective
 from visual_ground.training.order import EpochSampler
 from visual_ground.training.rows import Skipped, is_stream
-from visual_ground.training.shortcuts import choose_prefixes, find_shortcuts
 from visual_ground.training.sheets import draw_sheet, save_sheet, sheet_rows
+from visual_ground.training.shortcuts import choose_prefixes, find_shortcuts
 from visual_ground.training.starting import (
     check_batches,
     first_examples,
     preparing_of,
     refill,
-    share_adapter,
     standardise,
 )
 from visual_ground.training.streams import ExampleStream, prepare_stream
@@ -92,6 +93,7 @@ class GroundingTrainer(Trainer):
             args.sampling_seed,
         )
         super().__init__(objective, args, collator, train, evaluated, **options)
+        shard_base_only(self.accelerator, self.model)
         self.loss_is_scaled_for_ga = False
         self.add_callback(_EachStep(self))
         log_into(self.callback_handler, os.path.join(args.output_dir, "logs"))
@@ -215,13 +217,14 @@ class GroundingTrainer(Trainer):
             raise GroundingValueError("There is nothing to evaluate on; pass eval_dataset=.")
         self.model.eval()
         validation = Validation(self.grounded, examples, self.args.per_device_eval_batch_size, self.accelerator)
-        found = validation.recalls()
+        with gathered_outside_layers(self.model):
+            found = validation.recalls()
+            self._draw(examples, metric_key_prefix)
         found["loss"] = validation.loss(
             lambda rows: self.compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
-        self._draw(examples, metric_key_prefix)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.meters.start()
         return metrics
@@ -264,6 +267,27 @@ class GroundingTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         self.grounded.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; no wrapper is asked, for every process has it whole."""
+        self._save(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._nothing_sharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._nothing_sharded():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _nothing_sharded(self) -> Iterator[None]:
+        """FSDP shards nothing that has an optimizer's state, which is then written as without FSDP."""
+        enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = enabled
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_tensors_into(self.grounded.adapter, resolve(resume_from_checkpoint, WEIGHTS_FILE))
