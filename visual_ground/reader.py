@@ -189,12 +189,16 @@ class GroundedReader(nn.Module):
             output: what the LM returned, with hidden_states where `config.text_layers` asks for them.
             positions: where to read, in row-major order.
         """
+        return self.adapter.embed_states(self.ret_states(call, output, positions))
+
+    def ret_states(self, call: Call, output: Any, positions: Tensor) -> list[Tensor]:
+        """Return the states of a finished run at `positions`, one (r, width) per text layer; see `ret_embeddings`."""
         assert call.head_input is not None, "the call ran the LM"
         states = []
         for layer in self.config.text_layers:
             state = call.head_input[0] if layer == -1 else output.hidden_states[layer][positions]
             states.append(state.to(self.adapter.logit_scale.device))
-        return self.adapter.embed_states(states)
+        return states
 
     @property
     def needs_hidden_states(self) -> bool:

@@ -31,6 +31,9 @@ class GroundingTrainingArguments(TrainingArguments):
         image_folder: where relative paths in the image column start.
         max_skipped: the part of the images and captions that may be unreadable or empty; they are reported and left
             out, and more of them stop the run.
+        fit_start: fit the start values of a new adapter to the training pairs, see `fitted_start`; not with
+            `units="plain"`.
+        rows_learning_rate: of the layer from images to input rows; `learning_rate` where None.
         pictures: pairs drawn as a contact sheet at every evaluation; 0 draws none.
     """
 
@@ -62,6 +65,8 @@ class GroundingTrainingArguments(TrainingArguments):
     caption_column: str = field(default="caption")
     image_folder: str | None = field(default=None)
     max_skipped: float = field(default=0.01)
+    fit_start: bool = field(default=True)
+    rows_learning_rate: float | None = field(default=None)
     pictures: int = field(default=4)
 
     def __post_init__(self) -> None:

@@ -99,7 +99,8 @@ class PrefixStore:
     def run(self, batch: Mapping[str, Tensor]) -> RetrievalPass:
         """Compute what `plain_retrieval` computes, for a batch whose rows end with `[RET]`."""
         prefixes = self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)])
-        return RetrievalPass(self._text_loss(prefixes), self._vectors(prefixes))
+        vectors = self.model.adapter.embed_states(self._states(prefixes))
+        return RetrievalPass(self._text_loss(prefixes), vectors)
 
     def _prefixes(self, keys: Sequence[Key]) -> list[Prefix]:
         found: dict[Key, Prefix] = {}
@@ -147,8 +148,12 @@ class PrefixStore:
         own = torch.cat([prefix.label_logits for prefix in prefixes]).sum().to(ret)
         return Summed(normaliser.sum() - own - ret[last].sum(), sum(counts))
 
-    def _vectors(self, prefixes: Sequence[Prefix]) -> Tensor:
-        """Run the single position of `[RET]` on the kept keys and values; return (b, q)."""
+    def states(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the states at the `[RET]`s of such a batch, one (b, width) per text layer."""
+        return self._states(self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)]))
+
+    def _states(self, prefixes: Sequence[Prefix]) -> list[Tensor]:
+        """Run the single position of `[RET]` on the kept keys and values; return its states."""
         model = self.model
         device = model.adapter.logit_scale.device
         lengths = [prefix.keys_values[0].shape[2] for prefix in prefixes]
@@ -173,7 +178,7 @@ class PrefixStore:
                 use_cache=True,
                 output_hidden_states=model.needs_hidden_states,
             )
-        return model.ret_embeddings(call, output, said)
+        return model.ret_states(call, output, said)
 
 
 def _first_label(row: LabelledIds) -> int:
@@ -206,6 +211,20 @@ def plain_retrieval(model: GroundedModel, batch: Mapping[str, Tensor]) -> Retrie
     logits = output.logits[0][predicting[read_at]].float()
     total = torch.nn.functional.cross_entropy(logits, targets.to(output.logits.device), reduction="sum")
     return RetrievalPass(Summed(total, len(targets)), model.ret_embeddings(call, output, said))
+
+
+def plain_states(model: GroundedModel, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Run whole captions; return what `PrefixStore.states` returns."""
+    said = (batch["input_ids"] == model.ret_token_id) & (batch["labels"] == model.ret_token_id)
+    with model.bind(None, said) as call:
+        call.head_rows = 1
+        output = model.run(
+            batch["input_ids"],
+            batch["attention_mask"],
+            use_cache=False,
+            output_hidden_states=model.needs_hidden_states,
+        )
+    return model.ret_states(call, output, said)
 
 
 def run_retrieval(

@@ -78,23 +78,27 @@ def first_examples(examples: ExampleDataset | ExampleStream, count: int) -> list
 
 
 @torch.no_grad()
-def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) -> None:
+def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) -> bool:
     """Give a new adapter the spread of the training images' features: of up to 65,536, or of 1,024 without a cache.
 
     Args:
         model: the grounded model.
         examples: the training examples.
+
+    Returns:
+        Whether the adapter was new.
     """
     adapter = model.adapter
     fresh = not adapter.feature_mean.any() and bool((adapter.feature_std == 1).all())
     if model.config.units != "lm" or not fresh:
-        return
+        return False
     spread = getattr(examples.features, "spread", None)
     if spread is None:
         features = image_features(model, first_examples(examples, WITHOUT_CACHE))
     else:
         features = spread(STATISTICS_OF)
     adapter.standardise_with(features.to(adapter.feature_mean.device))
+    return True
 
 
 @torch.no_grad()

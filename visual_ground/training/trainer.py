@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -23,6 +24,7 @@ from visual_ground.training import checkpoints
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.devices import gathered_outside_layers, shard_base_only, share_adapter
 from visual_ground.training.examples import ExampleCollator, ExampleDataset
+from visual_ground.training.fitted_start import fit_start
 from visual_ground.training.logs import Meters, log_into, show_picture
 from visual_ground.training.losses import GroundingLoss, GroundingObjective
 from visual_ground.training.order import EpochSampler
@@ -105,6 +107,17 @@ class GroundingTrainer(Trainer):
             raise GroundingTypeError("A stream has no end to evaluate at; give eval_dataset=list(stream.take(500)).")
         return prepare_stream(rows, self._preparing)
 
+    def create_optimizer(self, *args: Any, **options: Any) -> Optimizer:
+        """Return the optimizer; the layer from images to input rows may have a learning rate of its own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **options)
+        if fresh and self.args.rows_learning_rate is not None:
+            rows = [p for p in self.grounded.adapter.image_to_rows.parameters() if p.requires_grad]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if all(p is not row for row in rows)]
+            optimizer.add_param_group({"params": rows, "lr": self.args.rows_learning_rate})
+        return optimizer
+
     # The order of the data is a function of seed and epoch, see `order`.
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -152,8 +165,7 @@ class GroundingTrainer(Trainer):
         """Do what a run does once: the adapter's start values, and how captions' prefixes are run."""
         if self.train_dataset is None:
             return
-        standardise(self.grounded, self.train_dataset)
-        share_adapter(self.grounded.adapter, self.args.world_size)
+        fresh = standardise(self.grounded, self.train_dataset)
         if self.model.prefixes is None:
             batch = self._prepare_inputs(self.data_collator(first_examples(self.train_dataset, 8)))
             rows_at_once = self.args.rows_at_once or None
@@ -161,6 +173,10 @@ class GroundingTrainer(Trainer):
             room = int(self.args.prefix_cache_gb * 2**30)
             self.model.shortcuts = ways
             self.model.prefixes = choose_prefixes(self.grounded, batch["retrieval"], room, ways.packed)
+        if fresh and self.args.fit_start:
+            # A run that goes on does it too, though its checkpoint has other values: it leaves the same prefixes kept.
+            fit_start(self.model, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows)))
+        share_adapter(self.grounded.adapter, self.args.world_size)
         if self.model.prefixes is not None and self.args.prefix_cache_gb and self.order is not None:
             batches = steps_done * self.args.gradient_accumulation_steps
             loader = self.get_train_dataloader()
