@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,19 @@ class Adapter(nn.Module):
     def standardise(self, features: Tensor) -> Tensor:
         """Return image features (n, f) as the linear layers read them, in float32."""
         return (features.float() - self.feature_mean) / self.feature_std
+
+    def row_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return an optimizer's parameter groups for the layer from images to input rows.
+
+        A step of Adam moves every weight by about the learning rate, and so moves a row by up to f times that where the
+        image tells, but only by once that where all images agree. The bias, which is all that they agree in, gets a
+        rate of its own: a tenth of what the weights can do together.
+
+        Args:
+            rate: learning rate of the weights.
+        """
+        layer = self.image_to_rows
+        return [{"params": [layer.weight], "lr": rate}, {"params": [layer.bias], "lr": rate * self.feature_dim / 10}]
 
     @torch.no_grad()
     def start_from_lm(self, embedding: RowStatistics, head: RowStatistics | None) -> None:

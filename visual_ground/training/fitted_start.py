@@ -89,13 +89,8 @@ def start_rows(model: GroundedModel, captions: Sequence[str], features: Tensor, 
     texts = [model.encoder.encode_text(" " + caption.strip().rstrip(".!?,;: ")) for caption in captions]
     wanted = torch.cat([imitation.text_states(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
     spread = wanted.std(0, correction=0) + 1e-6
-    layer = model.adapter.image_to_rows
-    rate = STEP / layer.in_features
-    optimizer = torch.optim.AdamW(
-        [{"params": [layer.weight], "lr": rate}, {"params": [layer.bias], "lr": 10 * rate}],
-        betas=(0.9, 0.95),
-        weight_decay=0,
-    )
+    rate = STEP / model.adapter.feature_dim
+    optimizer = torch.optim.AdamW(model.adapter.row_groups(rate), betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     order = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):

@@ -112,10 +112,12 @@ class GroundingTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **options)
         if fresh and self.args.rows_learning_rate is not None:
-            rows = [p for p in self.grounded.adapter.image_to_rows.parameters() if p.requires_grad]
+            rows = self.grounded.adapter.row_groups(self.args.rows_learning_rate)
+            own = {id(parameter) for group in rows for parameter in group["params"]}
             for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if all(p is not row for row in rows)]
-            optimizer.add_param_group({"params": rows, "lr": self.args.rows_learning_rate})
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            for group in rows:
+                optimizer.add_param_group(group)
         return optimizer
 
     # The order of the data is a function of seed and epoch, see `order`.
