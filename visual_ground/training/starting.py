@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from visual_ground.adapter import Adapter
 from visual_ground.errors import GroundingValueError
 from visual_ground.features import FeatureCache
 from visual_ground.model import GroundedModel
@@ -128,3 +130,15 @@ def refill(
         epoch += 1
         if store.held_bytes == held:
             return
+
+
+def set_row_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> None:
+    """Give the layer from images to input rows a learning rate of its own, where it has one."""
+    if rate is None:
+        return
+    groups = adapter.row_groups(rate)
+    own = {id(parameter) for group in groups for parameter in group["params"]}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+    for group in groups:
+        optimizer.add_param_group(group)

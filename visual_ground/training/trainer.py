@@ -36,6 +36,7 @@ from visual_ground.training.starting import (
     first_examples,
     preparing_of,
     refill,
+    set_row_rate,
     standardise,
 )
 from visual_ground.training.streams import ExampleStream, prepare_stream
@@ -109,16 +110,10 @@ class GroundingTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **options: Any) -> Optimizer:
         """Return the optimizer; the layer from images to input rows may have a learning rate of its own."""
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **options)
-        if fresh and self.args.rows_learning_rate is not None:
-            rows = self.grounded.adapter.row_groups(self.args.rows_learning_rate)
-            own = {id(parameter) for group in rows for parameter in group["params"]}
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            for group in rows:
-                optimizer.add_param_group(group)
-        return optimizer
+        if self.optimizer is None:
+            super().create_optimizer(*args, **options)
+            set_row_rate(self.optimizer, self.grounded.adapter, self.args.rows_learning_rate)
+        return self.optimizer
 
     # The order of the data is a function of seed and epoch, see `order`.
 
