@@ -90,6 +90,11 @@ class Pairs:
                 rows.append({**own, "caption": emoji.reply(concept), **asked})
         return rows
 
+    def row_features(self) -> list[Tensor]:
+        """Return for each of `rows` its pictures' features (styles, f)."""
+        number = {concept.code: i for i, concept in enumerate(self.concepts)}
+        return [self.features[number[row["group"]]] for row in self.rows()]
+
     def pairs(self, numbers: Sequence[int]) -> tuple[list[str], Tensor]:
         """Return one caption and one picture's features for each of these concepts, kinds and styles by turns."""
         texts = [emoji.captions(self.concepts[i])[n % 2] for n, i in enumerate(numbers)]
