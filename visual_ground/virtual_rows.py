@@ -232,7 +232,8 @@ class VirtualRows:
         if call is None or not call.enabled:
             return None
         row, width = self.ret_rows()[1], self.vocabulary.num_columns
-        column = (args[0].to(row) @ row.to(args[0].device)).to(logits)
+        largest = torch.finfo(logits.dtype).max
+        column = (args[0].to(row) @ row.to(args[0].device)).clamp(-largest, largest).to(logits)
         if self.vocabulary.widens:
             return self._with_ours(logits, column, call)
         # The LM will cut its logits to `width` columns, so [RET]'s travels through the rest of it as further positions.
