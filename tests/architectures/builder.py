@@ -19,6 +19,8 @@ LONG = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_
 
 # The first rule whose pattern matches a field's whole name gives its size; a field that is smaller already stays.
 RULES: list[tuple[str, int]] = [
+    # Smaller ones make the choice of keys differ with a cache and without, in the bases themselves.
+    (r"index_topk|keep_window_size", 64),
     (r"type_vocab_size|task_type_vocab_size", 2),
     (r".*vocab_size(_per_layer_input)?|.*vocab_size_base", VOCABULARY),
     (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_.*_positions|context_length|model_max_length)", 128),

@@ -17,8 +17,10 @@ FAMILIES = (
     "bart", "bloom", "cohere", "deepseek_v3", "gemma2", "gemma3n_text", "gpt2", "granite", "llama", "mamba", "minicpm3",
     "mixtral", "opt", "qwen2",
 )  # fmt: skip
-QUICK = {("gemma2", "float16", 50.0), ("bloom", "bfloat16", 0.02), ("minicpm3", "float32", 50.0)}
-CASES = [(m, dtype, norm) for m in FAMILIES for dtype in ("float32", "bfloat16", "float16") for norm in (0.02, 50.0)]
+QUICK = {("bloom", "bfloat16"), ("gemma2", "float16"), ("minicpm3", "float32")}
+DTYPES, NORMS = ("float32", "bfloat16", "float16"), (0.02, 1.0, 50.0)
+# Every family in every dtype, every dtype with every norm.
+CASES = [(m, dtype, NORMS[(i + j) % 3]) for i, m in enumerate(FAMILIES) for j, dtype in enumerate(DTYPES)]
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i} w9"} for i in range(12)]
 
 
@@ -34,7 +36,7 @@ def base(model_type: str, dtype: str, norm: float) -> torch.nn.Module:
 @pytest.mark.filterwarnings("ignore")  # what transformers' own models warn of is theirs
 @pytest.mark.parametrize(
     ("model_type", "dtype", "norm"),
-    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.architectures) for case in CASES],
+    [pytest.param(*case, marks=() if case[:2] in QUICK else pytest.mark.architectures) for case in CASES],
 )
 def test_two_hundred_steps_stay_finite(model_type, dtype, norm, tmp_path):
     lm = base(model_type, dtype, norm)
