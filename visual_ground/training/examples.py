@@ -208,8 +208,8 @@ class ExampleCollator:
         return batch
 
     def _pad(self, rows: Sequence[LabelledIds]) -> dict[str, Tensor]:
-        self.model.check_length(max(len(row.ids) for row in rows))
         encoded = [EncodedPrompt(row.ids, ()) for row in rows]
+        self.model.check_ids(encoded)
         first, pad = self.model.facts.vocabulary.first_image_id, self.model.pad_id
         ids, mask = pad_batch(encoded, first, pad, "right")
         labels = torch.full_like(ids, IGNORED)
