@@ -31,7 +31,7 @@ from visual_ground.training.starting import standardise
 CACHE = Path("demo/cache")
 PROMPTS = ("{image}Image:", "Image:{image}", "Image:{image}\nCaption:", "Image of {image}:")
 SPREADS = (0.0, 0.1, 1.0)
-DEPTHS = (0.0, 0.13, 0.27, 0.4, 0.6, 0.8, 1.0)
+DEPTHS = (0.03, 0.13, 0.27, 0.4, 0.6, 0.8, 1.0)
 
 
 @torch.no_grad()
@@ -92,8 +92,7 @@ def recall_by_depth(model: GroundedModel, pairs: Pairs) -> dict[str, float]:
     queries = model.adapter.standardise(pairs.features[held_out, 0])
     found = {}
     for depth in DEPTHS:
-        fitted_start.DEPTH = depth
-        imitation = fitted_start.Imitation(model)
+        imitation = fitted_start.Imitation(model, fitted_start.layer_at(model, depth))
         states = torch.cat([imitation.text_states(texts[i : i + 64]) for i in range(0, len(texts), 64)])
         known, asked = states[: len(trained)], states[len(trained) :]
         known, asked = ((part - known.mean(0)) / (known.std(0) + 1e-6) for part in (known, asked))

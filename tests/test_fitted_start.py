@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import FAMILIES, build, grounded, picture
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective, fitted_start
-from visual_ground.training.fitted_start import Imitation, fit_start
+from visual_ground.training.fitted_start import Imitation, fit_start, layer_at
 from visual_ground.training.starting import standardise
 
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i}"} for i in range(12)]
@@ -44,7 +44,7 @@ def test_training_pairs_find_each_other_from_the_start(config):
 
 def test_rows_learn_to_do_what_captions_do():
     model = grounded("llama_untied", num_visual_tokens=2)
-    imitation = Imitation(model)
+    imitation = Imitation(model, layer_at(model, fitted_start.DEPTH))
     texts = [model.encoder.encode_text(row["caption"]) for row in ROWS]
     features = model.vision(model.vision.preprocess([row["image"] for row in ROWS]))
     wanted = imitation.text_states(texts)
@@ -59,11 +59,17 @@ def test_rows_learn_to_do_what_captions_do():
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_short_ways_of_imitating_change_nothing(family):
+def test_states_are_those_of_the_layer_with_the_lead_before_them(family):
     model = grounded(family)
-    short, whole = Imitation(model), Imitation(model)
-    whole._layer = whole._kept = None
+    layer = layer_at(model, 0.5)
+    short, whole = Imitation(model, layer), Imitation(model, layer)
+    whole._kept = None
     features = model.vision(model.vision.preprocess([row["image"] for row in ROWS]))
     assert torch.allclose(short.image_states(features), whole.image_states(features), atol=1e-4)
-    texts = [[10, 11, 12], [13]]
-    assert torch.allclose(short.text_states(texts), whole.text_states(texts), atol=1e-4)
+    seen = []
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(torch.tensor([[*short.before, 10, 11, 12]]))
+    hook.remove()
+    states = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    assert torch.allclose(short.text_states([[10, 11, 12], [13]])[0], states[0, -1], atol=1e-4)

@@ -7,6 +7,7 @@ seconds, where the losses would take epochs to find as much.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from visual_ground.training.prefixes import plain_states
 from visual_ground.training.sequences import KeysValues, fixed_cache, plain_layers
 from visual_ground.training.streams import ExampleStream
 from visual_ground.training.validation import image_features
+
+logger = logging.getLogger(__name__)
 
 PAIRS, IMITATED = 4096, 1024
 # How deep the imitated state is, in parts of the LM's layers: deep enough for words to have a meaning that similar
@@ -85,7 +88,11 @@ def start_rows(model: GroundedModel, captions: Sequence[str], features: Tensor, 
         features: (n, f), of their images.
         seed: of the order.
     """
-    imitation = Imitation(model)
+    layer = layer_at(model, DEPTH)
+    if layer is None:
+        logger.info("%s shows no layers, so image rows start near the mean embedding.", type(model.lm).__name__)
+        return
+    imitation = Imitation(model, layer)
     texts = [model.encoder.encode_text(" " + caption.strip().rstrip(".!?,;: ")) for caption in captions]
     wanted = torch.cat([imitation.text_states(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
     spread = wanted.std(0, correction=0) + 1e-6
@@ -96,11 +103,11 @@ def start_rows(model: GroundedModel, captions: Sequence[str], features: Tensor, 
     for _ in range(STEPS):
         chosen = torch.randint(len(texts), (min(BATCH, len(texts)),), generator=order)
         loss = ((imitation.image_states(features[chosen]) - wanted[chosen]) / spread).square().mean()
-        optimizer.zero_grad()
+        model.adapter.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    optimizer.zero_grad()
+    model.adapter.zero_grad()
 
 
 class Imitation:
@@ -108,30 +115,15 @@ class Imitation:
 
     Args:
         model: the grounded model.
+        layer: the layer of the LM whose states are meant; those above it do not run.
     """
 
-    def __init__(self, model: GroundedModel) -> None:
+    def __init__(self, model: GroundedModel, layer: nn.Module) -> None:
         self.model = model
-        self._layer: nn.Module | None = None
         lead = model.encoder.caption_lead(image=True)
         self.before = lead[: next(i for i, token in enumerate(lead) if token < 0)]
-        self._layer = self._find_layer()
+        self._layer = layer
         self._kept: KeysValues | None = self._keep()
-
-    @torch.no_grad()
-    def _find_layer(self) -> nn.Module | None:
-        """Return the module whose output is the state at `DEPTH`, so that runs can end there."""
-        seen: list[tuple[nn.Module, Any]] = []
-        hooks = [
-            part.register_forward_hook(lambda module, args, output: seen.append((module, output)))
-            for part in core_of(self.model.lm).modules()
-        ]
-        try:
-            states = self._run(torch.tensor([[self.model.pad_id]]), torch.ones(1, 1, dtype=torch.long), None)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return next((module for module, output in seen if _first(output) is states), None)
 
     @torch.no_grad()
     def _keep(self) -> KeysValues | None:
@@ -164,7 +156,7 @@ class Imitation:
         return self._states(ids, torch.ones_like(ids), rows)[:, -1]
 
     def _states(self, ids: Tensor, mask: Tensor, rows: Tensor | None) -> Tensor:
-        """Return the states (b, s, width) at `DEPTH` of ids (b, s) read after what stands before the image."""
+        """Return the layer's states (b, s, width) of ids (b, s) read after what stands before the image."""
         count, past = len(self.before), {}
         mask = torch.nn.functional.pad(mask.long(), (count, 0), value=1)
         if self._kept is None:
@@ -175,20 +167,17 @@ class Imitation:
         return self._run(ids, mask, rows, use_cache=bool(past), **past)[:, -(mask.shape[1] - count) :].float()
 
     def _run(self, ids: Tensor, mask: Tensor, rows: Tensor | None, **options: Any) -> Tensor:
-        """Return the states (b, s, width) at `DEPTH`; the layers above do not run where that can be helped."""
+        """Return the layer's states (b, s, width)."""
         device = self.model.adapter.logit_scale.device
-        one = torch.zeros_like(ids, dtype=torch.bool)
-        one[0, -1] = True
-        stop = None if self._layer is None else self._layer.register_forward_hook(_stop)
+        stop = self._layer.register_forward_hook(_stop)
         try:
-            with self.model.bind(rows, one):
-                output = self.model.run(ids.to(device), mask.to(device), output_hidden_states=True, **options)
+            with self.model.bind(rows):
+                self.model.run(ids.to(device), mask.to(device), **options)
         except _Reached as reached:
             return reached.states
         finally:
-            if stop is not None:
-                stop.remove()
-        return output.hidden_states[round(DEPTH * (len(output.hidden_states) - 1))]
+            stop.remove()
+        raise AssertionError("layer_at ran this layer")
 
 
 class _Reached(Exception):
@@ -205,3 +194,34 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 
 def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
+
+
+@torch.no_grad()
+def layer_at(model: GroundedModel, depth: float) -> nn.Module | None:
+    """Return the LM's layer that deep, or None where its layers cannot be told from its other parts.
+
+    The layers are the longest `nn.ModuleList` of which every member was run, once and in order, and gave states.
+
+    Args:
+        model: the grounded model.
+        depth: in parts of the number of layers.
+    """
+    ran: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        states = _first(output)
+        if isinstance(states, Tensor) and states.is_floating_point() and states.shape[:2] == (1, 2):
+            ran.append(module)
+
+    stacks = [part for part in core_of(model.lm).modules() if isinstance(part, nn.ModuleList)]
+    hooks = [layer.register_forward_hook(note) for stack in stacks for layer in stack]
+    try:
+        ids = torch.full((1, 2), model.facts.vocabulary.safe_id, device=model.adapter.logit_scale.device)
+        with model.bind():
+            model.run(ids, torch.ones_like(ids), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    whole = [list(stack) for stack in stacks if [part for part in ran if part in set(stack)] == list(stack)]
+    layers = max(whole, key=len, default=[])
+    return layers[max(0, round(depth * len(layers)) - 1)] if layers else None
