@@ -67,10 +67,6 @@ def check_batches(examples: ExampleDataset | ExampleStream | None, args: Groundi
                 f"The dataset has {len(examples)} usable rows, and a batch takes {size * processes}. Use a smaller "
                 "per_device_train_batch_size (--batch-size), or more rows."
             )
-    elif examples is not None and args.bank_size:
-        raise GroundingValueError(
-            "bank_size needs rows by number, and a stream has none. Leave out streaming, or bank_size."
-        )
     elif examples is not None and args.max_steps <= 0:
         if examples.features is None:
             raise GroundingValueError("Nobody knows how long a stream is that is not cached; give max_steps (--steps).")
