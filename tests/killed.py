@@ -34,7 +34,7 @@ def train(folder, trainer_class=GroundingTrainer, steps=STEPS, rows=ROWS, **chan
         for j, path in enumerate(images):
             if not path.exists():
                 picture(2 * i + j).save(path.with_suffix(".tmp"), "PNG")
-                path.with_suffix(".tmp").rename(path)
+                path.with_suffix(".tmp").replace(path)
         captions = [f"w{10 + i} w{20 + 2 * i} w9", f"w9 w{30 + i}", f"w{11 + i} w{12 + i}"]
         data.append({"image": [str(path) for path in images], "caption": captions})
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ POINTS = {
     "removing the old checkpoint": dying("rmtree", 3, lambda: shutil, one_removed),
     "evaluating": dying("loss", 2, lambda: validation.Validation),
     "disk full": full_disk,
-    "saving the adapter in the end": dying("rename", 5, lambda: saving.os),
+    "saving the adapter in the end": dying("rename", STEPS // 2 + 1, lambda: saving.os),
 }
 
 

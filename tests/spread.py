@@ -2,7 +2,8 @@
 
     accelerate launch --multi_gpu --num_processes 2 -m tests.spread FOLDER [KIND]
 
-KIND is "table", or "stream" for a stream of four files.
+KIND is "table", "stream" for a stream of four files, or "fsdp" for a table and a sharded base: accelerate shards on
+GPUs only, so its plugin is put in by hand here, and torch's own FSDP then runs on gloo.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from safetensors.torch import save
 
 from tests.tiny import grounded, picture
@@ -29,7 +30,7 @@ def data_of(kind, folder):
             picture(i).save(name)
     PartialState().wait_for_everyone()
     rows = [{"image": name, "caption": caption} for name, caption in zip(names, captions, strict=True)]
-    if kind == "table":
+    if kind != "stream":
         return rows
     return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
 
@@ -45,6 +46,18 @@ class Watched(GroundingTrainer):
             self.seen.append(inputs["rows"].tolist())
             self.captions += [ids.tolist() for ids in inputs["retrieval"]["input_ids"]]
         return super().compute_loss(model, inputs, *args, **options)
+
+
+class Sharded(Watched):
+    """The same with FSDP on CPUs."""
+
+    def create_accelerator_and_postprocess(self):
+        """Say that this is FSDP, which accelerate does for GPUs by itself."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        state.distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
 
 
 def main(folder, kind):
@@ -69,8 +82,8 @@ def main(folder, kind):
     data = data_of(kind, folder)
     torch.manual_seed(rank)  # The processes start differently, and have to agree by themselves.
     model = grounded("llama_untied")
-    rows = data if kind == "table" else list(data)
-    trainer = Watched(model, args, data, rows[:7])
+    rows = list(data)
+    trainer = (Sharded if kind == "fsdp" else Watched)(model, args, data, rows[:7])
     trainer.seen, trainer.captions = [], []
     trainer.train(resume_from_checkpoint=True)
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.adapter.state_dict().items()}

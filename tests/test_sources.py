@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import datasets
 import pytest
@@ -177,3 +181,15 @@ def test_workers_change_nothing_in_a_table_and_nothing_is_shown_twice(tmp_path):
         orders.append([batch["rows"].tolist() for batch in batches])
         assert sorted(sum(orders[-1], [])) == list(range(COUNT))
     assert orders[0] == orders[1]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_pairs(tmp_path):
+    code = "import json; from many_pairs import run; print(json.dumps(run(3000)))"
+    folder = Path(__file__).parent.parent / "benchmarks" / "training"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["cached"] == 3000 and found["steps"] == 60
+    assert max(found["growth_mb_after_a_quarter"].values()) < 40

@@ -62,6 +62,17 @@ def test_a_small_set_is_learnt(tmp_path):
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"] - 1
     assert after["eval_text_to_image_r1"] > 80
+    assert after["eval_ret_rate"] == 1 > before["eval_ret_rate"]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    wanted = {"captioning", "text_retrieval", "text_to_image", "image_to_text", "temperature", "grad_norm", "memory_mb"}
+    wanted |= {"text_to_image_accuracy", "image_to_text_accuracy", "tokens_per_second", "images_per_second"}
+    assert wanted | {"ret_input_norm", "ret_output_norm", "adapter_norm"} <= set(steps[-1])
+    assert all(math.isfinite(value) and value >= 0 for value in map(steps[-1].get, wanted))
+    assert [path.name for path in sorted((tmp_path / "pictures").iterdir())] == [
+        "eval-00000000.png",
+        "eval-00000060.png",
+    ]
+    assert any((tmp_path / "logs").iterdir())
 
 
 @pytest.mark.parametrize("prompted", [False, True], ids=["plain", "chat"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ def shard_base_only(accelerator: Accelerator, objective: GroundingObjective) -> 
     # Every process has loaded its own copy by now, and moving modules to "meta" would lose the adapter.
     plugin.cpu_ram_efficient_loading = False
     plugin.ignored_modules = [objective.model.adapter]
-    objective._no_split_modules = getattr(core_of(objective.model.lm), "_no_split_modules", None)
+    layers: Any = getattr(core_of(objective.model.lm), "_no_split_modules", None)
+    objective._no_split_modules = layers
     average_gradients(objective.model.adapter, accelerator)
 
 

@@ -78,17 +78,16 @@ def find_columns(names: Sequence[str], image: str | None = None, caption: str | 
         >>> find_columns(["__key__", "jpg", "json", "txt"])
         Columns(image='jpg', caption='txt', folder=None)
     """
-    found = {
-        "image": next((n for n in ((image,) if image else IMAGE_NAMES) if n in names), None),
-        "caption": next((n for n in ((caption,) if caption else CAPTION_NAMES) if n in names), None),
-    }
-    asked = {"image": image, "caption": caption}
-    if missing := [asked[kind] or f"one for each {kind}" for kind, name in found.items() if name is None]:
+    found_image = next((n for n in ((image,) if image else IMAGE_NAMES) if n in names), None)
+    found_caption = next((n for n in ((caption,) if caption else CAPTION_NAMES) if n in names), None)
+    if found_image is None or found_caption is None:
+        asked = [(found_image, image or "one for each image"), (found_caption, caption or "one for each caption")]
+        missing = [name for found, name in asked if found is None]
         raise GroundingValueError(
             f"The dataset has no columns {missing}; its columns are {list(names)}. Name them: --image-column, "
             "--caption-column."
         )
-    return Columns(found["image"], found["caption"])
+    return Columns(found_image, found_caption)
 
 
 def column_names(rows: Any) -> Iterable[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from visual_ground.features import FeatureCache
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.examples import ExampleDataset
+from visual_ground.training.losses import GroundingObjective
 from visual_ground.training.order import EpochSampler
 from visual_ground.training.prefixes import PrefixStore
 from visual_ground.training.preparing import Preparing
@@ -142,3 +144,14 @@ def set_row_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> 
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
     for group in groups:
         optimizer.add_param_group(group)
+
+
+@contextmanager
+def keeping_nothing(objective: GroundingObjective) -> Iterator[None]:
+    """Inside the block, prefixes are run and not kept: a restart does not evaluate again what was evaluated before."""
+    kept = objective.prefixes
+    objective.prefixes = None if kept is None else PrefixStore(objective.model, packed=kept.packed)
+    try:
+        yield
+    finally:
+        objective.prefixes = kept

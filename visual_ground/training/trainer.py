@@ -34,6 +34,7 @@ from visual_ground.training.shortcuts import choose_prefixes, find_shortcuts
 from visual_ground.training.starting import (
     check_batches,
     first_examples,
+    keeping_nothing,
     preparing_of,
     refill,
     set_row_rate,
@@ -174,9 +175,9 @@ class GroundingTrainer(Trainer):
             # A run that goes on does it too, though its checkpoint has other values: it leaves the same prefixes kept.
             fit_start(self.model, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows)))
         share_adapter(self.grounded.adapter, self.args.world_size)
-        if self.model.prefixes is not None and self.args.prefix_cache_gb and self.order is not None:
-            batches = steps_done * self.args.gradient_accumulation_steps
-            loader = self.get_train_dataloader()
+        kept = self.model.prefixes is not None and self.args.prefix_cache_gb > 0
+        if kept and steps_done and isinstance(self.train_dataset, ExampleDataset):
+            batches, loader = steps_done * self.args.gradient_accumulation_steps, self.get_train_dataloader()
             refill(self.model.prefixes, loader, self.order, batches, self._prepare_inputs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -233,9 +234,10 @@ class GroundingTrainer(Trainer):
         with gathered_outside_layers(self.model):
             found = validation.recalls()
             self._draw(examples, metric_key_prefix)
-        found["loss"] = validation.loss(
-            lambda rows: self.compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
-        )
+        with keeping_nothing(self.model):
+            found["loss"] = validation.loss(
+                lambda rows: self.compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
