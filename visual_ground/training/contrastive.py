@@ -46,6 +46,18 @@ def contrast(
         bank: more images, which only texts are compared with.
         across_processes: whether to.
     """
+    with torch.autocast(vectors.device.type, enabled=False):
+        return _contrast(adapter, vectors, features, groups, bank, across_processes)
+
+
+def _contrast(
+    adapter: Adapter,
+    vectors: Tensor,
+    features: Tensor,
+    groups: Tensor,
+    bank: FeatureBank | None,
+    across_processes: bool,
+) -> Contrast:
     images = adapter.embed_images(features)
     all_texts, all_images, all_groups, start = vectors, images, groups, 0
     if across_processes:
