@@ -7,9 +7,11 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.test_losses import batch_of, loss_and_gradients
+from tests.test_training import ROWS, arguments
 from tests.tiny import grounded
+from visual_ground import GroundingTrainer
 from visual_ground.errors import GroundingValueError
-from visual_ground.training import GroundingObjective
+from visual_ground.training import ExampleDataset, GroundingObjective
 from visual_ground.training.captions import Shortcuts
 from visual_ground.training.contrastive import FeatureBank, contrast
 from visual_ground.training.prefixes import PrefixStore
@@ -80,3 +82,19 @@ def test_a_bank_adds_negatives_of_other_groups():
     assert contrast(adapter, texts, features, groups).text_to_image <= few.text_to_image
     with pytest.raises(GroundingValueError, match="size 0"):
         FeatureBank(bank, others, 0)
+
+
+def test_the_trainer_takes_bank_disk_and_parts(tmp_path):
+    options = dict(bank_size=5, prefix_cache=str(tmp_path / "prefixes"), rows_at_once=2, max_steps=2)
+    model = grounded()
+    trainer = GroundingTrainer(model, arguments(tmp_path, **options), ROWS)
+    trainer.train()
+    assert trainer.model.bank.size == 5 and len(trainer.model.bank.groups) == len(ROWS)
+    assert len(list(tmp_path.glob("prefixes/*/*.prefixes"))) == 1
+    assert trainer.model.shortcuts == Shortcuts(True, True, True, 2)
+    with pytest.raises(GroundingValueError, match="cache_features"):
+        arguments(tmp_path, bank_size=1, cache_features=False)
+    with pytest.raises(GroundingValueError, match="rows_at_once must not be negative"):
+        arguments(tmp_path, rows_at_once=-1)
+    with pytest.raises(GroundingValueError, match="image features"):
+        FeatureBank.of(ExampleDataset(ROWS), 3)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from visual_ground.adapter import Adapter
 from visual_ground.errors import GroundingValueError
+from visual_ground.training.examples import ExampleDataset
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,23 @@ class FeatureBank:
                 f"features and {len(groups)} groups."
             )
         self.features, self.groups, self.size = features, groups, size
+
+    @classmethod
+    def of(cls, examples: ExampleDataset, size: int) -> FeatureBank:
+        """Build a bank of all images of a dataset whose features are known.
+
+        Args:
+            examples: the dataset.
+            size: as above.
+
+        Raises:
+            GroundingValueError: a dataset without features.
+        """
+        if getattr(examples, "groups", None) is None or examples.features is None:
+            raise GroundingValueError("A bank needs a dataset with image features; let the trainer cache them.")
+        features = [examples.features[number] for number in range(len(examples))]
+        groups = [int(group) for group, images in zip(examples.groups, features, strict=True) for _ in images]
+        return cls(torch.cat(features), torch.tensor(groups), size)
 
     def scores(self, adapter: Adapter, queries: Tensor, groups: Tensor) -> Tensor:
         """Return the scores (b, size) of scaled text vectors (b, q); -inf for images of a text's own group."""
