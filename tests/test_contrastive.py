@@ -1,5 +1,7 @@
 """Contrastive learning over processes and banks."""
 
+import datetime
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,7 +37,8 @@ def whole_batch(model):
 
 
 def one_of_several(rank, world, folder, quick):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    limit = datetime.timedelta(minutes=5)
+    dist.init_process_group("gloo", None, limit, world, rank, torch.distributed.FileStore(f"{folder}/meet", world))
     model = grounded()
     bounds = [0, 3, 6, 8] if world == 3 else [0, 5, 8]
     part = part_of(whole_batch(model), slice(bounds[rank], bounds[rank + 1]))
@@ -46,7 +49,6 @@ def one_of_several(rank, world, folder, quick):
     gradients = {name: value.grad for name, value in model.adapter.named_parameters()}
     every = [torch.zeros(()) for _ in range(world)]
     dist.all_gather(every, losses.loss.detach())
-    # The contrastive means are over each process's own pairs, so that processes of unequal size weigh unequally.
     if rank == 0:
         torch.save((torch.stack(every).mean(), gradients), f"{folder}/found")
     dist.destroy_process_group()

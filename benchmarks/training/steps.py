@@ -3,16 +3,14 @@
     python benchmarks/training/steps.py [--batch 8 32] [--rounds 5]
 
 Wall and processor seconds are both noted, for one thread: on a machine that others use too, the processor's are the
-steadier ones. Memory is the peak beyond the built model, each in a process of its own.
+steadier ones. Memory is measured by memory.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,47 +66,17 @@ def timed(size: int, rounds: int, full: bool, shape: tuple[str, str]) -> dict:
     return result
 
 
-def peak_mb(side: str, size: int, full: bool, shape: tuple[str, str]) -> float:
-    """Run two steps; return the peak resident memory beyond that of the built model, in MB."""
-    call = steps_of(side, size, full, shape)
-    built = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(2):
-        call()
-    return round(_status("VmHWM") - built, 1)
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(name))
-
-
-def memory(size: int, options: argparse.Namespace) -> dict:
-    """Return the peak memory of the sides, each in a fresh process."""
-    found = {}
-    for side in SIDES[:3]:
-        command = [sys.executable, __file__, "--memory", side, "--batch", str(size), "--shape", *options.shape]
-        found[side] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {"mb": found, "part_of_baseline": {side: round(found[side] / found["baseline"], 3) for side in SIDES[1:3]}}
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="all captions as long as fits: nothing to gain by packing")
     parser.add_argument("--shape", nargs=2, default=["opt-125m", "vit-b/32"])
-    parser.add_argument("--memory", choices=SIDES)
     parser.add_argument("--name", default="training_steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.memory:
-        print(peak_mb(options.memory, options.batch[0], options.full, tuple(options.shape)))
-        raise SystemExit
     results: dict = {"shape": options.shape, "captions": "all full" if options.full else "as long as web captions"}
     for size in options.batch:
         results[f"batch_{size}"] = timed(size, options.rounds, options.full, tuple(options.shape))
-        if not options.full:
-            results[f"batch_{size}"]["memory"] = memory(size, options)
         results["load_average"] = round(os.getloadavg()[1], 1)
         write(options.name, results)

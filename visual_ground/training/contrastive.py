@@ -60,10 +60,13 @@ def _contrast(
     across_processes: bool,
 ) -> Contrast:
     images = adapter.embed_images(features)
-    all_texts, all_images, all_groups, start = vectors, images, groups, 0
+    all_texts, all_images, all_groups, start, weight = vectors, images, groups, 0, 1.0
     if across_processes:
         all_texts, all_images, all_groups = (gathered(tensor) for tensor in (vectors, images, groups))
-        start = int(_counts(vectors)[: dist.get_rank()].sum())
+        counts = _counts(vectors)
+        start = int(counts[: dist.get_rank()].sum())
+        # Where processes have more and fewer rows, each counts by its rows.
+        weight = len(vectors) * len(counts) / int(counts.sum())
     own = torch.arange(start, start + len(vectors), device=vectors.device)
     scale = adapter.logit_scale.exp()
     texts = _masked(scale * vectors @ all_images.T, own, groups, all_groups)
@@ -71,8 +74,8 @@ def _contrast(
     if bank is not None:
         texts = torch.cat([texts, bank.scores(adapter, scale * vectors, groups)], 1)
     return Contrast(
-        F.cross_entropy(texts, own),
-        F.cross_entropy(found, own),
+        weight * F.cross_entropy(texts, own),
+        weight * F.cross_entropy(found, own),
         (texts.argmax(1) == own).float().mean(),
         (found.argmax(1) == own).float().mean(),
     )
