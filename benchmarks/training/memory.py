@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from shapes import grounded, parts
 from steps import SIDES, steps_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,7 +25,7 @@ MEASURED = SIDES[:3]
 
 def peak_mb(side: str, size: int, shape: tuple[str, str]) -> float:
     """Run two steps; return the peak resident memory beyond that of the built model, in MB."""
-    call = steps_of(side, size, False, shape)
+    call = steps_of(side, grounded(*parts(*shape)), size)
     built = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
@@ -47,18 +48,12 @@ if __name__ == "__main__":
     if options.side:
         print(peak_mb(options.side, options.batch[0], tuple(options.shape)))
         raise SystemExit
-    started = {
-        (size, side): subprocess.Popen(
-            [sys.executable, __file__, "--side", side, "--batch", str(size), "--shape", *options.shape],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for size in options.batch
-        for side in MEASURED
-    }
     results: dict = {"shape": options.shape}
     for size in options.batch:
-        found = {side: json.loads(started[size, side].communicate()[0]) for side in MEASURED}
-        parts = {side: round(found[side] / found["baseline"], 3) for side in MEASURED[1:]}
-        results[f"batch_{size}"] = {"mb": found, "part_of_baseline": parts}
-    write("training_memory", results)
+        found = {}
+        for side in MEASURED:
+            command = [sys.executable, __file__, "--side", side, "--batch", str(size), "--shape", *options.shape]
+            found[side] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        share = {side: round(found[side] / found["baseline"], 3) for side in MEASURED[1:]}
+        results[f"batch_{size}"] = {"mb": found, "part_of_baseline": share}
+        write("training_memory", results)

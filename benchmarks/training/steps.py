@@ -9,10 +9,12 @@ steadier ones. Memory is measured by memory.py.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,15 +24,16 @@ from baseline import Baseline, padded_ids
 from lean import Lean
 from shapes import batch, grounded, parts
 
+from visual_ground import GroundedModel
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import write
 
 SIDES = ("baseline", "ours", "ours_cached_features", "ours_cached_features_and_prefixes")
 
 
-def steps_of(side: str, size: int, full: bool, shape: tuple[str, str]):
+def steps_of(side: str, model: GroundedModel, size: int, full: bool = False) -> Callable[[], float]:
     """Return a call that runs one step of a side."""
-    model = grounded(*parts(*shape))
     made = batch(model, size, full=full)
     if side == "baseline":
         baseline, ids, pixels = Baseline(model), padded_ids(made), made["pixel_values"]
@@ -43,8 +46,13 @@ def steps_of(side: str, size: int, full: bool, shape: tuple[str, str]):
 
 def timed(size: int, rounds: int, full: bool, shape: tuple[str, str]) -> dict:
     """Time all sides by turns; return their medians, and the baseline's over each of ours."""
-    calls = {side: steps_of(side, size, full, shape) for side in SIDES}
-    first = {side: call() for side, call in calls.items()}
+    model = grounded(*parts(*shape))
+    start_values = copy.deepcopy(model.adapter.state_dict())
+    calls = {side: steps_of(side, model, size, full) for side in SIDES}
+    first = {}
+    for side, call in calls.items():
+        model.adapter.load_state_dict(start_values)
+        first[side] = call()
     wall: dict[str, list[float]] = {side: [] for side in SIDES}
     cpu: dict[str, list[float]] = {side: [] for side in SIDES}
     for done in range(rounds):
