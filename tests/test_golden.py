@@ -1,5 +1,6 @@
 """Law h: under the preset "fromage", what the official implementation computes, at 1e-5."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +241,19 @@ def watched_run(golden, run, tmp_path, **changes):
 def test_training_steps(golden, run, tmp_path):
     """All losses, gradients before and after clipping, weights before and after [RET] is renormalised, to the end."""
     trainer = watched_run(golden, run, tmp_path)
+    assert trainer.model.shortcuts.packed and trainer.model.shortcuts.direct_head and trainer.model.prefixes
+    check_run(golden, run, trainer)
+
+
+def test_training_steps_in_parts_with_prefixes_on_disk_and_layers_computed_again(golden, tmp_path):
+    names = {field.name for field in dataclasses.fields(GroundingTrainingArguments)}
+    checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
+    options = {"rows_at_once": 2, "prefix_cache": str(tmp_path / "prefixes"), checkpointing: True}
+    check_run(golden, "train_cc", watched_run(golden, "train_cc", tmp_path, **options))
+    assert len(list(tmp_path.glob("prefixes/*/*.jsonl"))) == 1
+
+
+def check_run(golden, run, trainer):
     log, accumulate = golden.values[f"{run}.log"], trainer.args.gradient_accumulation_steps
     scales = trainer.args.caption_loss_scale, trainer.args.retrieval_loss_scale
     assert len(trainer.losses) == len(log)

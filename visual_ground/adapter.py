@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,17 @@ from visual_ground.config import GroundingConfig
 # How far image rows start from the mean embedding, in parts of the embedding's spread. Rows that start as far out as
 # words do are noise that has to be unlearnt: benchmarks/start_values.py.
 START_SPREAD = 0.1
+
+
+def _in_float32(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep a method out of autocast: what is trained is computed in float32."""
+
+    @functools.wraps(method)
+    def computed(self: Adapter, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(self.logit_scale.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return computed
 
 
 class Adapter(nn.Module):
@@ -71,15 +84,18 @@ class Adapter(nn.Module):
         self.register_buffer("feature_std", torch.ones(feature_dim))
         self.register_buffer("ret_norms", torch.zeros(2))
 
+    @_in_float32
     def image_rows(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to input rows (n * k, d)."""
         rows = self.image_to_rows(self.standardise(features)).view(-1, self.embedding_dim)
         return self.embedding_mean + self.embedding_std * rows
 
+    @_in_float32
     def embed_images(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to unit vectors (n, q)."""
         return F.normalize(self.image_to_retrieval(self.standardise(features)), dim=-1)
 
+    @_in_float32
     def embed_states(self, states: list[Tensor]) -> Tensor:
         """Map the hidden states at `[RET]`, one (n, width) per text layer, to unit vectors (n, q)."""
         scaled = self.scale_states(states)

@@ -25,7 +25,11 @@ class GroundingTrainingArguments(TrainingArguments):
         feature_cache: folder of the frozen features; "features" in the output folder where None.
         cache_features: False runs the vision encoder in every step.
         prefix_cache_gb: memory for what the LM computes before each caption's `[RET]`, kept across epochs.
+        prefix_cache: folder where it is kept on disk, for all epochs, runs and processes; None keeps none there.
+        prefix_disk_gb: how much of it each process writes there at most.
         rows_at_once: rows whose activations are in memory at once; the loss stays that of the whole batch. 0 holds all.
+        bank_size: training images, drawn anew for each batch from the cached features, that its texts are told from
+            besides the batch's own.
         image_column: the column with the images.
         caption_column: the column with the captions.
         image_folder: where relative paths in the image column start.
@@ -60,7 +64,10 @@ class GroundingTrainingArguments(TrainingArguments):
     feature_cache: str | None = field(default=None)
     cache_features: bool = field(default=True)
     prefix_cache_gb: float = field(default=0.0)
+    prefix_cache: str | None = field(default=None)
+    prefix_disk_gb: float = field(default=50.0)
     rows_at_once: int = field(default=0)
+    bank_size: int = field(default=0)
     image_column: str = field(default="image")
     caption_column: str = field(default="caption")
     image_folder: str | None = field(default=None)
@@ -73,10 +80,13 @@ class GroundingTrainingArguments(TrainingArguments):
         super().__post_init__()
         if not 0 <= self.concat_captions_prob <= 1 or not 0 < self.captioning_fraction <= 1:
             raise GroundingValueError("concat_captions_prob must be in [0, 1] and captioning_fraction in (0, 1].")
-        if self.max_caption_length < 2 or self.prefix_cache_gb < 0 or self.rows_at_once < 0:
-            raise GroundingValueError(
-                "max_caption_length must be at least 2; prefix_cache_gb and rows_at_once must not be negative."
-            )
+        if self.max_caption_length < 2:
+            raise GroundingValueError(f"max_caption_length must be at least 2, got {self.max_caption_length}.")
+        for name in ("prefix_cache_gb", "prefix_disk_gb", "rows_at_once", "bank_size"):
+            if getattr(self, name) < 0:
+                raise GroundingValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.bank_size and not self.cache_features:
+            raise GroundingValueError("bank_size needs the cached features; leave cache_features=True.")
         if not 0 <= self.max_skipped <= 1 or self.pictures < 0:
             raise GroundingValueError("max_skipped must be in [0, 1], and pictures must not be negative.")
 

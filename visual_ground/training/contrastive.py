@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from visual_ground.adapter import Adapter
 from visual_ground.errors import GroundingValueError
+from visual_ground.training.examples import ExampleDataset
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,26 @@ def contrast(
         bank: more images, which only texts are compared with.
         across_processes: whether to.
     """
+    with torch.autocast(vectors.device.type, enabled=False):
+        return _contrast(adapter, vectors, features, groups, bank, across_processes)
+
+
+def _contrast(
+    adapter: Adapter,
+    vectors: Tensor,
+    features: Tensor,
+    groups: Tensor,
+    bank: FeatureBank | None,
+    across_processes: bool,
+) -> Contrast:
     images = adapter.embed_images(features)
-    all_texts, all_images, all_groups, start = vectors, images, groups, 0
+    all_texts, all_images, all_groups, start, weight = vectors, images, groups, 0, 1.0
     if across_processes:
         all_texts, all_images, all_groups = (gathered(tensor) for tensor in (vectors, images, groups))
-        start = int(_counts(vectors)[: dist.get_rank()].sum())
+        counts = _counts(vectors)
+        start = int(counts[: dist.get_rank()].sum())
+        # Where processes have more and fewer rows, each counts by its rows.
+        weight = len(vectors) * len(counts) / int(counts.sum())
     own = torch.arange(start, start + len(vectors), device=vectors.device)
     scale = adapter.logit_scale.exp()
     texts = _masked(scale * vectors @ all_images.T, own, groups, all_groups)
@@ -58,8 +74,8 @@ def contrast(
     if bank is not None:
         texts = torch.cat([texts, bank.scores(adapter, scale * vectors, groups)], 1)
     return Contrast(
-        F.cross_entropy(texts, own),
-        F.cross_entropy(found, own),
+        weight * F.cross_entropy(texts, own),
+        weight * F.cross_entropy(found, own),
         (texts.argmax(1) == own).float().mean(),
         (found.argmax(1) == own).float().mean(),
     )
@@ -91,6 +107,23 @@ class FeatureBank:
                 f"features and {len(groups)} groups."
             )
         self.features, self.groups, self.size = features, groups, size
+
+    @classmethod
+    def of(cls, examples: ExampleDataset, size: int) -> FeatureBank:
+        """Build a bank of all images of a dataset whose features are known.
+
+        Args:
+            examples: the dataset.
+            size: as above.
+
+        Raises:
+            GroundingValueError: a dataset without features.
+        """
+        if getattr(examples, "groups", None) is None or examples.features is None:
+            raise GroundingValueError("A bank needs a dataset with image features; let the trainer cache them.")
+        features = [examples.features[number] for number in range(len(examples))]
+        groups = [int(group) for group, images in zip(examples.groups, features, strict=True) for _ in images]
+        return cls(torch.cat(features), torch.tensor(groups), size)
 
     def scores(self, adapter: Adapter, queries: Tensor, groups: Tensor) -> Tensor:
         """Return the scores (b, size) of scaled text vectors (b, q); -inf for images of a text's own group."""

@@ -110,7 +110,7 @@ def lm_fingerprint(model: GroundedModel) -> str:
     Args:
         model: the grounded model.
     """
-    digest = hashlib.sha256(f"{model.lm.config.to_json_string()};{model.ret_token_id};".encode())
+    digest = hashlib.sha256(f"{model.lm.config};{model.ret_token_id};".encode())
     digest.update(str(model.config.mask_spare_columns).encode())
     for name, tensor in model.lm.state_dict().items():
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())

@@ -142,7 +142,8 @@ class PrefixStore:
         """Return the summed cross entropy of all captions' tokens and `[RET]`s."""
         row = self.model.adapter.ret_rows()[1]
         counts = [len(prefix.head_input) for prefix in prefixes]
-        ret = torch.cat([prefix.head_input for prefix in prefixes]).to(row) @ row
+        with torch.autocast(row.device.type, enabled=False):
+            ret = torch.cat([prefix.head_input for prefix in prefixes]).to(row) @ row
         normaliser = torch.logaddexp(torch.cat([prefix.log_normaliser for prefix in prefixes]).to(ret), ret)
         last = torch.tensor(counts, device=ret.device).cumsum(0) - 1
         own = torch.cat([prefix.label_logits for prefix in prefixes]).sum().to(ret)

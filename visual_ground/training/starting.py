@@ -21,9 +21,11 @@ from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.examples import ExampleDataset
 from visual_ground.training.losses import GroundingObjective
 from visual_ground.training.order import EpochSampler
+from visual_ground.training.prefix_files import PrefixFiles
 from visual_ground.training.prefixes import PrefixStore
 from visual_ground.training.preparing import Preparing
 from visual_ground.training.rows import Columns
+from visual_ground.training.shortcuts import choose_prefixes, find_shortcuts
 from visual_ground.training.streams import ExampleStream
 from visual_ground.training.validation import image_features
 
@@ -103,6 +105,24 @@ def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) 
         features = spread(STATISTICS_OF)
     adapter.standardise_with(features.to(adapter.feature_mean.device))
     return True
+
+
+def take_shortcuts(
+    objective: GroundingObjective, batch: Mapping[str, Any], args: GroundingTrainingArguments, sharded: bool
+) -> None:
+    """Set how an objective computes its losses: what this LM can do, and what the run's settings ask for.
+
+    Args:
+        objective: the losses.
+        batch: a few rows, on the run's device.
+        args: the settings.
+        sharded: whether the base is sharded, so that gradients are left to the backward pass.
+    """
+    model, room, folder = objective.model, int(args.prefix_cache_gb * 2**30), args.prefix_cache
+    ways = find_shortcuts(model, batch["captioning"], args.rows_at_once or None, at_once=not sharded)
+    keeper = PrefixFiles(folder, model, int(args.prefix_disk_gb * 2**30)) if folder else None
+    objective.shortcuts = ways
+    objective.prefixes = choose_prefixes(model, batch["retrieval"], room, ways.packed, keeper)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from visual_ground.model import GroundedModel
 from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, resolve
 from visual_ground.training import checkpoints
 from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.contrastive import FeatureBank
 from visual_ground.training.devices import gathered_outside_layers, shard_base_only, share_adapter
 from visual_ground.training.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.fitted_start import fit_start
@@ -30,7 +31,6 @@ from visual_ground.training.losses import GroundingLoss, GroundingObjective
 from visual_ground.training.order import EpochSampler
 from visual_ground.training.rows import Skipped, is_stream
 from visual_ground.training.sheets import draw_sheet, save_sheet, sheet_rows
-from visual_ground.training.shortcuts import choose_prefixes, find_shortcuts
 from visual_ground.training.starting import (
     check_batches,
     first_examples,
@@ -39,6 +39,7 @@ from visual_ground.training.starting import (
     refill,
     set_row_rate,
     standardise,
+    take_shortcuts,
 )
 from visual_ground.training.streams import ExampleStream, prepare_stream
 from visual_ground.training.validation import Validation
@@ -166,11 +167,9 @@ class GroundingTrainer(Trainer):
         fresh = standardise(self.grounded, self.train_dataset)
         if self.model.prefixes is None:
             batch = self._prepare_inputs(self.data_collator(first_examples(self.train_dataset, 8)))
-            rows_at_once = self.args.rows_at_once or None
-            ways = find_shortcuts(self.grounded, batch["captioning"], rows_at_once, at_once=not self.is_fsdp_enabled)
-            room = int(self.args.prefix_cache_gb * 2**30)
-            self.model.shortcuts = ways
-            self.model.prefixes = choose_prefixes(self.grounded, batch["retrieval"], room, ways.packed)
+            take_shortcuts(self.model, batch, self.args, sharded=self.is_fsdp_enabled)
+            if self.args.bank_size:
+                self.model.bank = FeatureBank.of(self.train_dataset, self.args.bank_size)
         if fresh and self.args.fit_start:
             # A run that goes on does it too, though its checkpoint has other values: it leaves the same prefixes kept.
             fit_start(self.model, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows)))
