@@ -1,10 +1,18 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from tests.tiny import FAMILIES, build
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.language import check_causal_lm, embedding_rows, head_rows, load_language_model, read_facts
+from visual_ground.language import (
+    check_causal_lm,
+    embedding_rows,
+    head_rows,
+    load_language_model,
+    read_facts,
+    reserved_ids,
+)
 
 
 class Tokenizer:
@@ -42,7 +50,7 @@ def test_a_head_without_weight_is_read_through_the_module():
 
 
 def test_what_is_no_causal_lm_is_refused():
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     with pytest.raises(GroundingTypeError, match="generate"):
         check_causal_lm(nn.Linear(2, 2))
@@ -53,3 +61,23 @@ def test_what_is_no_causal_lm_is_refused():
         load_language_model(build("gpt2"))
     with pytest.raises(GroundingValueError, match="text layer 9"):
         read_facts(build("gpt2"), Tokenizer(), (9,))
+
+
+def test_one_error_names_why_a_model_is_no_language_model():
+    from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    t5 = dict(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=10)
+    encoder_decoder = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **t5))
+    with pytest.raises(GroundingTypeError, match="encoder-decoder"):
+        check_causal_lm(encoder_decoder)
+    gpt2 = dict(n_embd=8, n_layer=1, n_head=1, vocab_size=10)
+    reward = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", num_labels=1, **gpt2))
+    with pytest.raises(GroundingTypeError, match="GPT2ForSequenceClassification"):
+        check_causal_lm(reward)
+
+
+def test_ids_with_a_meaning_are_found_in_every_part_of_a_config():
+    config = build("llama_untied").config
+    config.image_token_index, config.eos_token_id = 50, [2, 60]
+    config.text_config = AutoConfig.for_model("gpt2", bos_token_id=70)
+    assert {0, 1, 2, 50, 60, 70} <= reserved_ids(config)

@@ -222,9 +222,9 @@ class VirtualRows:
         if call is None or not call.enabled:
             return None
         hidden = args[0]
-        call.selected = call.positions is not None and hidden.shape[:-1] == call.positions.shape
-        if call.selected:
-            hidden = hidden[call.positions.to(hidden.device)].unsqueeze(0)
+        call.selected = False
+        if call.positions is not None and hidden.shape[:-1] == call.positions.shape:
+            hidden, call.selected = hidden[call.positions.to(hidden.device)].unsqueeze(0), True
         # Heads that predict several tokens ahead read (b, g, s, h); the first of the g is the next token's.
         call.head_input = hidden if hidden.dim() == 3 else hidden[:, 0]
         return (hidden if call.head_rows is None else hidden[..., : call.head_rows, :], *args[1:])
