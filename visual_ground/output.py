@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from visual_ground.folders import replacing
 from visual_ground.images import to_rgb
-from visual_ground.saving import replacing
 
 
 @dataclass(frozen=True)
