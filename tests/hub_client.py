@@ -20,6 +20,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, for the first server
         server.waits = []
         monkeypatch.setattr(time, "sleep", server.waits.append)
         yield server

@@ -48,7 +48,7 @@ def _metadata(record: AdapterRecord, repo_id: str | None) -> dict[str, Any]:
     results = [
         EvalResult(
             task_type=PIPELINE,
-            task_name=_task(name),
+            task_name="Retrieval and captioning",
             dataset_type=one.dataset,
             dataset_name=one.dataset,
             dataset_split=one.split,
@@ -72,11 +72,6 @@ def _metadata(record: AdapterRecord, repo_id: str | None) -> dict[str, Any]:
         base_model_relation="adapter" if is_named else None,
     )
     return dict(data.to_dict())
-
-
-def _task(metric: str) -> str:
-    way = next((said for start, said in WAYS.items() if metric.startswith(start)), None)
-    return f"Retrieval, {way}" if way else "Captioning" if "caption" in metric else "Evaluation"
 
 
 def _metric_type(metric: str) -> str:

@@ -21,8 +21,8 @@ from visual_ground.errors import GroundingFileError, GroundingTypeError, Groundi
 CARD_FILE = "README.md"
 ATTEMPTS, LONGEST_WAIT = 5, 120
 BUSY, OVERTAKEN = (429, 503), (409, 412)
-# "name" or "owner/name", as the Hub has them, behind "open_clip:" or "timm:" where these load it.
-HUB_NAME = re.compile(r"(?:open_clip:|timm:)?[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+# "name" or "owner/name", as the Hub has them; "open_clip:" or "timm:" before it, and "#part" after it, say how.
+HUB_NAME = re.compile(r"(?:open_clip:|timm:)?[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?(?:#[\w.]+)?")
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.fingerprint import tell_differences
 from visual_ground.generation import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
-from visual_ground.hub import HubOptions, PushOptions
+from visual_ground.hub import HubOptions, PushOptions, push_folder
 from visual_ground.index import ImageIndex
 from visual_ground.language import embedding_rows, head_rows
 from visual_ground.output import InterleavedOutput
 from visual_ground.parts import find_parts, new_adapter
 from visual_ground.reader import GroundedReader
-from visual_ground.record import NAMES
-from visual_ground.sharing import SavedAdapter, push_adapter, save_adapter
+from visual_ground.record import NAMES, AdapterRecord
+from visual_ground.sharing import FILES, SavedAdapter, published, save_adapter
 
 
 class GroundedModel(GroundedReader):
@@ -167,7 +167,10 @@ class GroundedModel(GroundedReader):
 
         What people wrote into an earlier README.md stays. The network is never used.
         """
-        save_adapter(folder, self.adapter.state_dict(), self.record)
+        self._save(folder, self.record)
+
+    def _save(self, folder: str | os.PathLike, record: AdapterRecord, repo_id: str | None = None) -> None:
+        save_adapter(folder, self.adapter.state_dict(), record, repo_id)
 
     def push_to_hub(
         self,
@@ -195,7 +198,8 @@ class GroundedModel(GroundedReader):
             GroundingFileError: the Hub did not take it; the repository is as it was.
         """
         options = PushOptions(private, revision, token, commit_message, create_pr)
-        return push_adapter(self.adapter.state_dict(), self.record, repo_id, options)
+        record = published(self.record)
+        return push_folder(lambda folder: self._save(folder, record, repo_id), repo_id, options, FILES)
 
     @classmethod
     def from_pretrained(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from PIL import Image, ImageDraw
 
 from visual_ground.images import to_rgb
+from visual_ground.links import ImageLink
 from visual_ground.output import InterleavedOutput, RetrievedImage
 from visual_ground.record import Report, Sample
 
@@ -29,7 +30,8 @@ def with_samples(report: Report, prompts: Sequence[str], answers: Sequence[Inter
         ('Here.', None)
     """
     samples = tuple(Sample(prompt, str(answer)) for prompt, answer in zip(prompts, answers, strict=True))
-    shown = [image for answer in answers for image in answer.images if image.image is not None]
+    images = [image for answer in answers for image in answer.images]
+    shown = [image for image in images if image.image is not None and not isinstance(image.image, ImageLink)]
     return replace(report, samples=samples, picture=_sheet(shown) if shown else None)
 
 

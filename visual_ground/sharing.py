@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visual_ground.card import PICTURE_FILE, render_card
@@ -22,6 +23,7 @@ from visual_ground.saving import (
     load_tensors_into,
     read_adapter_config,
     read_shapes,
+    read_tensors,
     resolve,
     write_adapter,
 )
@@ -88,7 +90,11 @@ class SavedAdapter:
 
 
 def save_adapter(
-    folder: str | os.PathLike, tensors: Mapping[str, Tensor], record: AdapterRecord, repo_id: str | None = None
+    folder: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    record: AdapterRecord,
+    repo_id: str | None = None,
+    pages: Sequence[str] = (),
 ) -> None:
     """Write an adapter folder, whole or not at all; what people wrote into its card stays.
 
@@ -97,33 +103,44 @@ def save_adapter(
         tensors: the adapter's state dict.
         record: what `adapter_config.json` says.
         repo_id: where it is to be published, for the card.
+        pages: cards besides the folder's own whose edits are kept.
     """
-    page = resolve(folder, CARD_FILE)
-    pages = [page.read_text(encoding="utf-8", errors="replace")] if page.is_file() else []
-    card = render_card(record, sum(tensor.numel() for tensor in tensors.values()), repo_id, pages)
+    card = render_card(record, sum(map(Tensor.numel, tensors.values())), repo_id, [*_cards_in(folder), *pages])
     picture = record.report.picture
     write_adapter(folder, tensors, record.to_dict(), card, {} if picture is None else {PICTURE_FILE: picture})
 
 
-def push_adapter(tensors: Mapping[str, Tensor], record: AdapterRecord, repo_id: str, options: PushOptions) -> str:
-    """Commit an adapter to the Hub, at once or not at all; return the commit's address.
+def published(record: AdapterRecord) -> AdapterRecord:
+    """Return what the Hub is told: models that were loaded from local folders go without their names."""
+    local = {name: value for name, value in record.names.items() if value and not is_hub_name(value)}
+    if local:
+        logger.warning("These were loaded from local folders and are published without a name: %s", local)
+    return replace(record, names={**record.names, **dict.fromkeys(local)})
 
-    Local paths stay at home: what was loaded from a local folder is published without a name.
+
+def push_saved(folder: str | os.PathLike, repo_id: str, options: PushOptions) -> str:
+    """Commit a saved adapter to the Hub without loading any model; return the commit's address.
 
     Args:
-        tensors: the adapter's state dict.
-        record: what `adapter_config.json` says.
+        folder: a local adapter folder; edits in its card are published.
         repo_id: made where it does not exist.
         options: where to, and how.
 
     Raises:
-        GroundingFileError: the Hub did not take it; the repository is as it was.
+        GroundingFileError: no adapter, or a damaged one; or the Hub did not take it, and is as it was.
     """
-    local = {name: value for name, value in record.names.items() if value and not is_hub_name(value)}
-    if local:
-        logger.warning("These were loaded from local folders and are published without a name: %s", local)
-        record = replace(record, names={**record.names, **dict.fromkeys(local)})
-    return push_folder(lambda folder: save_adapter(folder, tensors, record, repo_id), repo_id, options, FILES)
+    if not Path(folder).is_dir():
+        raise GroundingFileError(f"{str(folder)!r} is no local folder. Only a saved adapter can be pushed.")
+    saved = SavedAdapter.find(folder)
+    wanted = {name: torch.empty(shape, device="meta") for name, shape in saved.shapes.items()}
+    tensors, record = read_tensors(saved.folder / WEIGHTS_FILE, wanted), published(saved.record)
+    pages = _cards_in(folder)
+    return push_folder(lambda to: save_adapter(to, tensors, record, repo_id, pages), repo_id, options, FILES)
+
+
+def _cards_in(folder: str | os.PathLike) -> list[str]:
+    page = resolve(folder, CARD_FILE)
+    return [page.read_text(encoding="utf-8", errors="replace")] if page.is_file() else []
 
 
 def read_record(adapter: str | os.PathLike, **hub_options: Any) -> AdapterRecord:
