@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ VECTORS_FILE = "index.safetensors"
 ENTRIES_FILE = "index.json"
 IMAGES_FOLDER = "images"
 FILES = (VECTORS_FILE, ENTRIES_FILE, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
+OWN_NAME = re.compile(r"[\w.-]{1,200}(?:/[\w.-]{1,200}){0,7}", re.ASCII)
 KEYS = {"format_version", "ids", "images", "metadata"}
 
 
@@ -186,10 +187,10 @@ def _find_image(place: Any, folder: Path, rules: LinkRules) -> str | ImageLink |
     if isinstance(place, str):
         return place if not is_url(place) and rules.allow_path(place, folder) else ImageLink(place)
     name = place.get("file") if isinstance(place, dict) and len(place) == 1 else None
-    # Windows paths know both kinds of slash and drives, so this refuses the same names on every system.
-    if not isinstance(name, str) or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+    # Names that mean the same on every system: no drives, no second kind of slash, nothing too long, no way up.
+    if not isinstance(name, str) or not OWN_NAME.fullmatch(name) or ".." in name.split("/"):
         raise _leads_out(place, folder)
-    path = os.fspath(resolve(folder, name)) if "\0" not in name else name
+    path = os.fspath(resolve(folder, name))
     # huggingface_hub's cache keeps a snapshot's files beside it, behind symbolic links of its own.
     blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
     if not LinkRules(folders=(*blobs,)).allow_path(path, folder):
