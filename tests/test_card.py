@@ -34,7 +34,7 @@ def test_the_metadata_is_the_hub_s():
     recall = found["recall", "Recall at 10, text to image (percent)"]
     assert (recall.metric_value, recall.dataset_type, recall.dataset_split) == (50.0, "some/pairs", "test")
     assert recall.dataset_revision == "b" * 40 and len(found) == 4
-    assert found["accuracy", "caption pair accuracy (percent)"].metric_value == 71.25
+    assert found["accuracy", "Caption pair accuracy (percent)"].metric_value == 71.25
 
 
 def test_the_body_says_what_the_record_says():

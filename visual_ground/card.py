@@ -82,7 +82,8 @@ def _metric_name(metric: str) -> str:
     ranked = re.fullmatch(r"(\w+)_r(\d+)", metric)
     if ranked:
         return f"Recall at {ranked[2]}, {WAYS.get(ranked[1], ranked[1])} (percent)"
-    return metric.replace("_", " ") + (" (percent)" if metric.endswith("accuracy") else "")
+    words = metric.replace("_", " ")
+    return words[:1].upper() + words[1:] + (" (percent)" if metric.endswith("accuracy") else "")
 
 
 def _opening(record: AdapterRecord, count: int, repo_id: str | None) -> str:

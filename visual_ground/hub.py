@@ -40,7 +40,7 @@ class HubOptions:
     revision: str | None = None
     subfolder: str | None = None
     token: str | bool | None = None
-    cache_dir: str | os.PathLike | None = None
+    cache_dir: str | Path | None = None
     local_files_only: bool = False
 
     @classmethod
@@ -108,7 +108,7 @@ def fetch_folder(name: str | os.PathLike, files: Sequence[str], options: HubOpti
     return local / subfolder if subfolder else local
 
 
-def cached_commit(name: str, revision: str | None = None, cache_dir: str | os.PathLike | None = None) -> str | None:
+def cached_commit(name: str, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
     """Return the commit of a model that was just loaded by name, as the cache knows it; None for a local folder.
 
     Args:

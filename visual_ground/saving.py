@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     values: Mapping[str, Any],
     card: str,
-    more: Mapping[str, bytes] | None = None,
+    beside: Mapping[str, Callable[[Path], object]] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
@@ -84,23 +83,19 @@ def write_adapter(
         tensors: the adapter's state dict.
         values: what `adapter_config.json` holds; the format version and every shape are added.
         card: the text of README.md.
-        more: contents of further files, by name.
+        beside: writers of further files, as in `write_folder`.
     """
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     config = {**values, "format_version": FORMAT_VERSION, "shapes": shapes}
-    plain = {"README.md": card.encode("utf-8"), **(more or {})}
     write_folder(
         folder,
         {
-            **{name: partial(_write_bytes, data) for name, data in plain.items()},
+            "README.md": lambda path: path.write_bytes(card.encode("utf-8")),
+            **(beside or {}),
             WEIGHTS_FILE: lambda path: write_tensors(path, tensors),
             CONFIG_FILE: lambda path: write_json(path, config),
         },
     )
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:

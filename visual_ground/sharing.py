@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from visual_ground.saving import (
 
 logger = logging.getLogger(__name__)
 
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PICTURE_FILE)
+# What may stand beside an adapter: anchors to move it with, and what PEFT has put into its LM.
+BESIDE = ("anchors.safetensors", "lm_adapter/adapter_config.json", "lm_adapter/adapter_model.safetensors")
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PICTURE_FILE, *BESIDE)
 MOST_PICTURE_BYTES = 1 << 22
 
 
@@ -95,6 +98,7 @@ def save_adapter(
     record: AdapterRecord,
     repo_id: str | None = None,
     pages: Sequence[str] = (),
+    beside: Mapping[str, Callable[[Path], object]] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all; what people wrote into its card stays.
 
@@ -104,10 +108,17 @@ def save_adapter(
         record: what `adapter_config.json` says.
         repo_id: where it is to be published, for the card.
         pages: cards besides the folder's own whose edits are kept.
+        beside: writers of further files, as in `folders.write_folder`.
     """
     card = render_card(record, sum(map(Tensor.numel, tensors.values())), repo_id, [*_cards_in(folder), *pages])
-    picture = record.report.picture
-    write_adapter(folder, tensors, record.to_dict(), card, {} if picture is None else {PICTURE_FILE: picture})
+    writers = dict(beside or {})
+    if record.report.picture is not None:
+        writers[PICTURE_FILE] = partial(_write_bytes, record.report.picture)
+    write_adapter(folder, tensors, record.to_dict(), card, writers)
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
 
 
 def published(record: AdapterRecord) -> AdapterRecord:
@@ -134,8 +145,9 @@ def push_saved(folder: str | os.PathLike, repo_id: str, options: PushOptions) ->
     saved = SavedAdapter.find(folder)
     wanted = {name: torch.empty(shape, device="meta") for name, shape in saved.shapes.items()}
     tensors, record = read_tensors(saved.folder / WEIGHTS_FILE, wanted), published(saved.record)
-    pages = _cards_in(folder)
-    return push_folder(lambda to: save_adapter(to, tensors, record, repo_id, pages), repo_id, options, FILES)
+    pages, found = _cards_in(folder), {name: resolve(folder, name) for name in BESIDE}
+    beside = {name: partial(_write_bytes, path.read_bytes()) for name, path in found.items() if path.is_file()}
+    return push_folder(lambda to: save_adapter(to, tensors, record, repo_id, pages, beside), repo_id, options, FILES)
 
 
 def _cards_in(folder: str | os.PathLike) -> list[str]:
