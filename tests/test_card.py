@@ -3,7 +3,7 @@
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import grounded, picture
@@ -80,6 +80,7 @@ def test_a_page_that_was_not_ours_keeps_all_its_words():
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=30)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(TEXT.map(lambda t: " ".join(t.split())).filter(bool), TEXT, max_size=4), TEXT)
 def test_any_section_that_people_add_survives(sections, words):
     page = render_page({"a": 1}, {"": "# Title", "Use": "us"})

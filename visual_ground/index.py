@@ -62,7 +62,7 @@ class ImageIndex:
             raise GroundingValueError(f"vectors must be finite and (n, q), got shape {tuple(vectors.shape)}.")
         self.vectors = vectors.detach().float().cpu().contiguous()
         self.rules = LinkRules() if rules is None else rules
-        self.ids = list(range(len(vectors))) if ids is None else list(ids)
+        self.ids: list[str | int] = list(range(len(vectors))) if ids is None else list(ids)
         self.images = None if images is None else list(images)
         self.metadata = None if metadata is None else [dict(entry) for entry in metadata]
         for name in ("ids", "images", "metadata"):
