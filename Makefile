@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-short test fuzz lint types docs clean
+.PHONY: demo demo-short test fuzz test-slow test-architectures lint types docs clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -13,6 +13,13 @@ demo-short: $(VENV)/demo-installed
 
 test: $(VENV)/dev-installed
 	$(PY) -m pytest
+
+test-slow: $(VENV)/dev-installed
+	$(PY) -m pytest -m slow
+
+# Law i over every causal-LM architecture of the installed transformers; writes docs/support.json and docs/support.md.
+test-architectures: $(VENV)/dev-installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/architectures -n 2 -m "architectures or not architectures"
 
 # 2,000 broken adapters and 2,000 broken indexes.
 fuzz: $(VENV)/dev-installed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.fingerprint import SAMPLED_ROWS, Fingerprint, spread
-from visual_ground.virtual_rows import VirtualVocabulary
+from visual_ground.vocabulary import VirtualVocabulary
 
 CHUNK = 512
 
@@ -82,9 +82,15 @@ def check_causal_lm(lm: Any) -> None:
             raise GroundingTypeError(f"{name} is not a causal language model: it has no {method}().")
     if getattr(lm.config, "is_encoder_decoder", False):
         raise GroundingTypeError(f"{name} is an encoder-decoder; grounding needs a decoder-only causal LM.")
-    if lm.get_input_embeddings() is None or lm.get_output_embeddings() is None:
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if embedding is None or head is None:
         raise GroundingTypeError(
-            f"{name} has no language-model head over a vocabulary; load it with AutoModelForCausalLM."
+            f"{name} has no language-model head over a vocabulary, as reward models and classifiers have none; load it "
+            "with AutoModelForCausalLM."
+        )
+    if isinstance(embedding, nn.ModuleList) or isinstance(head, nn.ModuleList):
+        raise GroundingTypeError(
+            f"{name} reads or says several codebooks at once, as audio decoders do; grounding needs one stream of text."
         )
 
 
@@ -101,8 +107,8 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
         GroundingValueError: a text layer that the LM does not have.
     """
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    words, reserved = tokenizer.get_vocab(), _reserved_ids(lm, tokenizer)
-    num_rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    reserved = reserved_ids(lm.config) | frozenset(tokenizer.all_special_ids)
+    words, num_rows = tokenizer.get_vocab(), getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
     count = min(num_rows, max(words.values()) + 1)
     # Two different words, so that attention has a say in the fingerprint; special tokens may ask for more than ids.
     plain = [i for i in range(1, count) if i not in reserved] or [0]
@@ -110,42 +116,75 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
     frozen = Frozen(lm)
     try:
         sampled = embedding(torch.tensor([spread(count, SAMPLED_ROWS)], device=ids.device))[0]
-        embedded, head_input, logits, states = _run(lm, ids, any(layer != -1 for layer in text_layers))
+        # Asked for only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
+        embedded, head_input, output, widens = _run_once(lm, ids, any(layer != -1 for layer in text_layers))
     finally:
         frozen.restore()
+    states = getattr(output, "hidden_states", None) or ()
     for layer in text_layers:
         if layer != -1 and not -len(states) <= layer < len(states):
             raise GroundingValueError(f"text layer {layer} does not exist: the LM has {len(states)} hidden states.")
+    columns = output.logits.shape[-1] - widens
     return LanguageFacts(
         embedding_dim=embedded.shape[-1],
         head_dim=head_input.shape[-1],
         text_dims=tuple(head_input.shape[-1] if layer == -1 else states[layer].shape[-1] for layer in text_layers),
         tied=_is_tied(embedding, head, embedded, ids),
-        vocabulary=VirtualVocabulary(num_rows, logits.shape[-1], max(words.values()) + 1, reserved),
+        vocabulary=VirtualVocabulary(num_rows, columns, max(words.values()) + 1, reserved, widens=widens),
         fingerprint=None if head_input.is_meta else Fingerprint.of(words, sampled, head_input.flatten(0, -2)[-1]),
     )
 
 
-def _reserved_ids(lm: nn.Module, tokenizer: Any) -> frozenset[int]:
-    kinds = ("pad", "bos", "eos", "image", "video", "audio")
-    named = {getattr(lm.config, f"{kind}_token_id", None) for kind in kinds}
-    return frozenset(i for i in named | set(tokenizer.all_special_ids) if isinstance(i, int))
+def _run_once(lm: nn.Module, ids: Tensor, hidden_states: bool) -> tuple[Tensor, Tensor, Any, bool]:
+    """Run ids (1, s) with one more column of logits.
 
+    Returns:
+        What the embedding gave (1, s, d), what the head read (1, s, h), the LM's output, and whether its logits have
+        the column that was added.
 
-def _run(lm: nn.Module, ids: Tensor, hidden_states: bool) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
-    """Run ids (1, s); return the embedding's output, what the head reads, the logits, and any hidden states."""
-    seen: list[Tensor] = []
+    Raises:
+        GroundingTypeError: an LM that does not make logits (1, s, v) of ids alone, through both of its ends.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def widen(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
+        seen.update(head_input=args[0], head_output=logits)
+        return nn.functional.pad(logits, (0, 1))
+
     handles = [
-        lm.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output)),
-        lm.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.extend([args[0], out])),
+        lm.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.update(embedded=output)),
+        lm.get_output_embeddings().register_forward_hook(widen),
     ]
+    reason = "its logits are not one row over a vocabulary for each token"
     try:
-        # Asked for only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
         output = lm(input_ids=ids, output_hidden_states=hidden_states)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        output, reason = None, str(error).rstrip(".")
     finally:
         for handle in handles:
             handle.remove()
-    return seen[0], seen[-2], seen[-1], getattr(output, "hidden_states", None) or ()
+    logits = getattr(output, "logits", None)
+    if len(seen) == 3 and isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape:
+        widens = logits.shape[-1] == seen["head_output"].shape[-1] + 1
+        return seen["embedded"], seen["head_input"], output, widens
+    raise GroundingTypeError(
+        f"{type(lm).__name__} does not make logits of token ids alone, as a causal language model does and a draft "
+        f"head, which reads another model's states, does not. Its own words: {reason}."
+    )
+
+
+def reserved_ids(config: Any) -> frozenset[int]:
+    """Return the ids to which a config, or one that it holds, gives a meaning: pad, bos, eos, placeholders and more."""
+    ids: set[int] = set()
+    for name, value in vars(config).items():
+        if hasattr(value, "get_text_config"):
+            ids |= reserved_ids(value)
+        elif name.endswith(("_token_id", "_token_ids", "_token_index", "_index")):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            ids |= {i for i in values if type(i) is int}
+    return frozenset(ids)
 
 
 def embedding_device(lm: nn.Module) -> torch.device:

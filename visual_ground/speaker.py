@@ -105,6 +105,8 @@ class GroundedSpeaker(GroundedReader):
     ) -> InterleavedOutput:
         images = iter(retrieve(vectors, index, settings))
         parts: list[Any] = []
+        # An LM with more rows than its tokenizer has tokens can say ids that are no text.
+        ids = [i for i in ids if i < self.facts.vocabulary.num_tokens or i == self.ret_token_id]
         for piece in split_at_ret(ids, self.ret_token_id, self.tokenizer):
             parts += next(images) if piece is None else [piece]
         return InterleavedOutput(tuple(parts))
