@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-short test test-slow test-architectures lint types docs clean
+.PHONY: demo demo-short test fuzz test-slow test-architectures lint types docs clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -20,6 +20,10 @@ test-slow: $(VENV)/dev-installed
 # Law i over every causal-LM architecture of the installed transformers; writes docs/support.json and docs/support.md.
 test-architectures: $(VENV)/dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/architectures -n 2 -m "architectures or not architectures"
+
+# 2,000 broken adapters and 2,000 broken indexes.
+fuzz: $(VENV)/dev-installed
+	$(PY) -m pytest tests/test_fuzz.py -m fuzz
 
 lint: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .

@@ -88,7 +88,7 @@ def pool(output: Any) -> Tensor:
 
 
 def load_vision(
-    vision_encoder: str | nn.Module, image_processor: Any = None, revision: str | None = None
+    vision_encoder: str | nn.Module, image_processor: Any = None, revision: str | None = None, **hub: Any
 ) -> VisionEncoder:
     """Load or wrap a vision encoder.
 
@@ -96,6 +96,7 @@ def load_vision(
         vision_encoder: a Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", or a loaded module.
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
         revision: of a Hub id.
+        hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
         GroundingTypeError: neither a name nor a module.
@@ -105,7 +106,7 @@ def load_vision(
         return vision_encoder
     name = vision_encoder if isinstance(vision_encoder, str) else None
     if name is not None:
-        model, found = _load_by_name(name, revision)
+        model, found = _load_by_name(name, {"revision": revision, **hub})
     elif isinstance(vision_encoder, nn.Module):
         model, found = vision_encoder, None if image_processor is not None else _processor_of(vision_encoder)
     else:
@@ -113,7 +114,7 @@ def load_vision(
     return VisionEncoder(model.eval(), image_processor or found, name)
 
 
-def _load_by_name(name: str, revision: str | None) -> tuple[nn.Module, Any]:
+def _load_by_name(name: str, hub: dict[str, Any]) -> tuple[nn.Module, Any]:
     if name.startswith("open_clip:"):
         import open_clip
 
@@ -127,9 +128,8 @@ def _load_by_name(name: str, revision: str | None) -> tuple[nn.Module, Any]:
         return model, _processor_of(model)
     from transformers import AutoImageProcessor, AutoModel
 
-    return AutoModel.from_pretrained(name, revision=revision), AutoImageProcessor.from_pretrained(
-        name, revision=revision
-    )
+    options = {**hub, "trust_remote_code": False}
+    return AutoModel.from_pretrained(name, **options), AutoImageProcessor.from_pretrained(name, **options)
 
 
 def _processor_of(model: nn.Module) -> Any:

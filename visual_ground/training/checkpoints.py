@@ -19,8 +19,9 @@ from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.folders import resolve, sync
 from visual_ground.model import GroundedModel
-from visual_ground.saving import WEIGHTS_FILE, read_adapter_config, resolve, sync, write_json
+from visual_ground.saving import WEIGHTS_FILE, read_adapter_config, write_json
 
 logger = logging.getLogger(__name__)
 

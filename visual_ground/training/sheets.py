@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from visual_ground.errors import GroundingError
+from visual_ground.folders import replacing
 from visual_ground.images import to_rgb
 from visual_ground.model import GroundedModel
 from visual_ground.prompts import EncodedPrompt, pad_batch
-from visual_ground.saving import replacing
 from visual_ground.training.examples import ExampleDataset
 from visual_ground.training.validation import image_features, text_vectors
 

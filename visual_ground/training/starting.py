@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -32,6 +33,23 @@ from visual_ground.training.validation import image_features
 STATISTICS_OF = 65_536
 WITHOUT_CACHE = 1024
 FOLDER = "features"
+# The arguments that an adapter's card shows.
+RECORDED = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "caption_loss_scale",
+    "retrieval_loss_scale",
+    "concat_captions_prob",
+    "captioning_fraction",
+    "max_caption_length",
+    "seed",
+)
 
 
 def preparing_of(model: GroundedModel, args: GroundingTrainingArguments) -> Preparing:
@@ -123,6 +141,19 @@ def take_shortcuts(
     keeper = PrefixFiles(folder, model, int(args.prefix_disk_gb * 2**30)) if folder else None
     objective.shortcuts = ways
     objective.prefixes = choose_prefixes(model, batch["retrieval"], room, ways.packed, keeper)
+
+
+def record_settings(model: GroundedModel, args: GroundingTrainingArguments, examples: Any) -> None:
+    """Have the adapter's card say what it is trained with here.
+
+    Args:
+        model: the grounded model.
+        args: the settings.
+        examples: the training examples, which may be a stream without a length.
+    """
+    pairs = {"pairs": len(examples)} if hasattr(examples, "__len__") else {}
+    settings = {name: getattr(args, name) for name in RECORDED}
+    model.record_training({**pairs, "library_version": version("visual-ground"), **settings})
 
 
 @torch.no_grad()

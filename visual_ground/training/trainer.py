@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, resolve
-from visual_ground.training import checkpoints
+from visual_ground.training import checkpoints, starting
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.contrastive import FeatureBank
 from visual_ground.training.devices import gathered_outside_layers, shard_base_only, share_adapter
@@ -158,6 +158,7 @@ class GroundingTrainer(Trainer):
                 self._load_from_checkpoint(os.fspath(checkpoint))
                 return TrainOutput(checkpoints.global_step(checkpoint), 0.0, {})
         self._start(0 if checkpoint is None else checkpoints.global_step(checkpoint))
+        starting.record_settings(self.grounded, self.args, self.train_dataset)
         return super().train(None if checkpoint is None else os.fspath(checkpoint), **options)
 
     def _start(self, steps_done: int) -> None:
