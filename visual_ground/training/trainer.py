@@ -235,9 +235,8 @@ class GroundingTrainer(Trainer):
             found = validation.recalls()
             self._draw(examples, metric_key_prefix)
         with keeping_nothing(self.model):
-            found["loss"] = validation.loss(
-                lambda rows: self.compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
-            )
+            collate = lambda rows: self._prepare_inputs(self.data_collator(rows))  # noqa: E731
+            found["loss"] = validation.loss(lambda rows: self.compute_loss(self.model, collate(rows)))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
