@@ -26,11 +26,11 @@ from visual_ground.training.validation import image_features
 
 logger = logging.getLogger(__name__)
 
-PAIRS, IMITATED = 4096, 1024
+PAIRS = 4096
 # How deep the imitated state is, in parts of the LM's layers: deep enough for words to have a meaning that similar
 # words share, not so deep that it is only about the next word (benchmarks/start_values.py).
 DEPTH = 0.27
-STEPS, BATCH = 100, 64
+STEPS, BATCH = 200, 128
 # A step of the optimizer moves a row by about this part of the embedding's spread, whatever the features' width.
 STEP = 0.4
 
@@ -51,8 +51,7 @@ def fit_start(
     batches = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
     features = torch.cat([image_features(objective.model, rows) for rows in batches])
     start_retrieval(objective, [collate(rows) for rows in batches], features)
-    some = slice(None, None, -(-len(pairs) // IMITATED))
-    start_rows(objective.model, [row["caption"] for row in pairs[some]], features[some])
+    start_rows(objective.model, _shortest_captions(pairs), features)
 
 
 def _spread_out(examples: ExampleDataset | ExampleStream) -> list[dict[str, Any]]:
@@ -61,6 +60,15 @@ def _spread_out(examples: ExampleDataset | ExampleStream) -> list[dict[str, Any]
         return examples.some(PAIRS)
     count = 2 * len(examples)
     return [examples[i] for i in range(0, count, -(-count // PAIRS))]
+
+
+def _shortest_captions(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each pair the shortest caption of its group: the fewer words, the more of them are about the image."""
+    shortest: dict[int, str] = {}
+    for pair in pairs:
+        known = shortest.setdefault(pair["group"], pair["caption"])
+        shortest[pair["group"]] = min(known, pair["caption"], key=len)
+    return [shortest[pair["group"]] for pair in pairs]
 
 
 @torch.no_grad()
@@ -93,21 +101,30 @@ def start_rows(model: GroundedModel, captions: Sequence[str], features: Tensor, 
         logger.info("%s shows no layers, so image rows start near the mean embedding.", type(model.lm).__name__)
         return
     imitation = Imitation(model, layer)
-    texts = [model.encoder.encode_text(" " + caption.strip().rstrip(".!?,;: ")) for caption in captions]
-    wanted = torch.cat([imitation.text_states(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
+    known = sorted(set(captions), key=len)
+    texts = [model.encoder.encode_text(" " + _within_a_sentence(caption)) for caption in known]
+    states = torch.cat([imitation.text_states(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
+    number = {caption: i for i, caption in enumerate(known)}
+    wanted = states[[number[caption] for caption in captions]]
     spread = wanted.std(0, correction=0) + 1e-6
     rate = STEP / model.adapter.feature_dim
     optimizer = torch.optim.AdamW(model.adapter.row_groups(rate), betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     order = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
-        chosen = torch.randint(len(texts), (min(BATCH, len(texts)),), generator=order)
+        chosen = torch.randint(len(captions), (min(BATCH, len(captions)),), generator=order)
         loss = ((imitation.image_states(features[chosen]) - wanted[chosen]) / spread).square().mean()
         model.adapter.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     model.adapter.zero_grad()
+
+
+def _within_a_sentence(caption: str) -> str:
+    """Return a caption without the capital and the full stop that make it a sentence."""
+    bare = caption.strip().rstrip(".!?,;: ") or caption
+    return bare[0].lower() + bare[1:] if bare[1:2].islower() or bare[1:2] == " " else bare
 
 
 class Imitation:
