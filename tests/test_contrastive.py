@@ -62,7 +62,7 @@ def test_processes_together_are_one_with_the_whole_batch(world, quick, tmp_path)
     mean, found = torch.load(tmp_path / "found")
     assert torch.allclose(mean, losses.loss, rtol=1e-6, atol=1e-6)
     for name, gradient in gradients.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-6, atol=1e-6), name
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_a_bank_adds_negatives_of_other_groups():
