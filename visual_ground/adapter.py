@@ -33,6 +33,7 @@ class Adapter(nn.Module):
         config: the settings.
         embedding_dim: d, width of the LM's input embedding.
         feature_dim: f, width of the vision encoder's features.
+        patch_dim: with `visual_tokens_from="patches"`, the width of each of the k parts at the end of the features.
         text_dims: widths of the hidden states named by `config.text_layers`; the first -1 entry is h.
         head_dim: h, width of what the output head reads.
         tied: whether `[RET]`'s input and output row are one tensor.
@@ -52,12 +53,17 @@ class Adapter(nn.Module):
         text_dims: tuple[int, ...],
         head_dim: int,
         tied: bool,
+        patch_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.tied = config, tied
+        self.config, self.tied, self.patch_dim = config, tied, patch_dim
         self.embedding_dim, self.feature_dim = embedding_dim, feature_dim
-        self.image_to_rows = nn.Linear(feature_dim, config.num_visual_tokens * embedding_dim)
-        self.image_to_retrieval = nn.Linear(feature_dim, config.retrieval_dim)
+        self.pooled_dim = feature_dim - config.num_patch_tokens * patch_dim
+        if config.num_patch_tokens:
+            self.image_to_rows = nn.Linear(patch_dim, embedding_dim)
+        else:
+            self.image_to_rows = nn.Linear(feature_dim, config.num_visual_tokens * embedding_dim)
+        self.image_to_retrieval = nn.Linear(self.pooled_dim, config.retrieval_dim)
         self.text_to_retrieval = nn.ModuleList(nn.Linear(width, config.retrieval_dim) for width in text_dims)
         self.ret_input = nn.Parameter(torch.randn(embedding_dim) * 0.02)
         if not tied:
@@ -71,12 +77,15 @@ class Adapter(nn.Module):
 
     def image_rows(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to input rows (n * k, d)."""
-        rows = self.image_to_rows(self._standardise(features)).view(-1, self.embedding_dim)
+        features = self._standardise(features)
+        if self.config.num_patch_tokens:
+            features = features[:, self.pooled_dim :].reshape(-1, self.patch_dim)
+        rows = self.image_to_rows(features).view(-1, self.embedding_dim)
         return self.embedding_mean + self.embedding_std * rows
 
     def embed_images(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to unit vectors (n, q)."""
-        return F.normalize(self.image_to_retrieval(self._standardise(features)), dim=-1)
+        return F.normalize(self.image_to_retrieval(self._standardise(features)[:, : self.pooled_dim]), dim=-1)
 
     def embed_states(self, states: list[Tensor]) -> Tensor:
         """Map the hidden states at `[RET]`, one (n, width) per text layer, to unit vectors (n, q)."""
@@ -110,7 +119,7 @@ class Adapter(nn.Module):
         self.ret_input.copy_(embedding.mean)
         if not self.tied:
             self.ret_output.copy_(head.mean)
-        nn.init.normal_(self.image_to_rows.weight, std=START_SPREAD / math.sqrt(self.feature_dim))
+        nn.init.normal_(self.image_to_rows.weight, std=START_SPREAD / math.sqrt(self.image_to_rows.in_features))
         nn.init.zeros_(self.image_to_rows.bias)
         self.renormalise_ret()
 
@@ -119,7 +128,10 @@ class Adapter(nn.Module):
         """Take the statistics of the training images' features (n, f) as the standardisation."""
         features = features.float()
         self.feature_mean.copy_(features.mean(0))
-        self.feature_std.copy_(features.std(0, correction=0).clamp_min(1e-2 * features.std(correction=0) + 1e-6))
+        # Pooled features and patches differ in scale, so each part has a floor of its own.
+        parts = [part for part in features.tensor_split([self.pooled_dim], dim=1) if part.shape[1]]
+        floored = [part.std(0, correction=0).clamp_min(1e-2 * part.std(correction=0) + 1e-6) for part in parts]
+        self.feature_std.copy_(torch.cat(floored))
 
     @torch.no_grad()
     def renormalise_ret(self) -> None:

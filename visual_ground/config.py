@@ -25,6 +25,9 @@ class GroundingConfig:
 
     Args:
         num_visual_tokens: k, input rows per image, at least 1.
+        visual_tokens_from: "pooled" makes an image's k rows of its pooled features; "patches" makes each of them of its
+            own part of the picture, the mean of that part's patches. The retrieval vector is of the pooled features
+            either way.
         retrieval_dim: q, width of the space in which text and images are compared, at least 1.
         text_layers: hidden states that are mapped into the retrieval space and summed. -1 is what the output head
             reads; other numbers index transformers' `hidden_states` tuple (0 is the input of the first layer).
@@ -52,6 +55,7 @@ class GroundingConfig:
     """
 
     num_visual_tokens: int = 1
+    visual_tokens_from: str = "pooled"
     retrieval_dim: int = 256
     text_layers: tuple[int, ...] = (-1,)
     ret_token: str = "[RET]"
@@ -74,8 +78,17 @@ class GroundingConfig:
             raise GroundingValueError(f"ret_token must be text without outer spaces, got {self.ret_token!r}.")
         if self.image_prompt.count("{image}") != 1:
             raise GroundingValueError(f'image_prompt must have "{{image}}" in it once, got {self.image_prompt!r}.')
+        if self.visual_tokens_from not in ("pooled", "patches"):
+            raise GroundingValueError(
+                f'visual_tokens_from must be "pooled" or "patches", got {self.visual_tokens_from!r}.'
+            )
         if self.units not in ("lm", "plain"):
             raise GroundingValueError(f'units must be "lm" or "plain", got {self.units!r}.')
+
+    @property
+    def num_patch_tokens(self) -> int:
+        """Parts of the picture that the vision encoder must give besides its pooled features."""
+        return self.num_visual_tokens if self.visual_tokens_from == "patches" else 0
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GroundingConfig:

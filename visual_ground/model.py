@@ -22,7 +22,7 @@ from visual_ground.output import InterleavedOutput
 from visual_ground.reader import GroundedReader
 from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, read_adapter_config, resolve, write_adapter
 from visual_ground.virtual_rows import is_attached
-from visual_ground.vision import load_vision
+from visual_ground.vision_loading import load_vision
 
 
 class GroundedModel(GroundedReader):
@@ -145,6 +145,7 @@ class GroundedModel(GroundedReader):
         """Take everything off the LM and hand it back, bit for bit what it was."""
         self.rows.detach()
         self._frozen.restore()
+        self.vision.release()
         return self.lm
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -264,7 +265,7 @@ def _assemble(
         raise GroundingValueError(
             f"The tokenizer has the token {config.ret_token!r} already. Choose another GroundingConfig.ret_token."
         )
-    vision = load_vision(vision_encoder, image_processor)
+    vision = load_vision(vision_encoder, image_processor, num_patch_tokens=config.num_patch_tokens)
     names = {
         "base_model_name_or_path": getattr(lm.config, "_name_or_path", None) or None,
         "revision": getattr(lm.config, "_commit_hash", None),

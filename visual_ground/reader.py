@@ -54,7 +54,13 @@ class GroundedReader(nn.Module):
         self.lm, self.tokenizer, self.vision, self.config = lm, tokenizer, vision, config
         self.facts, self.names = facts, dict(names)
         self.adapter = Adapter(
-            config, facts.embedding_dim, vision.feature_dim, facts.text_dims, facts.head_dim, facts.tied
+            config,
+            facts.embedding_dim,
+            vision.feature_dim,
+            facts.text_dims,
+            facts.head_dim,
+            facts.tied,
+            vision.patch_dim,
         ).to(embedding_device(lm))
         self.ret_token_id = facts.vocabulary.ret_token_id
         self.encoder = PromptEncoder(tokenizer, config, self.ret_token_id)
