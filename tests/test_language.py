@@ -4,7 +4,8 @@ from torch import nn
 
 from tests.tiny import FAMILIES, build
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.language import check_causal_lm, embedding_rows, head_rows, load_language_model, read_facts
+from visual_ground.language import check_causal_lm, load_language_model, read_facts
+from visual_ground.language_weights import embedding_rows, head_rows
 
 
 class Tokenizer:

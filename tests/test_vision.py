@@ -5,7 +5,7 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from visual_ground.errors import GroundingError
-from visual_ground.vision_features import patches, pool
+from visual_ground.vision_features import pool
 from visual_ground.vision_loading import load_vision
 
 PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})

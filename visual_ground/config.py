@@ -41,6 +41,8 @@ class GroundingConfig:
         units: "lm" writes rows in units of the LM's own embedding (its mean and spread), standardises what the linear
             layers read, and starts `[RET]` at the mean embedding; "plain" is the published method, with raw linear
             layers.
+        train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
+            it beside; else it is as frozen as the LM.
         mask_spare_columns: set the logits of ids that no token has to -inf, as if the vocabulary were trimmed to the
             tokenizer.
 
@@ -65,6 +67,7 @@ class GroundingConfig:
     image_first: bool = False
     units: str = "lm"
     mask_spare_columns: bool = False
+    train_lm_adapter: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text_layers", tuple(self.text_layers))

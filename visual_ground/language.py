@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.language_weights import check_head, embedding_device, ends_are_tied
 from visual_ground.virtual_rows import VirtualVocabulary
-
-CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,22 @@ def load_language_model(
     """Load a causal LM and its tokenizer, or check those given.
 
     Args:
-        lm: Hub id, local folder, or a loaded model (also a `PeftModel`).
+        lm: Hub id, local folder, a GGUF file as a path or "owner/repository/file.gguf", or a loaded model (also a
+            `PeftModel`).
         tokenizer: a tokenizer or its name; found by the LM's name where None.
         revision: of a Hub id.
 
     Raises:
         GroundingTypeError: not a causal LM.
         GroundingValueError: no tokenizer can be found.
+        GroundingFileError: a path to a GGUF file that is not there.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(lm, str):
         tokenizer = lm if tokenizer is None else tokenizer
-        lm = AutoModelForCausalLM.from_pretrained(lm, revision=revision)
+        folder, options = _place(lm)
+        lm = AutoModelForCausalLM.from_pretrained(folder, revision=revision, **options)
     check_causal_lm(lm)
     source = tokenizer if tokenizer is not None else getattr(lm.config, "_name_or_path", "")
     if not source:
@@ -60,9 +62,20 @@ def load_language_model(
     if not isinstance(source, str):
         return lm, source
     try:
-        return lm, AutoTokenizer.from_pretrained(source, revision=revision)
+        folder, options = _place(source)
+        return lm, AutoTokenizer.from_pretrained(folder, revision=revision, **options)
     except (OSError, ValueError) as error:
         raise GroundingValueError(f"No tokenizer was found at {source!r}; pass tokenizer=. ({error})") from error
+
+
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    """Return the folder or Hub id of a name, and how to ask for the GGUF file in it where the name is of one."""
+    if not name.lower().endswith(".gguf"):
+        return name, {}
+    folder, file = os.path.split(name)
+    if not os.path.isfile(name) and (os.path.isdir(folder) or folder.count("/") != 1):
+        raise GroundingFileError(f"{name!r} is no file. Give a GGUF file's path, or owner/repository/file.gguf.")
+    return folder or ".", {"gguf_file": file}
 
 
 def check_causal_lm(lm: Any) -> None:
@@ -105,6 +118,7 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
         for handle in handles:
             handle.remove()
     embedded, head_input, logits = seen[0], seen[-2], seen[-1]
+    check_head(head, head_input, logits)
     states = getattr(output, "hidden_states", None) or ()
     for layer in text_layers:
         if layer != -1 and not -len(states) <= layer < len(states):
@@ -122,42 +136,9 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
         embedding_dim=embedded.shape[-1],
         head_dim=head_input.shape[-1],
         text_dims=tuple(head_input.shape[-1] if layer == -1 else states[layer].shape[-1] for layer in text_layers),
-        tied=_is_tied(embedding, head, embedded, ids),
+        tied=ends_are_tied(lm, embedded, ids),
         vocabulary=vocabulary,
     )
-
-
-def embedding_device(lm: nn.Module) -> torch.device:
-    """Return the device that input ids should be on."""
-    return getattr(lm.get_input_embeddings().weight, "device", torch.device("cpu"))
-
-
-def _is_tied(embedding: nn.Module, head: nn.Module, embedded: Tensor, ids: Tensor) -> bool:
-    rows, columns = getattr(embedding, "weight", None), getattr(head, "weight", None)
-    if rows is None or columns is None or rows.device.type == "meta" or rows.data_ptr() != columns.data_ptr():
-        return False
-    return torch.equal(embedded[0, 0], rows[ids[0, 0]].to(embedded))
-
-
-@torch.no_grad()
-def embedding_rows(lm: nn.Module, count: int) -> Iterator[Tensor]:
-    """Yield the embedding module's outputs for ids 0 to count - 1, in chunks (rows, d)."""
-    embedding, device = lm.get_input_embeddings(), embedding_device(lm)
-    for start in range(0, count, CHUNK):
-        yield embedding(torch.arange(start, min(start + CHUNK, count), device=device).unsqueeze(0))[0]
-
-
-@torch.no_grad()
-def head_rows(lm: nn.Module, count: int, head_dim: int) -> Iterator[Tensor]:
-    """Yield the output head's first `count` rows, in chunks (rows, h); a quantised head is read through the module."""
-    head = lm.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.dim() != 2 or weight.shape[1] != head_dim:
-        device = embedding_device(lm)
-        zero = torch.zeros(1, 1, head_dim, device=device)
-        eye = torch.eye(head_dim, device=device).unsqueeze(0)
-        weight = (head(eye) - head(zero))[0].T
-    yield from weight[:count].split(CHUNK)
 
 
 def core_of(lm: nn.Module) -> nn.Module:
@@ -174,10 +155,16 @@ class Frozen:
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self._training = [part for module in modules for part in module.modules() if part.training]
+        self._parameters: list[nn.Parameter] = []
+        self._training: list[nn.Module] = []
         for module in modules:
-            module.requires_grad_(False).eval()
+            self.add(module)
+
+    def add(self, module: nn.Module) -> None:
+        """Freeze one more module."""
+        self._parameters += [p for p in module.parameters() if p.requires_grad]
+        self._training += [part for part in module.modules() if part.training]
+        module.requires_grad_(False).eval()
 
     def restore(self) -> None:
         """Set every parameter and module back to what it was."""

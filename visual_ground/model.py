@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BatchFeature, LogitsProcessorList
 
-from visual_ground.adapter import RowStatistics
+from visual_ground import lm_adapters
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.generation import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.hub import fetch_adapter, push_folder, render_card
 from visual_ground.index import ImageIndex
-from visual_ground.language import embedding_rows, head_rows, load_language_model, read_facts
+from visual_ground.language import load_language_model, read_facts
 from visual_ground.output import InterleavedOutput
-from visual_ground.reader import GroundedReader
-from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, read_adapter_config, resolve, write_adapter
+from visual_ground.saving import read_adapter_config, write_adapter
+from visual_ground.switching import SwitchingReader
 from visual_ground.virtual_rows import is_attached
 from visual_ground.vision_loading import load_vision
 
 
-class GroundedModel(GroundedReader):
+class GroundedModel(SwitchingReader):
     """A frozen LM, a frozen vision encoder, and the adapter between them; made by `ground` or `from_pretrained`.
 
     Example:
@@ -144,8 +144,10 @@ class GroundedModel(GroundedReader):
     def unground(self) -> nn.Module:
         """Take everything off the LM and hand it back, bit for bit what it was."""
         self.rows.detach()
+        self.checkpointing.disable()
         self._frozen.restore()
-        self.vision.release()
+        for vision in self.visions.values():
+            vision.release()
         return self.lm
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -163,11 +165,15 @@ class GroundedModel(GroundedReader):
     # On disk and on the Hub.
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the adapter: adapter_config.json, adapter_model.safetensors, README.md; whole or not at all."""
+        """Write the active adapter: adapter_config.json, adapter_model.safetensors, README.md; whole or not at all.
+
+        With `train_lm_adapter`, what PEFT has put into the LM is written into a subfolder, `lm_adapter`.
+        """
         values = {**self.names, "config": self.config.to_dict(), "library": "visual_ground"}
         tensors = self.adapter.state_dict()
         count = sum(parameter.numel() for parameter in self.adapter.parameters())
-        write_adapter(folder, tensors, values, render_card(values, count))
+        beside = lm_adapters.writers(self.lm) if self.config.train_lm_adapter else {}
+        write_adapter(folder, tensors, values, render_card(values, count), beside)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, **options: Any) -> str:
         """Upload what `save_pretrained` writes, as one commit; see `hub.push_folder`."""
@@ -207,13 +213,16 @@ class GroundedModel(GroundedReader):
             raise GroundingValueError(
                 "This adapter was trained with a vision encoder that no name can load. Pass vision_encoder=."
             )
-        model = _assemble(lm, vision_encoder, tokenizer, image_processor, config)
+        prepare = (lambda base: lm_adapters.attach(base, folder)) if config.train_lm_adapter else None
+        model = _assemble(lm, vision_encoder, tokenizer, image_processor, config, prepare)
         try:
-            load_tensors_into(model.adapter, resolve(folder, WEIGHTS_FILE))
+            model.load_weights(folder)
         except BaseException:
             model.unground()
             raise
-        model.adapter.requires_grad_(is_trainable)
+        if not is_trainable:
+            model.requires_grad_(False)
+            model.trainable_adapters.clear()
         return model.train(is_trainable)
 
 
@@ -227,7 +236,7 @@ def ground(
     """Attach a new adapter between a causal LM and a vision encoder; both stay frozen.
 
     Args:
-        lm: Hub id, local folder, or a loaded causal LM (also a `PeftModel`).
+        lm: Hub id, local folder, a GGUF file's path, or a loaded causal LM (quantised, offloaded, or a `PeftModel`).
         vision_encoder: Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded model of one of
             these, or any module from pixels (n, c, h, w) to features (n, f).
         tokenizer: a tokenizer or its name; found by the LM's name where None.
@@ -243,21 +252,26 @@ def ground(
         GroundingStateError: the LM is grounded already.
     """
     model = _assemble(lm, vision_encoder, tokenizer, image_processor, config or GroundingConfig())
-    facts = model.facts
-    count = min(facts.vocabulary.num_rows, facts.vocabulary.num_tokens)
-    with model.disable_adapter():
-        embedding = RowStatistics.of(embedding_rows(model.lm, count))
-        head = None if facts.tied else RowStatistics.of(head_rows(model.lm, count, facts.head_dim))
-    model.adapter.start_from_lm(embedding, head)
+    try:
+        model.start_adapter()
+    except BaseException:
+        model.unground()
+        raise
     return model.train()
 
 
 def _assemble(
-    lm: str | nn.Module, vision_encoder: Any, tokenizer: Any, image_processor: Any, config: GroundingConfig
+    lm: str | nn.Module,
+    vision_encoder: Any,
+    tokenizer: Any,
+    image_processor: Any,
+    config: GroundingConfig,
+    prepare: Callable[[nn.Module], nn.Module] | None = None,
 ) -> GroundedModel:
     """Load and check the parts, then attach; whatever raises leaves the LM untouched."""
     if not isinstance(config, GroundingConfig):
         raise GroundingTypeError(f"config must be a GroundingConfig, got {type(config).__name__}.")
+    name = lm if isinstance(lm, str) else None
     lm, tokenizer = load_language_model(lm, tokenizer)
     if is_attached(lm):
         raise GroundingStateError("This LM is grounded already. Call unground() on its GroundedModel first.")
@@ -267,9 +281,10 @@ def _assemble(
         )
     vision = load_vision(vision_encoder, image_processor, num_patch_tokens=config.num_patch_tokens)
     names = {
-        "base_model_name_or_path": getattr(lm.config, "_name_or_path", None) or None,
+        "base_model_name_or_path": name or getattr(lm.config, "_name_or_path", None) or None,
         "revision": getattr(lm.config, "_commit_hash", None),
         "vision_encoder": vision.name,
         "vision_revision": getattr(getattr(vision.model, "config", None), "_commit_hash", None),
     }
+    lm = prepare(lm) if prepare is not None else lm
     return GroundedModel(lm, tokenizer, vision, config, read_facts(lm, tokenizer, config.text_layers), names)

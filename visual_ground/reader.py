@@ -2,85 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BatchFeature
 
-from visual_ground.adapter import Adapter
-from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingStateError, GroundingValueError
-from visual_ground.language import Frozen, LanguageFacts, core_of, embedding_device
-from visual_ground.prompts import EncodedPrompt, PromptEncoder, as_batch, pad_batch
-from visual_ground.virtual_rows import Call, VirtualRows
-from visual_ground.vision import VisionEncoder
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from visual_ground.language_weights import embedding_device
+from visual_ground.parts import GroundedParts
+from visual_ground.prompts import EncodedPrompt, as_batch, pad_batch
+from visual_ground.virtual_rows import Call
 
 
-class GroundedReader(nn.Module):
-    """The parts of a grounded model, and all that it can do without saying a word.
-
-    The LM is used where it is: hooks at its two ends give it `[RET]` and this call's image rows (`virtual_rows`).
-
-    Args:
-        lm: a causal LM; may be a `PeftModel`.
-        tokenizer: its tokenizer, never written to.
-        vision: the encoder.
-        config: the settings.
-        facts: what was read of the LM.
-        names: `base_model_name_or_path`, `revision`, `vision_encoder`, as the adapter's file will say.
-
-    Attributes:
-        lm, vision, adapter, tokenizer, image_processor, config, ret_token_id: the parts.
-    """
-
-    def __init__(
-        self,
-        lm: nn.Module,
-        tokenizer: Any,
-        vision: VisionEncoder,
-        config: GroundingConfig,
-        facts: LanguageFacts,
-        names: Mapping[str, str | None],
-    ) -> None:
-        super().__init__()
-        self.lm, self.tokenizer, self.vision, self.config = lm, tokenizer, vision, config
-        self.facts, self.names = facts, dict(names)
-        self.adapter = Adapter(
-            config,
-            facts.embedding_dim,
-            vision.feature_dim,
-            facts.text_dims,
-            facts.head_dim,
-            facts.tied,
-            vision.patch_dim,
-        ).to(embedding_device(lm))
-        self.ret_token_id = facts.vocabulary.ret_token_id
-        self.encoder = PromptEncoder(tokenizer, config, self.ret_token_id)
-        core = core_of(lm)
-        self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
-        self.rows = VirtualRows(core, facts.vocabulary, self.adapter.ret_rows, config.mask_spare_columns)
-        self._frozen = Frozen(lm, vision)
-        self.rows.attach()
-
-    @property
-    def image_processor(self) -> Any:
-        """Maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`."""
-        return self.vision.image_processor
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the adapter's mode; the frozen parts stay in evaluation mode."""
-        super().train(mode)
-        self.lm.eval()
-        self.vision.eval()
-        return self
+class GroundedReader(GroundedParts):
+    """All that a grounded model can do without saying a word; the arguments are those of `GroundedParts`."""
 
     # Prompts in.
 
@@ -185,7 +124,8 @@ class GroundedReader(nn.Module):
             if not bool(attention_mask[:, 0].all()):
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
                 lm_options["position_ids"] = positions[:, -input_ids.shape[1] :]
-        return self.lm(input_ids=input_ids, attention_mask=attention_mask, **lm_options)
+        with self.checkpointing.during(lm_options.get("use_cache")):
+            return self.lm(input_ids=input_ids, attention_mask=attention_mask, **lm_options)
 
     def ret_embeddings(self, call: Call, output: Any, positions: Tensor) -> Tensor:
         """Map the states of a finished run at `positions` (b, s) bool into the retrieval space, (r, q), unit length.

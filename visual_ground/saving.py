@@ -166,7 +166,11 @@ def _sync(path: Path) -> None:
 
 
 def write_adapter(
-    folder: str | os.PathLike, tensors: Mapping[str, Tensor], values: Mapping[str, Any], card: str
+    folder: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    card: str,
+    beside: Mapping[str, Callable[[Path], object]] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all.
 
@@ -177,6 +181,7 @@ def write_adapter(
         tensors: the adapter's state dict.
         values: what `adapter_config.json` holds; the format version and every shape are added.
         card: the text of README.md.
+        beside: writers of further files, as in `write_folder`.
     """
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     config = {**values, "format_version": FORMAT_VERSION, "shapes": shapes}
@@ -186,6 +191,7 @@ def write_adapter(
             "README.md": lambda path: path.write_bytes(card.encode("utf-8")),
             WEIGHTS_FILE: lambda path: write_tensors(path, tensors),
             CONFIG_FILE: lambda path: write_json(path, config),
+            **(beside or {}),
         },
     )
 

@@ -67,6 +67,13 @@ class GroundingObjective(nn.Module):
         self.model, self.prefixes = model, prefixes
         self.caption_loss_scale, self.retrieval_loss_scale = caption_loss_scale, retrieval_loss_scale
 
+    def gradient_checkpointing_enable(self, **options: object) -> None:
+        """Checkpoint the LM's layers, as `Trainer` asks where `gradient_checkpointing` is set."""
+        self.model.checkpointing.enable()
+
+    # The name that `Trainer` asks by in newer versions of transformers.
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
     def forward(
         self,
         captioning: Mapping[str, Tensor],

@@ -17,7 +17,6 @@ from visual_ground.errors import GroundingStateError, GroundingTypeError, Ground
 from visual_ground.evaluation import retrieval_recall
 from visual_ground.features import FeatureCache
 from visual_ground.model import GroundedModel
-from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, resolve
 from visual_ground.training.examples import ExampleCollator, ExampleDataset, check_columns
 from visual_ground.training.losses import GroundingLoss, GroundingObjective, choose_prefixes
 
@@ -157,6 +156,8 @@ class GroundingTrainer(Trainer):
     def _choose_prefixes(self) -> None:
         if self.train_dataset is None or self.model.prefixes is not None:
             return
+        if self.grounded.config.train_lm_adapter:
+            return  # What stands before [RET] depends on the LM's adapter then.
         some = [self.train_dataset[i] for i in range(min(len(self.train_dataset), 8))]
         batch = self._prepare_inputs(self.data_collator(some)["retrieval"])
         self.model.prefixes = choose_prefixes(self.grounded, batch, int(self.args.prefix_cache_gb * 2**30))
@@ -233,7 +234,7 @@ class GroundingTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_tensors_into(self.grounded.adapter, resolve(resume_from_checkpoint, WEIGHTS_FILE))
+        self.grounded.load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
