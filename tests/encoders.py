@@ -9,6 +9,7 @@ import numpy as np
 import open_clip
 import timm
 import torch
+from filelock import FileLock
 from PIL import Image
 from transformers import CLIPImageProcessor
 from transformers.models.auto import modeling_auto
@@ -114,11 +115,14 @@ def _shrink(config, text=False):
         put(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
         put(vocab_size=1000)
     if isinstance(getattr(config, "layer_types", None), list):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
-    if not hasattr(config, "fusion_hidden_size"):
-        for part in getattr(config, "sub_configs", None) or {}:
-            if hasattr(getattr(config, part, None), "to_dict"):
-                _shrink(getattr(config, part), "text" in part)
+        config.layer_types = config.layer_types[: getattr(config, "num_hidden_layers", None)]
+    for part in getattr(config, "sub_configs", None) or {}:
+        inner = getattr(config, part, None)
+        if hasattr(inner, "to_dict") and hasattr(config, "fusion_hidden_size"):
+            # A depth network reads layers by number, so its towers keep their depth and lose width.
+            inner.update({"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 12})
+        elif hasattr(inner, "to_dict"):
+            _shrink(inner, "text" in part)
     return config
 
 
@@ -197,6 +201,7 @@ def walk(build, name):
             vision = load_vision(model, processor)
         except GroundingError as refused:
             return {"name": name, "model": row["model"], "reason": str(refused)}
+    vision.eval()
     images = pictures()
     together = vision(vision.preprocess(images))
     assert together.shape == (2, vision.feature_dim) and torch.isfinite(together).all()
@@ -211,6 +216,7 @@ def walk(build, name):
 
 def record(group, row):
     """Put one result into the file of results."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results.setdefault(group, {})[row["name"]] = {key: value for key, value in row.items() if key != "name"}
-    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    with FileLock(Path(tempfile.gettempdir()) / "visual_ground_vision_results.lock"):
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results.setdefault(group, {})[row["name"]] = {key: value for key, value in row.items() if key != "name"}
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

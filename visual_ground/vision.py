@@ -250,3 +250,14 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _differ(name: str, vision: VisionEncoder, wide: Any, tall: Any) -> bool:
     """Return whether a tensor that goes with the pixels depends on the image's shape."""
     return name != vision.pixels_key and not torch.equal(wide[name], tall[name])
+
+
+class TransformProcessor:
+    """A per-image transform, as open_clip and timm have them, with the interface of a transformers image processor."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
+        """Return `{"pixel_values": (n, c, h, w)}`."""
+        return {"pixel_values": torch.stack([self.transform(image) for image in images])}

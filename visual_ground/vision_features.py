@@ -112,7 +112,14 @@ def _nearly_square(count: int, height: int, width: int) -> tuple[int, int] | Non
 def _channels_first(features: Tensor) -> Tensor:
     """Return (n, f, height, width); (n, height, width, f) is known by its square."""
     _, first, second, last = features.shape
-    return features.permute(0, 3, 1, 2) if first == second != last else features
+    if first == second != last:
+        return features.permute(0, 3, 1, 2)
+    if second != last and first < min(second, last):
+        raise GroundingTypeError(
+            f"A vision encoder must return (n, f, height, width), and in {tuple(features.shape)} the features' axis "
+            "cannot be told: tiles or crops, perhaps. Pool them in a module of your own."
+        )
+    return features
 
 
 def _first(output: Any, names: list[str]) -> Any:

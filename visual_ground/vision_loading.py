@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.vision import VisionEncoder
+from visual_ground.vision import TransformProcessor, VisionEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -186,14 +183,3 @@ def _resized(size: Any, wanted: tuple[int, int] | None) -> dict[str, int] | None
     if "height" in names:
         return {"height": wanted[0], "width": wanted[1]}
     return {"shortest_edge": min(wanted)} if names == {"shortest_edge"} else None
-
-
-class TransformProcessor:
-    """A per-image transform, as open_clip and timm have them, with the interface of a transformers image processor."""
-
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-
-    def __call__(self, images: Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
-        """Return `{"pixel_values": (n, c, h, w)}`."""
-        return {"pixel_values": torch.stack([self.transform(image) for image in images])}
