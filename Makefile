@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-short test test-vision lint types docs clean
+.PHONY: demo demo-short test test-vision test-real lint types docs clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -18,6 +18,10 @@ test: $(VENV)/dev-installed
 test-vision: $(VENV)/demo-installed $(VENV)/dev-installed
 	VISUAL_GROUND_RECORD=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_encoders.py -m "vision or not vision"
 	$(PY) -m benchmarks.vision_page
+
+# Real weights out of pip packages, loaded as users load theirs.
+test-real: $(VENV)/demo-installed $(VENV)/dev-installed
+	$(PY) -m pytest -m real
 
 lint: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .

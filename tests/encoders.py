@@ -9,6 +9,7 @@ import numpy as np
 import open_clip
 import timm
 import torch
+import transformers
 from filelock import FileLock
 from PIL import Image
 from transformers import CLIPImageProcessor
@@ -218,5 +219,6 @@ def record(group, row):
     """Put one result into the file of results."""
     with FileLock(Path(tempfile.gettempdir()) / "visual_ground_vision_results.lock"):
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results["versions"] = {module.__name__: module.__version__ for module in (open_clip, timm, torch, transformers)}
         results.setdefault(group, {})[row["name"]] = {key: value for key, value in row.items() if key != "name"}
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

@@ -4,7 +4,9 @@ import os
 
 import pytest
 
+from benchmarks.vision_page import page
 from tests.encoders import (
+    RESULTS,
     build_open_clip,
     build_timm,
     build_transformers,
@@ -57,6 +59,10 @@ def test_open_clip(name):
 @pytest.mark.parametrize("name", timm_names().values(), ids=timm_names())
 def test_timm(name):
     check("timm, one of each family", build_timm, name)
+
+
+def test_the_page_is_what_the_results_say():
+    assert (RESULTS.parent / "vision.md").read_text() == page()
 
 
 @pytest.mark.parametrize("name", QUICK["transformers"])
