@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class VisionEncoder(nn.Module):
         model: a transformers, open_clip or timm model, or any module from pixels (n, c, h, w) to features (n, f).
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`.
         name: the string it was loaded by, or None.
-        feature_dim: f, where it is known; found by running one image where None.
+        feature_dim: f, where it is known; found by running an image where None.
         num_patch_tokens: k parts of the picture that are wanted besides the pooled features; 0 for none.
         use_pooler: False takes the mean of the tokens where `pooler_output` is not to be trusted.
 
@@ -71,7 +72,7 @@ class VisionEncoder(nn.Module):
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
             self.release()
             raise GroundingValueError(
-                f"{type(model).__name__} gave no features for a grey image ({type(error).__name__}: {error}). A "
+                f"{type(model).__name__} gave no features for an image ({type(error).__name__}: {error}). A "
                 "vision encoder maps pixels (n, c, h, w) to features (n, f); give an image_processor that fits it."
             ) from error
         finally:
@@ -181,8 +182,10 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, int]:
-        """Return the widths of the pooled features and of the patches, of a grey image that is read twice."""
-        pixels = self._process([_grey(64, 64)])[self.pixels_key]
+        """Return the widths of the pooled features and of the patches, of an image that is read twice."""
+        # Of noise: the parts of a grey image look alike, so that hiding some would not show.
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        pixels = self._process([Image.fromarray(noise)])[self.pixels_key]
         if not _same(self(pixels), self(pixels)):
             self._mask_nothing(pixels)
         if not _same(self(pixels), self(pixels)):
@@ -244,7 +247,8 @@ def _grey(width: int, height: int) -> Image.Image:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+    room = 1e-3 * float(one.abs().nan_to_num(0, 0).max())
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=room, equal_nan=True)
 
 
 def _differ(name: str, vision: VisionEncoder, wide: Any, tall: Any) -> bool:
