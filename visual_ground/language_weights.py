@@ -30,9 +30,9 @@ def embedding_device(lm: nn.Module) -> torch.device:
 def weight_of(module: nn.Module) -> Iterator[Tensor | None]:
     """Give a module's plain floating weight inside the block, loaded from where it is offloaded to; else None."""
     with _loaded(module):
-        weight = getattr(module, "weight", None)
-        plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2
-        yield weight if plain and weight.device.type != "meta" else None
+        weight: Any = getattr(module, "weight", None)
+        usual = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+        yield weight if usual and weight.is_floating_point() and weight.dim() == 2 else None
 
 
 def _loaded(module: nn.Module) -> contextlib.AbstractContextManager[Any]:

@@ -121,7 +121,7 @@ class VisionEncoder(nn.Module):
         return pool(output, self.use_pooler), patches(output, k) if k else None
 
     def _open_clip_parts(self, pixels: Tensor) -> Tensor:
-        visual = self.model.visual
+        visual: Any = self.model.visual
         if not _has(visual, "forward_intermediates"):
             raise GroundingValueError(
                 f"{type(visual).__name__} gives no patches: it has no forward_intermediates. Set visual_tokens_from="
@@ -199,7 +199,7 @@ class VisionEncoder(nn.Module):
     def _mask_nothing(self, pixels: Tensor) -> None:
         """Let an encoder that hides patches at random, as it was trained, see whole images in order."""
         entry = entry_of(self.model)
-        config = getattr(entry, "config", None)
+        config: Any = getattr(entry, "config", None)
         if not getattr(config, "mask_ratio", 0):
             return
         self._mask_ratio, config.mask_ratio = config.mask_ratio, 0.0
