@@ -107,7 +107,8 @@ class VisionEncoder(nn.Module):
             return pool(model.encode_image(pixels)), self._open_clip_parts(pixels) if k else None
         if _has(model, "forward_features") and _has(model, "forward_head"):
             tokens = model.forward_features(pixels)
-            prefix = getattr(model, "num_prefix_tokens", None) if tokens.dim() == 3 else None
+            flat = isinstance(tokens, Tensor) and tokens.dim() == 3  # Some give a list, one for each of their branches.
+            prefix = getattr(model, "num_prefix_tokens", None) if flat else None
             return pool(model.forward_head(tokens, pre_logits=True)), patches(tokens, k, prefix) if k else None
         entry = entry_of(model)
         if self.pixels_key not in _parameters(entry):
