@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-short test test-vision test-real lint types docs clean
+.PHONY: demo demo-short test test-slow test-architectures test-vision test-real lint types docs clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -22,6 +22,13 @@ test-vision: $(VENV)/demo-installed $(VENV)/dev-installed
 # Real weights out of pip packages, loaded as users load theirs.
 test-real: $(VENV)/demo-installed $(VENV)/dev-installed
 	$(PY) -m pytest -m real
+
+test-slow: $(VENV)/dev-installed
+	$(PY) -m pytest -m slow
+
+# Law i over every causal-LM architecture of the installed transformers; writes docs/support.json and docs/support.md.
+test-architectures: $(VENV)/dev-installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/architectures -n 2 -m "architectures or not architectures"
 
 lint: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
-from visual_ground.features import FEATURES_FILE, INDEX_FILE, FeatureCache, fingerprint, image_key
+from visual_ground.feature_file import FEATURES_FILE, INDEX_FILE
+from visual_ground.features import FeatureCache, fingerprint, image_key
 from visual_ground.vision import TransformProcessor, VisionEncoder
 
 
@@ -78,10 +79,41 @@ def test_results_are_in_order_with_duplicates_computed_once(tmp_path):
 def test_the_key_is_the_content(tmp_path):
     image = pictures(1)[0]
     image.save(tmp_path / "a.png")
-    image.convert("RGBA").save(tmp_path / "b.png")
-    keys = {FeatureCache.key(i) for i in (image, tmp_path / "a.png", str(tmp_path / "a.png"), tmp_path / "b.png")}
-    assert len(keys) == 1
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    data = {"bytes": (tmp_path / "a.png").read_bytes(), "path": "shard/a.png"}
+    files = (tmp_path / "a.png", str(tmp_path / "b.png"), data, {"bytes": None, "path": str(tmp_path / "b.png")})
+    assert len({FeatureCache.key(i) for i in files}) == 1
+    assert image_key(image) == image_key(image.convert("RGBA")) != image_key(tmp_path / "a.png")
     assert image_key(image) != image_key(image.transpose(Image.Transpose.ROTATE_90))
+
+
+def test_a_known_file_is_not_decoded_again(tmp_path, monkeypatch):
+    pictures(1)[0].save(tmp_path / "a.png")
+    first = FeatureCache(tmp_path / "cache", encoder()).features([tmp_path / "a.png"])
+    cache = FeatureCache(tmp_path / "cache", encoder())
+    monkeypatch.setattr("visual_ground.features.decode_file", None)
+    assert torch.equal(cache.features([tmp_path / "a.png"]), first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_refused_one_by_one(tmp_path, workers):
+    images, refused = pictures(5), {}
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    cache = FeatureCache(tmp_path / "cache", encoder())
+    given = [*images[:2], tmp_path / "bad.png", 3, *images[2:], images[0]]
+    rows = cache.place(given, batch_size=2, workers=workers, refuse=lambda i, error: refused.update({i: error}))
+    assert sorted(refused) == [2, 3] and "bad.png" in str(refused[2]) and "int" in str(refused[3])
+    assert rows[2] == rows[3] == -1 and rows[7] == rows[0]
+    assert close(cache.file.read(rows[rows >= 0]), exact(encoder(), [*images, images[0]]))
+    stream = FeatureCache(tmp_path / "other", encoder())
+    assert stream.place(iter(images), batch_size=2).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_folder_of_another_encoder_is_named(tmp_path):
+    cache = FeatureCache(tmp_path, encoder())
+    cache.features(pictures(1))
+    with pytest.raises(GroundingValueError, match=cache.folder.name):
+        FeatureCache(cache.folder, encoder(seed=1))
 
 
 def test_other_encoders_do_not_share(tmp_path):

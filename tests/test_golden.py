@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, TrainerCallback
 
 from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ImageIndex, ground
 from visual_ground.training import GroundingObjective
+from visual_ground.training.captions import captioning_loss
 from visual_ground.training.examples import LabelledIds
-from visual_ground.training.prefixes import PrefixStore
+from visual_ground.training.prefixes import PrefixStore, plain_retrieval
 
 GOLDEN = Path(__file__).parent / "golden"
 RET = 501
@@ -125,6 +126,25 @@ def test_logits_and_embeddings(golden):
     close(images, theirs / theirs.norm(dim=-1, keepdim=True), 1e-6)
 
 
+@torch.no_grad()
+def test_concatenated_logits_and_prompted_losses(golden):
+    """Two captions in one row; and a prompt between the image and its caption."""
+    model, tensors, batch = golden.model, golden.tensors, batch_of(golden, concatenated=True)["captioning"]
+    features = model.vision(tensors["inputs.pixel_values"])
+    close(features, tensors["pooler_output"])
+    logits = model(batch["input_ids"], batch["attention_mask"], image_features=features).logits[:2]
+    for ours, wanted, kept in zip(logits, tensors["cap_concat1.logits"], batch["attention_mask"].bool(), strict=False):
+        length = int(kept.sum())
+        close(ours[:length, : RET + 1], wanted[:length])
+    prompt = model.tokenizer("A picture of", add_special_tokens=False)["input_ids"]
+    lengths = tensors["inputs.caption_len"].tolist()
+    rows = [row[:n].tolist() for row, n in zip(tensors["inputs.tokens"], lengths, strict=True)]
+    pad, marks = golden_collator(model)._pad, [-1] * model.config.num_visual_tokens
+    captioning = pad([LabelledIds.of([*marks, *prompt], row[:-1]) for row in rows])
+    close(captioning_loss(model, captioning, features), tensors["cap_prefix.loss"])
+    close(plain_retrieval(model, pad([LabelledIds.of(prompt, row) for row in rows])).loss, tensors["ret_prefix.loss"])
+
+
 def test_captions_become_the_official_token_rows(golden):
     collator = golden_collator(golden.model)
     tokens, lengths = golden.tensors["inputs.tokens"], golden.tensors["inputs.caption_len"].tolist()
@@ -136,33 +156,112 @@ def test_captions_become_the_official_token_rows(golden):
         assert list(collator.captioning(example).labels[k:]) == row[: length - 1].tolist()
 
 
-@pytest.mark.parametrize(
-    ("run", "steps", "accumulate"), [("train_nc", 5, 1), ("train_cc", 5, 1), ("train_accum2", 2, 2)]
-)
-def test_training_steps(golden, run, steps, accumulate, tmp_path):
-    """The weights after the first and the last step; their scheduler gives every step the full rate here."""
-    model = golden.model
+RUNS = {
+    "train_nc": dict(max_steps=5),
+    "train_cc": dict(max_steps=5),
+    "train_scale": dict(max_steps=3, caption_loss_scale=0.5, retrieval_loss_scale=2.0),
+    "train_noclip": dict(max_steps=1, max_grad_norm=0.0),
+    "train_accum2": dict(max_steps=2, gradient_accumulation_steps=2),
+}
+
+
+class Watched(GroundingTrainer):
+    """The trainer as it is, which notes what it computes on the way."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.losses, self.raw, self.clipped, self.stepped, self.renormalised = [], [], [], [], []
+        watched = self
+
+        class Notes(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, **kwargs):
+                watched.clipped.append(watched.gradients())
+
+            def on_optimizer_step(self, args, state, control, **kwargs):
+                watched.stepped.append(watched.weights())
+
+            def on_step_end(self, args, state, control, **kwargs):
+                watched.renormalised.append(watched.weights())
+
+        self.add_callback(Notes())  # after the trainer's own, so that its on_step_end is done
+
+    def weights(self):
+        return {name: value.detach().clone() for name, value in self.grounded.adapter.named_parameters()}
+
+    def gradients(self):
+        return {name: value.grad.clone() for name, value in self.grounded.adapter.named_parameters()}
+
+    def compute_loss(self, *args, **options):
+        loss, losses = super().compute_loss(*args, **{**options, "return_outputs": True})
+        self.losses.append(losses)
+        return (loss, losses) if options.get("return_outputs") else loss
+
+    def training_step(self, *args, **options):
+        loss = super().training_step(*args, **options)
+        self.raw.append(self.gradients())
+        return loss
+
+
+def relatively_close(ours, theirs, room=1e-5):
+    """Compare two tensors in parts of the larger one's largest entry."""
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max()) <= room * max(1e-3, float(theirs.abs().max()))
+
+
+def check_weights(golden, ours, theirs, ret_name):
+    for here, there in names(golden.model).items():
+        relatively_close(ours[here], golden.tensors[f"{theirs}.{there}"])
+    relatively_close(ours["ret_input"], golden.tensors[f"{theirs}.{ret_name}"])
+
+
+def watched_run(golden, run, tmp_path, **changes):
+    """Train through `GroundingTrainer`; their scheduler gives every step the full rate here."""
     args = GroundingTrainingArguments(
         output_dir=str(tmp_path),
         learning_rate=3e-4,
         lr_scheduler_type="constant",
         per_device_train_batch_size=6,
-        gradient_accumulation_steps=accumulate,
-        max_steps=steps,
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
         cache_features=False,
+        **RUNS[run],
+        **changes,
     )
-    batch = batch_of(golden, run != "train_nc")
-    rows = [{"image": Image.new("RGB", (32, 32)), "caption": "a"}] * 6 * accumulate
-    trainer = GroundingTrainer(model, args, rows)
+    batch = batch_of(golden, run in ("train_cc", "train_accum2"))
+    rows = [{"image": Image.new("RGB", (32, 32)), "caption": "a"}] * 6 * args.gradient_accumulation_steps
+    trainer = Watched(golden.model, args, rows)
     trainer.data_collator = lambda examples: batch
     trainer.train()
-    parameters = dict(model.adapter.named_parameters())
-    for here, there in names(model).items():
-        close(parameters[here], golden.tensors[f"{run}.final.{there}"])
-    close(parameters["ret_input"], golden.tensors[f"{run}.final.ret_row"])
+    return trainer
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_training_steps(golden, run, tmp_path):
+    """All losses, gradients before and after clipping, weights before and after [RET] is renormalised, to the end."""
+    trainer = watched_run(golden, run, tmp_path)
+    log, accumulate = golden.values[f"{run}.log"], trainer.args.gradient_accumulation_steps
+    scales = trainer.args.caption_loss_scale, trainer.args.retrieval_loss_scale
+    assert len(trainer.losses) == len(log)
+    for ours, theirs in zip(trainer.losses, log, strict=True):
+        close(ours.captioning * scales[0], theirs["ce_captioning"])
+        close(ours.text_retrieval * scales[1], theirs["ce_retrieval"])
+        close(ours.text_to_image, theirs["caption_loss"])
+        close(ours.image_to_text, theirs["image_loss"])
+        close(ours.loss / accumulate, theirs["loss"])
+        close(ours.text_to_image_accuracy * 100, theirs["acc_caption"][0])
+        close(ours.image_to_text_accuracy * 100, theirs["acc_image"][0])
+    raw = trainer.raw[accumulate - 1]
+    check_weights(golden, raw, f"{run}.grad_masked", "input_embeddings.weight[RET]")
+    check_weights(golden, trainer.clipped[0], f"{run}.grad_clipped", "input_embeddings.weight[RET]")
+    micro_steps = slice(accumulate - 1, None, accumulate)
+    for gradients, theirs in zip(trainer.raw[micro_steps], log[micro_steps], strict=True):
+        if theirs["grad_norm"] is not None:
+            norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+            assert float(norm) == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    check_weights(golden, trainer.stepped[0], f"{run}.step1", "ret_row_before_renorm")
+    check_weights(golden, trainer.renormalised[0], f"{run}.step1", "ret_row_after_renorm")
+    check_weights(golden, trainer.renormalised[-1], f"{run}.final", "ret_row")
 
 
 class Multiply(LogitsProcessor):

@@ -29,6 +29,9 @@ def test_paths_and_damage(tmp_path, monkeypatch):
     for name, words in [("cut.png", "truncated"), ("empty.png", "not an image"), ("none.png", "cannot be opened")]:
         with pytest.raises(GroundingValueError, match=words):
             to_rgb(tmp_path / name)
+    assert to_rgb({"bytes": path.read_bytes(), "path": "in/a.tar"}).size == to_rgb({"path": path}).size == (64, 64)
+    with pytest.raises(GroundingValueError, match=r"in/a\.png.*not an image"):
+        to_rgb({"bytes": b"0", "path": "in/a.png"})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(GroundingValueError, match="too large"):
         to_rgb(path)

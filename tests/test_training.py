@@ -11,8 +11,9 @@ from tests.tiny import FAMILIES, build, grounded, picture, tokenizer
 from visual_ground import GroundedModel, GroundingError, GroundingTrainer, GroundingTrainingArguments
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
-from visual_ground.training.losses import choose_prefixes, contrastive_losses, plain_retrieval
-from visual_ground.training.prefixes import PrefixStore
+from visual_ground.training.contrastive import contrastive_losses
+from visual_ground.training.prefixes import PrefixStore, plain_retrieval
+from visual_ground.training.shortcuts import choose_prefixes
 
 TEMPLATE = "{% for m in messages %}w50 {{ m.content }} w51 {% endfor %}{% if add_generation_prompt %}w52 {% endif %}"
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i} w9"} for i in range(12)]
@@ -189,10 +190,12 @@ def test_bad_datasets_and_models_are_named(tmp_path):
             GroundingTrainer(model, args, rows)
     with pytest.raises(GroundingTypeError, match="Linear"):
         GroundingTrainer(torch.nn.Linear(2, 2), args, ROWS)
-    for caption, match in [("", "no tokens"), (7, "int")]:
-        trainer = GroundingTrainer(model, args, [dict(row, caption=caption) for row in ROWS])
+    for caption, match in [("", "All captions.*empty"), (None, "All captions.*empty"), (7, "Row 0.*7.*int")]:
         with pytest.raises(GroundingError, match=match):
-            trainer.train()
+            GroundingTrainer(model, args, [dict(row, caption=caption) for row in ROWS])
+    for rows, batch, match in [(ROWS, 1, "batch of one"), (ROWS[:3], 4, "3 usable rows.*takes 4")]:
+        with pytest.raises(GroundingValueError, match=match):
+            GroundingTrainer(model, arguments(tmp_path, per_device_train_batch_size=batch), rows)
     model.adapter.requires_grad_(False)
     with pytest.raises(GroundingStateError, match="is_trainable"):
         GroundingTrainer(model, args, ROWS)

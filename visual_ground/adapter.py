@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visual_ground.closed_form import shared_space
 from visual_ground.config import GroundingConfig
 
 # How far image rows start from the mean embedding, in parts of the embedding's spread. Rows that start as far out as
@@ -77,7 +79,7 @@ class Adapter(nn.Module):
 
     def image_rows(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to input rows (n * k, d)."""
-        features = self._standardise(features)
+        features = self.standardise(features)
         if self.config.num_patch_tokens:
             features = features[:, self.pooled_dim :].reshape(-1, self.patch_dim)
         rows = self.image_to_rows(features).view(-1, self.embedding_dim)
@@ -85,22 +87,41 @@ class Adapter(nn.Module):
 
     def embed_images(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to unit vectors (n, q)."""
-        return F.normalize(self.image_to_retrieval(self._standardise(features)[:, : self.pooled_dim]), dim=-1)
+        return F.normalize(self.image_to_retrieval(self.standardise(features)[:, : self.pooled_dim]), dim=-1)
 
     def embed_states(self, states: list[Tensor]) -> Tensor:
         """Map the hidden states at `[RET]`, one (n, width) per text layer, to unit vectors (n, q)."""
-        if self.config.units == "lm":
-            states = [state.float() for state in states]
-            states = [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6) for state in states]
-        mapped = [layer(state.float()) for layer, state in zip(self.text_to_retrieval, states, strict=True)]
+        scaled = self.scale_states(states)
+        mapped = [layer(state) for layer, state in zip(self.text_to_retrieval, scaled, strict=True)]
         return F.normalize(torch.stack(mapped).sum(0), dim=-1)
+
+    def scale_states(self, states: list[Tensor]) -> list[Tensor]:
+        """Return the hidden states as the linear layers read them, in float32."""
+        states = [state.float() for state in states]
+        if self.config.units == "plain":
+            return states
+        return [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6) for state in states]
 
     def ret_rows(self) -> tuple[Tensor, Tensor]:
         """Return `[RET]`'s input row (d,) and output row (h,)."""
         return self.ret_input, self.ret_input if self.tied else self.ret_output
 
-    def _standardise(self, features: Tensor) -> Tensor:
+    def standardise(self, features: Tensor) -> Tensor:
+        """Return image features (n, f) as the linear layers read them, in float32."""
         return (features.float() - self.feature_mean) / self.feature_std
+
+    def row_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return an optimizer's parameter groups for the layer from images to input rows.
+
+        A step of Adam moves every weight by about the learning rate, and so moves a row by up to f times that where the
+        image tells, but only by once that where all images agree. The bias, which is all that they agree in, gets a
+        rate of its own: a tenth of what the weights can do together.
+
+        Args:
+            rate: learning rate of the weights.
+        """
+        layer = self.image_to_rows
+        return [{"params": [layer.weight], "lr": rate}, {"params": [layer.bias], "lr": rate * self.feature_dim / 10}]
 
     @torch.no_grad()
     def start_from_lm(self, embedding: RowStatistics, head: RowStatistics | None) -> None:
@@ -132,6 +153,30 @@ class Adapter(nn.Module):
         parts = [part for part in features.tensor_split([self.pooled_dim], dim=1) if part.shape[1]]
         floored = [part.std(0, correction=0).clamp_min(1e-2 * part.std(correction=0) + 1e-6) for part in parts]
         self.feature_std.copy_(torch.cat(floored))
+
+    @torch.no_grad()
+    def start_retrieval(self, states: list[Tensor], features: Tensor, groups: Tensor | None = None) -> None:
+        """Start both retrieval layers in the space that texts and images share, see `closed_form.shared_space`.
+
+        Args:
+            states: the hidden states at `[RET]` of n texts, one (n, width) per text layer.
+            features: (n, f), of their images.
+            groups: (n,), equal where two pairs are about the same thing.
+        """
+        texts = torch.cat(self.scale_states(states), -1)
+        pooled = self.standardise(features)[:, : self.pooled_dim]
+        text, image = shared_space(texts, pooled, self.config.retrieval_dim, groups)
+        widths = [layer.in_features for layer in self.text_to_retrieval]
+        for i, (layer, weight) in enumerate(zip(self.text_to_retrieval, text.weight.split(widths, -1), strict=True)):
+            # Where the shared space is narrower than q, the other dimensions keep a little of their random start.
+            blank = ~weight.any(-1, keepdim=True)
+            layer.weight.copy_(torch.where(blank, layer.weight * weight.std(), weight))
+            layer.bias.copy_(text.bias if i == 0 else torch.zeros_like(text.bias))
+        blank = ~image.weight.any(-1, keepdim=True)
+        self.image_to_retrieval.weight.copy_(
+            torch.where(blank, self.image_to_retrieval.weight * image.weight.std(), image.weight)
+        )
+        self.image_to_retrieval.bias.copy_(image.bias)
 
     @torch.no_grad()
     def renormalise_ret(self) -> None:

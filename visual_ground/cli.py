@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
+from visual_ground.errors import GroundingError
 from visual_ground.prompts import IMAGE_SUFFIXES
+
+TRAIN = "Train an adapter. A run that was stopped goes on when the same command is given again."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,14 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="visual-ground", description="Give any language model eyes.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train an adapter on image-caption pairs")
+    train = commands.add_parser("train", help="train an adapter on image-caption pairs", description=TRAIN)
     train.add_argument("lm", help="Hub id or folder of a causal LM")
     train.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
-    train.add_argument("--output", required=True, help="folder for the adapter and its checkpoints")
+    train.add_argument("--output", default="grounded", help="folder for the adapter, checkpoints, logs and pictures")
+    train.add_argument("--validation", metavar="DATASET", help="pairs to evaluate on at every checkpoint")
     train.add_argument("--steps", type=int, default=2000)
-    train.add_argument("--batch-size", type=int, default=64)
+    train.add_argument("--batch-size", type=int, help="pairs per step and process; default 64, or all there are")
     train.add_argument("--learning-rate", type=float, default=1e-3)
     train.add_argument("--visual-tokens", type=int, default=1, help="input rows per image")
+    train.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints")
+    train.add_argument("--workers", type=int, default=0, help="processes that read and decode")
+    train.add_argument("--streaming", action="store_true", help="read row by row, without a copy on the disk")
+    train.add_argument("--no-cache", action="store_true", help="run the encoder in every step, keep no features")
+    train.add_argument("--max-skipped", type=float, default=0.01, help="part of the pairs that may be unreadable")
+    train.add_argument("--bf16", action="store_true", help="load the LM in bfloat16")
     train.add_argument("--seed", type=int, default=0)
     index = commands.add_parser("index", help="embed images so that they can be found")
     chat = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
@@ -58,12 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]")
     push.add_argument("repository", help="Hub id of the new repository")
     for command in (train, evaluate):
-        command.add_argument(
-            "dataset", help="folder of images with metadata, a .csv/.tsv/.json/.parquet file, or Hub id"
-        )
+        command.add_argument("dataset", help="folder, file, pattern of files, or Hub id: see docs/training.md")
         command.add_argument("--split", default="train")
-        command.add_argument("--image-column", default="image")
-        command.add_argument("--caption-column", default="caption")
+        command.add_argument("--image-column", help="found by its name where not given")
+        command.add_argument("--caption-column", help="found by its name where not given")
+        command.add_argument("--image-folder", help="where relative paths start; beside the table where not given")
     names = ((train, _train), (index, _index), (chat, _chat), (evaluate, _evaluate), (push, _push))
     for command, run in names:
         command.set_defaults(run=run)
@@ -71,19 +79,61 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ground
+    from transformers import set_seed
 
-    model = ground(options.lm, options.vision, config=GroundingConfig(num_visual_tokens=options.visual_tokens))
+    from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ground
+    from visual_ground.training.sources import SHUFFLED, load_rows
+
+    rows = load_rows(options.dataset, options.split, options.streaming)
+    columns = _columns(options, rows)
+    validation = None if options.validation is None else load_rows(options.validation, options.split)
+    rows = rows.shuffle(seed=options.seed, buffer_size=SHUFFLED) if options.streaming else rows
+    most = 64 if options.streaming else max(2, min(64, len(rows) // int(os.environ.get("WORLD_SIZE", 1))))
     args = GroundingTrainingArguments(
         output_dir=options.output,
         max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size or most,
         learning_rate=options.learning_rate,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        eval_strategy="no" if validation is None else "steps",
+        eval_steps=options.save_steps,
+        logging_steps=min(10, options.steps),
+        dataloader_num_workers=options.workers,
+        cache_features=not options.no_cache,
+        image_column=columns.image,
+        caption_column=columns.caption,
+        image_folder=columns.folder,
+        max_skipped=options.max_skipped,
         seed=options.seed,
     )
-    trainer = GroundingTrainer(model, args, _pairs(options))
-    trainer.train()
-    model.save_pretrained(options.output)
+    # The adapter's start values must be the same when a killed run starts again.
+    set_seed(options.seed)
+    config = GroundingConfig(num_visual_tokens=options.visual_tokens)
+    model = ground(_language_model(options), options.vision, config=config)
+    trainer = GroundingTrainer(model, args, rows, validation)
+    trainer.train(resume_from_checkpoint=True)
+    if trainer.args.should_save:
+        model.save_pretrained(options.output)
+
+
+def _language_model(options: argparse.Namespace) -> Any:
+    if not options.bf16:
+        return options.lm
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(options.lm, dtype=torch.bfloat16)
+
+
+def _columns(options: argparse.Namespace, rows: Any) -> Any:
+    """Find a dataset's columns, and where its paths start."""
+    from dataclasses import replace
+
+    from visual_ground.training.sources import column_names, find_columns, folder_of
+
+    columns = find_columns(list(column_names(rows)), options.image_column, options.caption_column)
+    return replace(columns, folder=options.image_folder or folder_of(options.dataset))
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -121,11 +171,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from visual_ground.evaluation import caption_pair_accuracy, retrieval_recall
+    from visual_ground.training.sources import load_rows
 
-    model, rows = _load(options), _pairs(options)
-    captions = [row["caption"] for row in rows]
-    batches = [[row["image"] for row in rows[i : i + 32]] for i in range(0, len(rows), 32)]
-    features = torch.cat([model.vision(model.vision.preprocess(images)) for images in batches])
+    rows = load_rows(options.dataset, options.split)
+    columns = _columns(options, rows)
+    model = _load(options)
+    captions = [columns.captions(row)[0] for row in rows]
+    parts = []
+    for start in range(0, len(rows), 32):
+        images = [columns.images(rows[i])[0] for i in range(start, min(start + 32, len(rows)))]
+        parts.append(model.vision(model.vision.preprocess(images)))
+    features = torch.cat(parts)
     results = retrieval_recall(model, captions, features)
     results["caption_pair_accuracy"] = caption_pair_accuracy(model, captions, features)
     print(json.dumps({"pairs": len(rows), **results}, indent=2))
@@ -156,32 +212,6 @@ def _content(parts: Sequence[str]) -> list[dict[str, str]]:
     return [
         {"type": "image", "image": part} if os.path.isfile(part) else {"type": "text", "text": part} for part in parts
     ]
-
-
-def _pairs(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Load a dataset's images and captions; file names in it are relative to its folder."""
-    from datasets import load_dataset
-
-    path = Path(options.dataset)
-    kinds = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    try:
-        if path.is_dir():
-            loaded = load_dataset("imagefolder", data_dir=str(path), split=options.split)
-        elif path.suffix in kinds:
-            more = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            loaded = load_dataset(kinds[path.suffix], data_files=str(path), split=options.split, **more)
-        else:
-            loaded = load_dataset(options.dataset, split=options.split)
-    except (OSError, ValueError) as error:
-        raise GroundingFileError(f"The dataset {options.dataset!r} cannot be loaded: {error}") from error
-    image, caption = options.image_column, options.caption_column
-    if missing := [name for name in (image, caption) if name not in loaded.column_names]:
-        raise GroundingValueError(f"The dataset has no columns {missing}; its columns are {loaded.column_names}.")
-    rows = [{"image": row[image], "caption": row[caption]} for row in loaded]
-    for row in rows:
-        if isinstance(row["image"], str):
-            row["image"] = str(path.parent / row["image"])
-    return rows
 
 
 if __name__ == "__main__":

@@ -50,34 +50,46 @@ def retrieval_recall(model: GroundedReader, texts: Sequence[Any], features: Tens
 
 @torch.no_grad()
 def caption_pair_accuracy(
-    model: GroundedReader, captions: Sequence[str], features: Tensor, batch_size: int = 32
+    model: GroundedReader,
+    captions: Sequence[str],
+    features: Tensor,
+    wrong_images: int = 4,
+    batch_size: int = 32,
+    seed: int = 0,
 ) -> float:
-    """Return in how many percent of the pairs the true image gives the caption a higher likelihood than a wrong one.
+    """Return in how many percent of the cases the true image gives a caption a higher likelihood than a wrong one.
 
-    The wrong image of pair i is that of pair i + 1; the likelihood is summed over the caption's tokens.
+    The likelihood is summed over the caption's tokens.
 
     Args:
         model: the grounded model.
         captions: n captions, n at least 2.
         features: (n, f), their images' features.
+        wrong_images: how many of the other captions' images, drawn at random, each caption's own is compared with.
         batch_size: captions run at once.
+        seed: of the draw.
     """
-    if len(captions) != len(features) or len(captions) < 2:
-        raise GroundingValueError(
-            f"At least two pairs are needed, got {len(captions)} captions, {len(features)} images."
-        )
+    count = len(captions)
+    if count != len(features) or count < 2:
+        raise GroundingValueError(f"At least two pairs are needed, got {count} captions, {len(features)} images.")
+    draw = torch.Generator().manual_seed(seed)
     right = _caption_scores(model, captions, features, batch_size)
-    wrong = _caption_scores(model, captions, features.roll(-1, 0), batch_size)
-    return 100 * float((right > wrong).double().mean())
+    wins = []
+    for _ in range(wrong_images):
+        others = (torch.arange(count) + torch.randint(1, count, (count,), generator=draw)) % count
+        wins.append(right > _caption_scores(model, captions, features[others], batch_size))
+    return 100 * float(torch.stack(wins).double().mean())
 
 
 def _caption_scores(model: GroundedReader, captions: Sequence[str], features: Tensor, batch_size: int) -> Tensor:
     lead = tuple(model.encoder.caption_lead(image=True))
     tails = [tuple(model.encoder.encode_caption(caption)) for caption in captions]
-    whole = [EncodedPrompt(lead + tail, ()) for tail in tails]
-    scores = []
-    for start in range(0, len(whole), batch_size):
-        part = slice(start, start + batch_size)
-        lengths = [len(tail) for tail in tails[part]]
-        scores.append(model.tail_log_likelihood(whole[part], lengths, image_features=features[part]))
-    return torch.cat(scores)
+    scores = torch.zeros(len(captions))
+    # By length, so that one long caption does not pad all others.
+    order = sorted(range(len(tails)), key=lambda i: len(tails[i]))
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        whole = [EncodedPrompt(lead + tails[i], ()) for i in some]
+        lengths = [len(tails[i]) for i in some]
+        scores[some] = model.tail_log_likelihood(whole, lengths, image_features=features[some]).float().cpu()
+    return scores

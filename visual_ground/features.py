@@ -1,46 +1,37 @@
-"""Frozen image features, computed once and kept on disk.
-
-One folder holds the features of one encoder:
-
-    FOLDER/FINGERPRINT/features.f16   rows of f little-endian float16 numbers, only ever appended
-    FOLDER/FINGERPRINT/index.jsonl    {"row": R, "keys": [...]} per batch: row R + i belongs to keys[i]
-    FOLDER/FINGERPRINT/lock           held by the process that reads or writes the index
-
-A batch counts from the moment that its line in the index is whole. Its rows are on disk before that line is begun, so
-a process that is killed loses its last batch at most, and what it left is cut off before the next one is written.
-"""
+"""Frozen image features, computed once and kept on disk, in one folder per encoder (see `feature_file`)."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from visual_ground.errors import GroundingError, GroundingValueError
-from visual_ground.images import to_rgb
+from visual_ground.feature_file import FEATURES_FILE, STORED, FeatureFile
+from visual_ground.images import decode_file, image_name, read_file, to_rgb
 from visual_ground.vision import VisionEncoder
 
-FEATURES_FILE = "features.f16"
-INDEX_FILE = "index.jsonl"
-LOCK_FILE = "lock"
-STORED = np.dtype("<f2")
+UNREADABLE = -1
 
 
-def image_key(image: Image.Image | str | os.PathLike) -> str:
-    """Return the name of an image's content: the SHA-256 of its size and its RGB bytes.
+def image_key(image: Any) -> str:
+    """Return the name of an image's content: the SHA-256 of its file, or of a PIL image's size and RGB bytes.
+
+    A file need not be decoded to be known. The same picture as a file and as a PIL image has two keys.
 
     Args:
-        image: a PIL image or a path; the same picture has the same key either way.
+        image: a PIL image, a path, or `{"bytes": ..., "path": ...}`.
 
     Raises:
         GroundingError: as in `visual_ground.images.to_rgb`.
@@ -51,8 +42,10 @@ def image_key(image: Image.Image | str | os.PathLike) -> str:
         >>> image_key(Image.new("L", (2, 2))) == image_key(Image.new("L", (4, 1)))
         False
     """
-    rgb = to_rgb(image)
-    return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
+    if isinstance(image, Image.Image):
+        rgb = to_rgb(image)
+        return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
+    return hashlib.sha256(read_file(image)).hexdigest()
 
 
 def fingerprint(vision: VisionEncoder) -> str:
@@ -90,6 +83,9 @@ class FeatureCache:
         folder: where caches are kept; each encoder has a subfolder of its own, named by its fingerprint.
         vision: the encoder.
 
+    Raises:
+        GroundingValueError: the folder itself holds the features of one encoder.
+
     Example:
         >>> cache = FeatureCache("features", vision)  # doctest: +SKIP
         >>> cache.features(["cat.png", "dog.png"]).shape  # doctest: +SKIP
@@ -99,19 +95,23 @@ class FeatureCache:
     key = staticmethod(image_key)
 
     def __init__(self, folder: str | os.PathLike, vision: VisionEncoder) -> None:
-        self.vision, self.feature_dim = vision, vision.feature_dim
-        self.folder = Path(folder) / fingerprint(vision)
-        self._forget()
+        self.vision, self.feature_dim, mark = vision, vision.feature_dim, fingerprint(vision)
+        if (Path(folder) / FEATURES_FILE).is_file():
+            raise GroundingValueError(
+                f"{os.fspath(folder)!r} holds the features of one encoder, {Path(folder).name!r}; this model's encoder "
+                f"is {mark!r}. Give the folder above it, which has a folder for each encoder."
+            )
+        self.folder = Path(folder) / mark
+        self.file = FeatureFile(self.folder, self.feature_dim)
 
     def __len__(self) -> int:
-        with self._lock():
-            self._read_index()
-        return len(self._rows)
+        self.file.refresh()
+        return len(self.file.rows)
 
     def features(self, images: Sequence[Any], batch_size: int = 32, progress: bool = False) -> Tensor:
         """Return the features of images, in order; only those that the cache lacks are computed.
 
-        Every image is decoded, for its content is its key, but no more than `batch_size` are held at once.
+        No more than `batch_size` images are held at once.
 
         Args:
             images: n PIL images or paths; one picture may come several times.
@@ -125,61 +125,83 @@ class FeatureCache:
             GroundingValueError: an image that cannot be read, features that float16 cannot hold, or batch_size below 1.
                 The batches before it are kept.
             GroundingTypeError: an entry that is neither an image nor a path.
+            GroundingFileError: the disk is full.
         """
         if batch_size < 1:
             raise GroundingValueError(f"batch_size must be at least 1, got {batch_size}.")
-        with self._lock():
-            self._read_index()
-        keys: list[str] = []
-        waiting: dict[str, tuple[str, Image.Image]] = {}
-        for position, image in enumerate(tqdm(images, desc="features", unit="image", disable=not progress)):
-            rgb = _open(image, position)
-            keys.append(image_key(rgb))
-            if keys[-1] not in self._rows:
-                waiting.setdefault(keys[-1], (_name(image, position), rgb))
+        return self.file.read(self.place(images, batch_size, progress=progress))
+
+    def place(
+        self,
+        images: Iterable[Any],
+        batch_size: int = 32,
+        workers: int = 0,
+        progress: bool = False,
+        refuse: Callable[[int, GroundingError], None] | None = None,
+    ) -> np.ndarray:
+        """Return in which rows of the file the features of images are; those that it lacks are computed and written.
+
+        Images are encoded in the order given and written batch by batch, so a run that was killed and starts again
+        computes the same batches as one that was not, to the bit.
+
+        Args:
+            images: a sequence, or a stream that is read once, of PIL images, paths, or `{"bytes": ..., "path": ...}`.
+            batch_size: images encoded, and written, at once.
+            workers: processes that read and decode.
+            progress: show a progress bar.
+            refuse: called with the position and the error of an image that cannot be read, which then gets row -1;
+                where None the error is raised.
+
+        Returns:
+            (n,) int64.
+        """
+        self.file.refresh()
+        kind = _Sequence if hasattr(images, "__getitem__") else _Stream
+        pictures = DataLoader(kind(images, self), batch_size=None, num_workers=workers)
+        rows: list[int] = []
+        waiting: dict[str, tuple[str, Tensor]] = {}
+        unknown: list[tuple[int, str]] = []
+        for position, found in enumerate(tqdm(pictures, desc="features", unit="image", disable=not progress)):
+            if found.error is not None:
+                if refuse is None:
+                    raise type(found.error)(f"images[{position}]: {found.error}") from found.error
+                refuse(position, found.error)
+            rows.append(self.file.rows.get(found.key, UNREADABLE))
+            if found.error is None and rows[-1] == UNREADABLE:
+                unknown.append((position, found.key))
+                waiting.setdefault(found.key, (f"images[{position}], {found.name},", found.pixels))
             if len(waiting) == batch_size:
-                self._add(waiting)
-                waiting = {}
-        self._add(waiting)
-        return self._gather(keys)
+                self._add(waiting, rows, unknown)
+        self._add(waiting, rows, unknown)
+        return np.array(rows, dtype=np.int64)
 
-    def _gather(self, keys: Sequence[str]) -> Tensor:
-        """Return the rows (n, f) of keys, all of which are known."""
-        if not keys:
-            return torch.zeros(0, self.feature_dim)
-        shape = len(self._rows), self.feature_dim
-        stored = np.memmap(self.folder / FEATURES_FILE, STORED, mode="r", shape=shape)
-        return torch.from_numpy(np.asarray(stored[[self._rows[key] for key in keys]], dtype=np.float32))
-
-    def _add(self, waiting: Mapping[str, tuple[str, Image.Image]]) -> None:
-        """Compute and write what is still missing of `waiting`, key -> (name, RGB image)."""
-        with self._lock():
-            self._read_index()
-        missing = {key: value for key, value in waiting.items() if key not in self._rows}
-        if not missing:
-            return
-        # Encoding holds no lock, so that processes with different images do not wait for each other.
-        computed = dict(zip(missing, self._encode(list(missing.values())), strict=True))
-        with self._lock():
-            self._read_index()
-            self._write({key: row for key, row in computed.items() if key not in self._rows})
-            self._read_index()
+    def _add(self, waiting: dict[str, tuple[str, Tensor]], rows: list[int], unknown: list[tuple[int, str]]) -> None:
+        """Compute and write what is still missing of `waiting`, fill in the `unknown` of `rows`, and clear both."""
+        self.file.refresh()
+        missing = {key: value for key, value in waiting.items() if key not in self.file.rows}
+        if missing:
+            # Encoding holds no lock, so that processes with different images do not wait for each other.
+            self.file.add(dict(zip(missing, self._encode(missing), strict=True)))
+        for position, key in unknown:
+            rows[position] = self.file.rows[key]
+        waiting.clear()
+        unknown.clear()
 
     @torch.no_grad()
-    def _encode(self, named: Sequence[tuple[str, Image.Image]]) -> np.ndarray:
-        """Return the features (n, f) of named images as float16."""
-        model = self.vision.model
+    def _encode(self, missing: Mapping[str, tuple[str, Tensor]]) -> np.ndarray:
+        """Return the features (n, f) of named pixels as float16."""
+        model, names = self.vision.model, [name for name, _ in missing.values()]
         was_training = model.training
         model.eval()
         try:
-            features = self.vision(self.vision.preprocess([image for _, image in named])).float().cpu()
+            features = self.vision(torch.stack([pixels for _, pixels in missing.values()])).float().cpu()
         finally:
             model.train(was_training)
-        if features.shape != (len(named), self.feature_dim):
-            expected = len(named), self.feature_dim
+        if features.shape != (len(names), self.feature_dim):
+            expected = len(names), self.feature_dim
             raise GroundingValueError(f"The encoder must give features {expected}, got {tuple(features.shape)}.")
         rounded = features.half()
-        for (name, _), row, exact in zip(named, rounded, features, strict=True):
+        for name, row, exact in zip(names, rounded, features, strict=True):
             if not torch.isfinite(row).all():
                 raise GroundingValueError(
                     f"The features of {name} reach {exact.abs().max():.3g}, which is not finite in float16, and the "
@@ -187,72 +209,47 @@ class FeatureCache:
                 )
         return rounded.numpy().astype(STORED)
 
-    def _write(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Append rows, then the line that makes them count; the lock is held and the index is read."""
-        if not rows:
-            return
-        start, width = len(self._rows), self.feature_dim * STORED.itemsize
-        line = json.dumps({"row": start, "keys": list(rows)}) + "\n"
-        with open(self.folder / FEATURES_FILE, "ab") as file:
-            _append(file, start * width, b"".join(row.tobytes() for row in rows.values()))
-        with open(self.folder / INDEX_FILE, "ab") as file:
-            _append(file, self._index_end, line.encode())
 
-    def _read_index(self) -> None:
-        """Learn the rows that were added since the last look; the lock is held."""
-        index_size, features_size = _size(self.folder / INDEX_FILE), _size(self.folder / FEATURES_FILE)
-        rows_on_disk = features_size // (self.feature_dim * STORED.itemsize)
-        if index_size < self._index_end or rows_on_disk < len(self._rows):
-            self._forget()  # Someone emptied the cache, or cut it short.
-        if index_size == self._index_end:
-            return
-        with open(self.folder / INDEX_FILE, "rb") as file:
-            file.seek(self._index_end)
-            for line in file:
-                keys = _keys_of(line, len(self._rows))
-                if not keys or len(self._rows) + len(keys) > rows_on_disk:
-                    return
-                self._rows.update({key: row for row, key in enumerate(keys, start=len(self._rows))})
-                self._index_end += len(line)
+@dataclass
+class _Found:
+    """One image as a worker hands it over; pixels (c, h, w) only where the file lacks its features."""
 
-    def _forget(self) -> None:
-        self._rows: dict[str, int] = {}
-        self._index_end = 0
-
-    def _lock(self) -> FileLock:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / LOCK_FILE)
+    key: str = ""
+    name: str = ""
+    pixels: Tensor | None = None
+    error: GroundingError | None = None
 
 
-def _append(file: BinaryIO, end: int, data: bytes) -> None:
-    """Cut off what a killed process left behind `end`, write there, and wait until it is on disk."""
-    file.truncate(end)
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
+class _Sequence(TorchDataset):
+    """Images by number, read, keyed and, where the cache lacks them, decoded and preprocessed."""
+
+    def __init__(self, images: Any, cache: FeatureCache) -> None:
+        self.images, self.rows = images, cache.file.rows
+        self.preprocess = cache.vision.preprocess
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> _Found:
+        return self.look(self.images[number])
+
+    def look(self, image: Any) -> _Found:
+        """Read one image; an error in its place stays one."""
+        if isinstance(image, GroundingError):
+            return _Found(error=image)
+        try:
+            if isinstance(image, Image.Image):
+                image, key = to_rgb(image), image_key(image)
+                return _Found(key, "an image", None if key in self.rows else self.preprocess([image])[0])
+            data, name = read_file(image), image_name(image)
+            key = hashlib.sha256(data).hexdigest()
+            return _Found(key, name, None if key in self.rows else self.preprocess([decode_file(data, name)])[0])
+        except GroundingError as error:
+            return _Found(error=error)
 
 
-def _keys_of(line: bytes, row: int) -> list[str]:
-    """Return the keys of a line of the index that begins at `row`; none where it is incomplete or another row's."""
-    if not line.endswith(b"\n"):
-        return []
-    try:
-        entry = json.loads(line)
-        return entry["keys"] if entry["row"] == row else []
-    except (ValueError, KeyError, TypeError):
-        return []
+class _Stream(_Sequence, IterableDataset):
+    """The same for images that come one after the other."""
 
-
-def _open(image: Any, position: int) -> Image.Image:
-    try:
-        return to_rgb(image)
-    except GroundingError as error:
-        raise type(error)(f"images[{position}]: {error}") from error
-
-
-def _name(image: Any, position: int) -> str:
-    return f"images[{position}]" + ("" if isinstance(image, Image.Image) else f", {os.fspath(image)!r},")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    def __iter__(self):
+        return map(self.look, self.images)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -11,17 +14,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 
 
-def to_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
+def to_rgb(image: Any) -> Image.Image:
     """Return an image as upright 8-bit RGB; transparency becomes white.
 
     Args:
-        image: a PIL image of any mode (also palette, RGBA, CMYK, 16-bit), or a path.
+        image: a PIL image of any mode (also palette, RGBA, CMYK, 16-bit), a path, or `{"bytes": ..., "path": ...}`, as
+            `datasets` holds an image that is not decoded yet.
 
     Returns:
         An RGB image. A file that was opened here is closed again.
 
     Raises:
-        GroundingTypeError: neither an image nor a path.
+        GroundingTypeError: none of these.
         GroundingValueError: missing, unreadable, truncated, without pixels, or over Pillow's decompression limit.
 
     Example:
@@ -30,21 +34,54 @@ def to_rgb(image: Image.Image | str | os.PathLike) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return _decode(image, f"{type(image).__name__} of mode {image.mode}")
-    if not isinstance(image, (str, os.PathLike)):
+    return decode_file(read_file(image), image_name(image))
+
+
+def image_name(image: Any) -> str:
+    """Return what an image is called in messages: its path where it has one.
+
+    Example:
+        >>> image_name({"bytes": b"", "path": "shard/000.jpg"})
+        "'shard/000.jpg'"
+    """
+    if isinstance(image, Mapping):
+        return repr(image.get("path") or "bytes without a path")
+    return repr(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else f"{type(image).__name__}"
+
+
+def read_file(image: Any) -> bytes:
+    """Return the bytes of an image's file, given as a path or as `{"bytes": ..., "path": ...}`.
+
+    Raises:
+        GroundingTypeError: neither of these.
+        GroundingValueError: the file cannot be opened.
+    """
+    if isinstance(image, Mapping) and image.get("bytes") is not None:
+        return image["bytes"]
+    path = image.get("path") if isinstance(image, Mapping) else image
+    if not isinstance(path, (str, os.PathLike)):
         raise GroundingTypeError(f"An image must be a PIL image or a path, got {type(image).__name__}.")
-    name = os.fspath(image)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise GroundingValueError(f"The image {os.fspath(path)!r} cannot be opened: {error}.") from error
+
+
+def decode_file(data: bytes, name: str) -> Image.Image:
+    """Return the bytes of an image's file as RGB, as `to_rgb` does; `name` is for messages."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(name)
+            opened = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
-        raise GroundingValueError(f"{name!r} is not an image that Pillow can read.") from error
+        raise GroundingValueError(f"{name} is not an image that Pillow can read.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise GroundingValueError(f"{name!r} is too large: {error} Scale it down, or load it yourself.") from error
+        raise GroundingValueError(f"{name} is too large: {error} Scale it down, or load it yourself.") from error
     except OSError as error:
-        raise GroundingValueError(f"The image {name!r} cannot be opened: {error}.") from error
+        raise GroundingValueError(f"The image {name} cannot be opened: {error}.") from error
     with opened:
-        return _decode(opened, repr(name))
+        return _decode(opened, name)
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:

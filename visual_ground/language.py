@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.language_weights import check_head, embedding_device, ends_are_tied
-from visual_ground.virtual_rows import VirtualVocabulary
+from visual_ground.vocabulary import VirtualVocabulary
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,15 @@ def check_causal_lm(lm: Any) -> None:
             raise GroundingTypeError(f"{name} is not a causal language model: it has no {method}().")
     if getattr(lm.config, "is_encoder_decoder", False):
         raise GroundingTypeError(f"{name} is an encoder-decoder; grounding needs a decoder-only causal LM.")
-    if lm.get_input_embeddings() is None or lm.get_output_embeddings() is None:
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if embedding is None or head is None:
         raise GroundingTypeError(
-            f"{name} has no language-model head over a vocabulary; load it with AutoModelForCausalLM."
+            f"{name} has no language-model head over a vocabulary, as reward models and classifiers have none; load it "
+            "with AutoModelForCausalLM."
+        )
+    if isinstance(embedding, nn.ModuleList) or isinstance(head, nn.ModuleList):
+        raise GroundingTypeError(
+            f"{name} reads or says several codebooks at once, as audio decoders do; grounding needs one stream of text."
         )
 
 
@@ -104,33 +110,20 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
     Raises:
         GroundingValueError: a text layer that the LM does not have.
     """
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    seen: list[Tensor] = []
-    handles = [
-        embedding.register_forward_hook(lambda module, args, output: seen.append(output)),
-        head.register_forward_hook(lambda module, args, output: seen.extend([args[0], output])),
-    ]
+    embedding = lm.get_input_embeddings()
     ids = torch.ones((1, 2), dtype=torch.long, device=embedding_device(lm))
-    try:
-        # Asked for only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
-        output = lm(input_ids=ids, output_hidden_states=any(layer != -1 for layer in text_layers))
-    finally:
-        for handle in handles:
-            handle.remove()
-    embedded, head_input, logits = seen[0], seen[-2], seen[-1]
-    check_head(head, head_input, logits)
+    # Asked for only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
+    embedded, head_input, output, widens = _run_once(lm, ids, any(layer != -1 for layer in text_layers))
     states = getattr(output, "hidden_states", None) or ()
     for layer in text_layers:
         if layer != -1 and not -len(states) <= layer < len(states):
             raise GroundingValueError(f"text layer {layer} does not exist: the LM has {len(states)} hidden states.")
-    reserved = {
-        getattr(lm.config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "image", "video", "audio")
-    }
     vocabulary = VirtualVocabulary(
         num_rows=getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0],
-        num_columns=logits.shape[-1],
+        num_columns=output.logits.shape[-1] - widens,
         num_tokens=max(tokenizer.get_vocab().values()) + 1,
-        reserved_ids=frozenset(i for i in reserved | set(tokenizer.all_special_ids) if isinstance(i, int)),
+        reserved_ids=reserved_ids(lm.config) | frozenset(tokenizer.all_special_ids),
+        widens=widens,
     )
     return LanguageFacts(
         embedding_dim=embedded.shape[-1],
@@ -139,6 +132,59 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
         tied=ends_are_tied(lm, embedded, ids),
         vocabulary=vocabulary,
     )
+
+
+def _run_once(lm: nn.Module, ids: Tensor, hidden_states: bool) -> tuple[Tensor, Tensor, Any, bool]:
+    """Run ids (1, s) with one more column of logits.
+
+    Returns:
+        What the embedding gave (1, s, d), what the head read (1, s, h), the LM's output, and whether its logits have
+        the column that was added.
+
+    Raises:
+        GroundingTypeError: an LM that does not make logits (1, s, v) of ids alone, through both of its ends.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def widen(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
+        seen.update(head_input=args[0], head_output=logits)
+        return nn.functional.pad(logits, (0, 1))
+
+    handles = [
+        lm.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.update(embedded=output)),
+        lm.get_output_embeddings().register_forward_hook(widen),
+    ]
+    reason = "its logits are not one row over a vocabulary for each token"
+    try:
+        output = lm(input_ids=ids, output_hidden_states=hidden_states)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        output, reason = None, str(error).rstrip(".")
+    finally:
+        for handle in handles:
+            handle.remove()
+    logits = getattr(output, "logits", None)
+    if len(seen) == 3 and isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape:
+        check_head(lm.get_output_embeddings(), seen["head_input"], seen["head_output"])
+        widens = logits.shape[-1] == seen["head_output"].shape[-1] + 1
+        return seen["embedded"], seen["head_input"], output, widens
+    raise GroundingTypeError(
+        f"{type(lm).__name__} does not make logits of token ids alone, as a causal language model does and a draft "
+        f"head, which reads another model's states, does not. Its own words: {reason}."
+    )
+
+
+def reserved_ids(config: Any) -> frozenset[int]:
+    """Return the ids to which a config, or one that it holds, gives a meaning: pad, bos, eos, placeholders and more."""
+    ids: set[int] = set()
+    for name, value in vars(config).items():
+        if hasattr(value, "get_text_config"):
+            ids |= reserved_ids(value)
+        elif name.endswith(("_token_id", "_token_ids", "_token_index", "_index")):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            ids |= {i for i in values if type(i) is int}
+    return frozenset(ids)
 
 
 def core_of(lm: nn.Module) -> nn.Module:

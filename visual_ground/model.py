@@ -120,6 +120,8 @@ class GroundedModel(SwitchingReader):
     ) -> InterleavedOutput:
         images = iter(retrieve(vectors, index, settings))
         parts: list[Any] = []
+        # An LM with more rows than its tokenizer has tokens can say ids that are no text.
+        ids = [i for i in ids if i < self.facts.vocabulary.num_tokens or i == self.ret_token_id]
         for piece in split_at_ret(ids, self.ret_token_id, self.tokenizer):
             parts += next(images) if piece is None else [piece]
         return InterleavedOutput(tuple(parts))
@@ -144,7 +146,6 @@ class GroundedModel(SwitchingReader):
     def unground(self) -> nn.Module:
         """Take everything off the LM and hand it back, bit for bit what it was."""
         self.rows.detach()
-        self.checkpointing.disable()
         self._frozen.restore()
         for vision in self.visions.values():
             vision.release()

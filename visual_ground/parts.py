@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from visual_ground.adapter import Adapter
-from visual_ground.checkpointing import Checkpointing
 from visual_ground.config import GroundingConfig
 from visual_ground.language import Frozen, LanguageFacts, core_of
 from visual_ground.language_weights import embedding_device
@@ -59,7 +58,6 @@ class GroundedParts(nn.Module):
         lm, vision, adapter, tokenizer, image_processor, config, ret_token_id: the parts.
         adapters, active_adapter: all adapters by name, and the name of the one in use.
         trainable_adapters: names of those that are trained while they are active.
-        checkpointing: gradient checkpointing of the LM's layers.
     """
 
     def __init__(
@@ -85,7 +83,6 @@ class GroundedParts(nn.Module):
         self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
         self.rows = VirtualRows(core, facts.vocabulary, self._ret_rows, config.mask_spare_columns)
         self.rows.attach()
-        self.checkpointing = Checkpointing(core)
 
     def _fit(
         self,

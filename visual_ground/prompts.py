@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class PromptEncoder:
         for part in parts:
             if isinstance(part, str) and not _names_image(part):
                 opening = self._opening if not (chat or texts) and (self.config.image_first or not images) else ()
-                ids += [*opening, *self.encode_text(part)]
+                ids += [*opening, *(self.continue_text(part) if ids else self.encode_text(part))]
                 texts += 1
             elif isinstance(part, (str, os.PathLike, Image.Image)):
                 # An LM's first position is its attention sink, which an image must not become.
@@ -87,6 +88,13 @@ class PromptEncoder:
             ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
         return ids
 
+    def continue_text(self, text: str) -> list[int]:
+        """Return the ids of a text that stands after other ids.
+
+        Tokenizers that put a space before every text themselves are not given a second one.
+        """
+        return self.encode_text(text[1:] if self._adds_space and text[:1] == " " and text[1:] else text)
+
     def encode_caption(self, caption: str) -> list[int]:
         """Return the ids of a caption as it stands after `caption_lead`; these are what the losses are about.
 
@@ -96,7 +104,8 @@ class PromptEncoder:
         """
         if not isinstance(caption, str):
             raise GroundingTypeError(f"A caption must be a string, got {type(caption).__name__}.")
-        ids = self.encode_text((" " if self.config.caption_prompt else "") + caption.strip())
+        text = caption.strip()
+        ids = self.continue_text(" " + text) if self.config.caption_prompt else self.encode_text(text)
         if not ids or not caption.strip():
             raise GroundingValueError(f"The caption {caption!r} has no tokens. Leave the example out.")
         return [*self.sink, *ids] if self.config.image_first else ids
@@ -110,10 +119,16 @@ class PromptEncoder:
         prompt = self.config.image_prompt if image else self.config.caption_prompt
         before, _, after = prompt.partition("{image}")
         marks = self._marks(0) if image else []
-        return [*sink, *self.encode_text(before), *marks, *self.encode_text(after)]
+        return [*sink, *self.encode_text(before), *marks, *self.continue_text(after)]
 
     def _marks(self, image: int) -> list[int]:
         return [-1 - image] * self.config.num_visual_tokens
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a space, which sentencepiece and byte-level tokens show, before every text."""
+        first = self.tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+        return any(token[:1] in ("\u2581", "\u0120") for token in self.tokenizer.convert_ids_to_tokens(first))
 
     @cached_property
     def _opening(self) -> tuple[int, ...]:
@@ -151,7 +166,11 @@ class PromptEncoder:
                     text += piece["text"]
             plain.append({**message, "content": text})
         generate = messages[-1]["role"] != "assistant"
-        rendered = self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
+        try:
+            rendered = self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise GroundingValueError(f"The chat template refuses messages of the roles {roles}: {error}") from error
         parts: list[Any] = []
         for i, text in enumerate(rendered.split(mark)):
             parts += [images[i - 1]] if i else []

@@ -41,24 +41,32 @@ class GroundedReader(GroundedParts):
         return self._collate(encoded, padding_side)
 
     def _collate(self, encoded: Sequence[EncodedPrompt], side: str) -> BatchFeature:
-        self.check_length(max((len(prompt.ids) for prompt in encoded), default=0))
+        self.check_ids(encoded)
         ids, mask = pad_batch(encoded, self.facts.vocabulary.first_image_id, self.pad_id, side)
         batch = BatchFeature({"input_ids": ids, "attention_mask": mask})
         if images := [image for prompt in encoded for image in prompt.images]:
             batch["pixel_values"] = self.vision.preprocess(images)
         return batch.to(embedding_device(self.lm))
 
-    def check_length(self, length: int) -> None:
-        """Raise GroundingValueError where so many ids exceed the LM's context."""
+    def check_ids(self, encoded: Sequence[EncodedPrompt]) -> None:
+        """Raise GroundingValueError where ids exceed the LM's context, or are tokens that the LM has no row for."""
+        length = max((len(prompt.ids) for prompt in encoded), default=0)
         limit = getattr(self.lm.config, "max_position_embeddings", None)
         if isinstance(limit, int) and 0 < limit < length:
             raise GroundingValueError(f"A prompt has {length} ids, and the LM's context holds {limit}. Shorten it.")
+        rows = self.facts.vocabulary.num_rows
+        if lost := {i for prompt in encoded for i in prompt.ids if i >= rows and i != self.ret_token_id}:
+            names = self.tokenizer.convert_ids_to_tokens(sorted(lost))
+            raise GroundingValueError(
+                f"The tokens {names} have ids {sorted(lost)}, and the LM's embedding has {rows} rows. They were added "
+                "to the tokenizer and not to the LM; leave them out of the prompts, or load the LM's own tokenizer."
+            )
 
     @property
     def pad_id(self) -> int:
-        """The id that fills up a batch; it is masked, so any real id does."""
-        own = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((token for token in own if token is not None), self.facts.vocabulary.safe_id)
+        """The id that fills up a batch: the tokenizer's PAD or EOS where the LM has it; being masked, any does."""
+        own, rows = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id), self.facts.vocabulary.num_rows
+        return next((i for i in own if i is not None and i < rows), self.facts.vocabulary.safe_id)
 
     # Through the LM.
 
@@ -124,8 +132,7 @@ class GroundedReader(GroundedParts):
             if not bool(attention_mask[:, 0].all()):
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
                 lm_options["position_ids"] = positions[:, -input_ids.shape[1] :]
-        with self.checkpointing.during(lm_options.get("use_cache")):
-            return self.lm(input_ids=input_ids, attention_mask=attention_mask, **lm_options)
+        return self.lm(input_ids=input_ids, attention_mask=attention_mask, **lm_options)
 
     def ret_embeddings(self, call: Call, output: Any, positions: Tensor) -> Tensor:
         """Map the states of a finished run at `positions` (b, s) bool into the retrieval space, (r, q), unit length.
@@ -135,12 +142,16 @@ class GroundedReader(GroundedParts):
             output: what the LM returned, with hidden_states where `config.text_layers` asks for them.
             positions: where to read, in row-major order.
         """
+        return self.adapter.embed_states(self.ret_states(call, output, positions))
+
+    def ret_states(self, call: Call, output: Any, positions: Tensor) -> list[Tensor]:
+        """Return the states of a finished run at `positions`, one (r, width) per text layer; see `ret_embeddings`."""
         assert call.head_input is not None, "the call ran the LM"
         states = []
         for layer in self.config.text_layers:
             state = call.head_input[0] if layer == -1 else output.hidden_states[layer][positions]
             states.append(state.to(self.adapter.logit_scale.device))
-        return self.adapter.embed_states(states)
+        return states
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -200,7 +211,7 @@ class GroundedReader(GroundedParts):
         if isinstance(continuations, str) or len(continuations) != len(prompts):
             count = 1 if isinstance(continuations, str) else len(continuations)
             raise GroundingValueError(f"{len(prompts)} prompts need a list of as many continuations, got {count}.")
-        tails = [self.encoder.encode_text(text) for text in continuations]
+        tails = [self.encoder.continue_text(text) for text in continuations]
         if empty := [i for i, tail in enumerate(tails) if not tail]:
             raise GroundingValueError(f"Continuations {empty} have no tokens.")
         heads = [self.encoder.encode(prompt) for prompt in prompts]

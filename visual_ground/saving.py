@@ -104,12 +104,12 @@ def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
         for path in [*staged.rglob("*"), staged]:
-            _sync(path)
+            sync(path)
         os.rename(staged, folder / COMMIT_FOLDER)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    _sync(folder)
+    sync(folder)
     finish_commit(folder)
 
 
@@ -132,7 +132,7 @@ def finish_commit(folder: str | os.PathLike) -> None:
             with suppress(FileNotFoundError):  # Another reader has moved it.
                 os.replace(commit / name, folder / name)
     for name in [*subfolders, Path()]:
-        _sync(folder / name)
+        sync(folder / name)
     # Only rmdir, never rmtree: where another process has just put a newer commit here, it fails and removes nothing.
     for name in [*reversed(subfolders), Path()]:
         with suppress(OSError):
@@ -151,7 +151,7 @@ def resolve(folder: str | os.PathLike, name: str) -> Path:
     return waiting if waiting.is_file() else folder / name
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on disk."""
     if not path.is_dir():
         with open(path, "rb+") as file:

@@ -26,48 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError
-
-
-@dataclass(frozen=True)
-class VirtualVocabulary:
-    """Which ids are the LM's own and which are ours.
-
-    Args:
-        num_rows: rows of the LM's input embedding.
-        num_columns: columns of its logits.
-        num_tokens: one more than the tokenizer's highest id.
-        reserved_ids: ids with a meaning of their own (pad, bos, eos, placeholders), never used as the safe id.
-    """
-
-    num_rows: int
-    num_columns: int
-    num_tokens: int
-    reserved_ids: frozenset[int] = frozenset()
-
-    @property
-    def ret_is_spare(self) -> bool:
-        """Whether `[RET]` takes an id that the LM has and no token uses."""
-        return self.num_tokens < min(self.num_rows, self.num_columns)
-
-    @property
-    def ret_token_id(self) -> int:
-        """The id of `[RET]`."""
-        return self.num_tokens if self.ret_is_spare else max(self.num_rows, self.num_columns, self.num_tokens)
-
-    @property
-    def first_image_id(self) -> int:
-        """The id of the first image row; all ids from here on are image rows."""
-        return max(self.num_rows, self.num_columns, self.num_tokens, self.ret_token_id + 1)
-
-    @property
-    def safe_id(self) -> int:
-        """A real, ordinary id that stands in for ours inside the LM."""
-        count = min(self.num_rows, self.num_columns, self.num_tokens)
-        return next((i for i in range(count // 2, count) if i not in self.reserved_ids), 0)
-
-    def is_virtual(self, ids: Tensor) -> Tensor:
-        """Return the mask, shaped as `ids`, of the ids that are ours."""
-        return (ids == self.ret_token_id) | (ids >= self.first_image_id)
+from visual_ground.vocabulary import VirtualVocabulary
 
 
 @dataclass(eq=False)
@@ -79,6 +38,7 @@ class Call:
         image_rows: (n * k, d) input rows, or None.
         positions: (b, s) bool; where given, the output head runs only there and logits are (1, positions.sum(), v+1).
         enabled: False makes the LM behave as if nothing were attached.
+        head_rows: the output head runs at no more than so many of the positions; `head_input` has all of them.
         unbound: a forward outside any `VirtualRows.call` block; the call ends with it.
         head_input: (b, s, h) or (1, positions.sum(), h), what the head read in the latest forward.
     """
@@ -87,6 +47,7 @@ class Call:
     image_rows: Tensor | None = None
     positions: Tensor | None = None
     enabled: bool = True
+    head_rows: int | None = None
     unbound: bool = False
     head_input: Tensor | None = None
     outer: Call | None = None
@@ -94,6 +55,8 @@ class Call:
     table_index: Tensor | None = None
     safe_ids: Tensor | None = None
     written: bool = False
+    selected: bool = False
+    packed: int = 0
 
 
 _calls: ContextVar[Call | None] = ContextVar("visual_ground_call", default=None)
@@ -183,7 +146,7 @@ class VirtualRows:
         if bound is not None and not bound.enabled:
             return None
         call = bound or Call(self, unbound=True, outer=_calls.get())
-        call.virtual, call.written, call.head_input = None, False, None
+        call.virtual, call.written, call.head_input, call.packed = None, False, None, 0
         if call.unbound:
             _calls.set(call)
         slot = self._parameters.index("input_ids") if "input_ids" in self._parameters else 0
@@ -212,6 +175,12 @@ class VirtualRows:
                 "returns, so image and [RET] rows could not be written. Please report this architecture."
             )
         call.virtual = None
+        if call.packed and hasattr(output, "logits"):
+            own, ours = output.logits[:, : -call.packed], output.logits[:, -call.packed :].flatten(1)
+            output.logits = self._with_ours(own, ours[:, : own.shape[1]], call)
+        if call.positions is not None and not call.selected and call.head_input is not None:
+            output.logits = output.logits[call.positions].unsqueeze(0)
+            call.head_input = call.head_input[call.positions].unsqueeze(0)
         return self._forbid_columns(output)
 
     def _forbid_columns(self, output: Any) -> Any:
@@ -253,17 +222,30 @@ class VirtualRows:
         if call is None or not call.enabled:
             return None
         hidden = args[0]
-        if call.positions is not None and hidden.shape[:2] == call.positions.shape:
+        call.selected = call.positions is not None and hidden.shape[:-1] == call.positions.shape
+        if call.selected:
             hidden = hidden[call.positions.to(hidden.device)].unsqueeze(0)
-        call.head_input = hidden
-        return (hidden, *args[1:])
+        # Heads that predict several tokens ahead read (b, g, s, h); the first of the g is the next token's.
+        call.head_input = hidden if hidden.dim() == 3 else hidden[:, 0]
+        return (hidden if call.head_rows is None else hidden[..., : call.head_rows, :], *args[1:])
 
     def _add_columns(self, module: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
         call = self._current()
         if call is None or not call.enabled:
             return None
-        words, row = self.vocabulary, self.ret_rows()[1]
-        column = (args[0].to(row) @ row.to(args[0].device)).to(logits).unsqueeze(-1)
+        row, width = self.ret_rows()[1], self.vocabulary.num_columns
+        largest = torch.finfo(logits.dtype).max
+        column = (args[0].to(row) @ row.to(args[0].device)).clamp(-largest, largest).to(logits)
+        if self.vocabulary.widens:
+            return self._with_ours(logits, column, call)
+        # The LM will cut its logits to `width` columns, so [RET]'s travels through the rest of it as further positions.
+        call.packed = -(-column.shape[1] // width)
+        room = nn.functional.pad(column, (0, call.packed * width - column.shape[1])).unflatten(1, (call.packed, width))
+        return torch.cat([logits, nn.functional.pad(room, (0, logits.shape[-1] - width))], dim=1)
+
+    def _with_ours(self, logits: Tensor, column: Tensor, call: Call) -> Tensor:
+        """Put `[RET]`'s column (b, s) and those of images, which no one may say, into logits (b, s, v)."""
+        words, column = self.vocabulary, column.unsqueeze(-1)
         own, width = logits.shape[-1], words.first_image_id
         width += 0 if call.image_rows is None else len(call.image_rows)
         gap = lambda count: logits.new_full((*logits.shape[:-1], count), float("-inf"))  # noqa: E731
@@ -284,9 +266,10 @@ def is_attached(lm: nn.Module) -> bool:
 
 
 def _place(seen: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
-    """Find this call's positions in the ids that the embedding was given: as they are, transposed, or after a prefix.
+    """Find this call's positions in the ids that the embedding was given: as they are, transposed, or with more around.
 
-    Matched by content, never by shape alone: XLNet transposes to (s, b), CPM-Ant puts ids of its own in front.
+    Matched by content, never by shape alone: XLNet transposes to (s, b), CPM-Ant puts ids of its own in front,
+    Reformer fills up its last chunk with pads.
     """
     safe, virtual, index = call.safe_ids, call.virtual, call.table_index
     assert safe is not None and virtual is not None and index is not None, "_swap_ids sets them together"
@@ -301,6 +284,8 @@ def _place(seen: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
     if seen.shape == safe.T.shape and torch.equal(seen, safe.T):
         return virtual.T, index.T
     extra = seen.shape[1] - safe.shape[1]
-    if seen.shape[0] == safe.shape[0] and extra > 0 and torch.equal(seen[:, extra:], safe):
-        return nn.functional.pad(virtual, (extra, 0)), nn.functional.pad(index, (extra, 0))
+    if seen.shape[0] == safe.shape[0] and extra > 0:
+        for part, pads in ((seen[:, extra:], (extra, 0)), (seen[:, :-extra], (0, extra))):
+            if torch.equal(part, safe):
+                return nn.functional.pad(virtual, pads), nn.functional.pad(index, pads)
     return None

@@ -31,10 +31,11 @@ from visual_ground.saving import write_json
 from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
 
 SETTINGS: dict[str, Any] = {
-    "max_steps": 110,
+    "max_steps": 60,
     "per_device_train_batch_size": 128,
-    "learning_rate": 1e-3,
-    "captioning_fraction": 0.0625,
+    "learning_rate": 3e-4,
+    "rows_learning_rate": 2e-4,
+    "captioning_fraction": 0.25,
     "seed": 0,
 }
 CHAT_EVERY = 3
@@ -88,6 +89,11 @@ class Pairs:
                 asked = {"request": emoji.request(concept), "question": emoji.question(concept)}
                 rows.append({**own, "caption": emoji.reply(concept), **asked})
         return rows
+
+    def row_features(self) -> list[Tensor]:
+        """Return for each of `rows` its pictures' features (styles, f)."""
+        number = {concept.code: i for i, concept in enumerate(self.concepts)}
+        return [self.features[number[row["group"]]] for row in self.rows()]
 
     def pairs(self, numbers: Sequence[int]) -> tuple[list[str], Tensor]:
         """Return one caption and one picture's features for each of these concepts, kinds and styles by turns."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingValueError
+from visual_ground.images import image_name, to_rgb
 from visual_ground.prompts import EncodedPrompt, pad_batch
 from visual_ground.reader import GroundedReader
+from visual_ground.training.order import first, happens, picker
+from visual_ground.training.rows import Columns, open_rows, without_images
 
 IGNORED = -100
-COLUMNS = ("image", "caption", "request", "question", "group")
 _BLANK = Image.new("RGB", (1, 1))
 
 
@@ -41,15 +43,24 @@ class LabelledIds:
 class ExampleDataset(Dataset):
     """The rows of a dataset, with their image features where these are known.
 
+    What is taken at random depends on the seed and the number asked for alone, and not on what was taken before, so it
+    is the same in any process and after any restart. Numbers go on past the last row: `len + i` is row i in the second
+    epoch.
+
+    An image that cannot be read is put down in the example's `skipped`, and the next row comes instead.
+
     Args:
-        rows: mappings with `image` (or `image_features`) and `caption`; either may be a list, of which one is taken at
-            random each time. Optional: `request`, what a user says to be shown the image, read instead of the caption
-            in retrieval; `question`, what a user asks about the image when captioning; both go through the tokenizer's
-            chat template. `group`: rows of one group are no negatives of each other; by default those that share an
-            image.
-        features: for each row, its images' features (images, f); None reads `image` each time.
+        rows: mappings with an image (or `image_features`, (f,)) and a caption; either may be a list, of which one is
+            taken at random each time. Optional: `request`, what a user says to be shown the image, read instead of the
+            caption in retrieval; `question`, what a user asks about the image when captioning; both go through the
+            tokenizer's chat template. `group`: rows of one group are no negatives of each other; by default those that
+            share an image.
+        features: for each row by number, its images' features (images, f); None reads the image each time.
         groups: for each row, a number.
         sample: False always takes the first image and caption.
+        columns: where the images and captions are.
+        numbers: for each row, its number in the user's dataset, for messages.
+        seed: of what is taken at random.
 
     Raises:
         GroundingValueError: no rows, or columns missing.
@@ -57,43 +68,64 @@ class ExampleDataset(Dataset):
 
     def __init__(
         self,
-        rows: Sequence[Mapping[str, Any]],
-        features: Sequence[Tensor] | None = None,
+        rows: Any,
+        features: Any = None,
         groups: Sequence[int] | None = None,
         sample: bool = True,
+        columns: Columns | None = None,
+        numbers: Sequence[int] | None = None,
+        seed: int = 0,
     ) -> None:
-        check_columns(rows)
-        self.rows, self.features, self.sample = rows, features, sample
-        self.groups = list(range(len(rows))) if groups is None else list(groups)
+        self.columns = columns or Columns()
+        self.rows = open_rows(rows, self.columns)
+        self.features, self.sample, self.seed, self.numbers = features, sample, seed, numbers
+        self._texts = self.rows if features is None else without_images(self.rows, self.columns)
+        self.groups = range(len(self.rows)) if groups is None else groups
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, draw: int) -> dict[str, Any]:
+        skipped: list[str] = []
+        for further in range(len(self)):
+            number = (draw + further) % len(self)
+            take = picker(self.seed, draw) if self.sample else first
+            row = self._texts[number]
+            example = example_of(row, self.columns, take)
+            example |= {"row": number if self.numbers is None else int(self.numbers[number])}
+            example |= {"group": int(self.groups[number]), "draw": draw}
+            if self.features is not None:
+                return {**example, "image_features": take(list(self.features[number]))}
+            if "image_features" in row:
+                return {**example, "image_features": torch.as_tensor(row["image_features"]).float()}
+            if readable := read_image(take(self.columns.images(row)), skipped, self.sample):
+                return {**example, "image": readable, "skipped": skipped}
+        raise GroundingValueError(f"None of the dataset's images can be read. The first are: {skipped[:3]}")
+
+    def image(self, number: int) -> Any:
+        """Return a row's first image as it is, or None where the dataset has only features."""
         row = self.rows[number]
-        example = {"row": number, "group": self.groups[number], "caption": self._pick(row["caption"])}
-        example |= {name: self._pick(row[name]) for name in ("request", "question") if row.get(name)}
-        if self.features is not None:
-            return {**example, "image_features": self._pick(list(self.features[number]))}
-        return {**example, "image": self._pick(row["image"])}
-
-    def _pick(self, values: Any) -> Any:
-        if not isinstance(values, (list, tuple)):
-            return values
-        return values[int(torch.randint(len(values), ())) if self.sample else 0]
+        return self.columns.images(row)[0] if self.columns.image in row else None
 
 
-def check_columns(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless there are rows, with images and captions in the columns `image` and `caption`."""
-    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        raise GroundingTypeError(f"A dataset needs len() and rows by number, got {type(rows).__name__}.")
-    if not len(rows):
-        raise GroundingValueError("The dataset is empty; give at least two rows with image and caption.")
-    names = set(rows[0])
-    if missing := [name for name in ("image", "caption") if name not in names]:
-        raise GroundingValueError(
-            f"The dataset has no columns {missing}; its columns are {sorted(names)}. Rename them."
-        )
+def read_image(image: Any, skipped: list[str], skips: bool = True) -> Image.Image | None:
+    """Return an image as RGB; one that cannot be read is put down in `skipped`, or raises where not `skips`."""
+    try:
+        return to_rgb(image)
+    except GroundingValueError as error:
+        if not skips:
+            raise
+        skipped.append(f"{image_name(image)}: {error}")
+        return None
+
+
+def example_of(row: Mapping[str, Any], columns: Columns, take: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
+    """Return a row's texts, one of each kind."""
+    example = {"caption": take(columns.captions(row) or [""])}
+    for name in ("request", "question"):
+        if texts := row.get(name):
+            example[name] = take([texts] if isinstance(texts, str) else texts)
+    return example
 
 
 class ExampleCollator:
@@ -102,9 +134,11 @@ class ExampleCollator:
     Args:
         model: the grounded model, for its tokenizer, conventions and image preprocessing.
         max_caption_length: ids of a caption with its `[RET]`; longer ones are cut.
-        concat_captions_prob: with this probability the captioning rows 2i and 2i + 1 become one, twice as long.
+        concat_captions_prob: with this probability the captioning rows 2i and 2i + 1 become one, twice as long; which
+            batches do depends on the seed and the number of the batch's first example alone.
         captioning_fraction: the part of each batch that is captioned; all of it is retrieved.
         end_captions: whether a caption's end, as EOS, is to be predicted when captioning.
+        seed: of what is done at random.
     """
 
     def __init__(
@@ -114,7 +148,9 @@ class ExampleCollator:
         concat_captions_prob: float = 0.5,
         captioning_fraction: float = 1.0,
         end_captions: bool = True,
+        seed: int = 0,
     ) -> None:
+        self.seed = seed
         self.model, self.encoder = model, model.encoder
         self.max_caption_length, self.concat_captions_prob = max_caption_length, concat_captions_prob
         self.captioning_fraction, self.end_captions = captioning_fraction, end_captions
@@ -155,7 +191,7 @@ class ExampleCollator:
         """
         captioned = examples[: max(1, round(self.captioning_fraction * len(examples)))]
         rows = [self.captioning(example) for example in captioned]
-        if len(rows) > 1 and float(torch.rand(())) < self.concat_captions_prob:
+        if len(rows) > 1 and happens(self.concat_captions_prob, self.seed, examples[0].get("draw", 0)):
             rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=False)] + rows[len(rows) - len(rows) % 2 :]
         batch = {
             "captioning": self._pad(rows),
@@ -163,6 +199,8 @@ class ExampleCollator:
             "groups": torch.tensor([example["group"] for example in examples]),
             "rows": torch.tensor([example["row"] for example in examples]),
         }
+        if skipped := [name for example in examples for name in example.get("skipped", ())]:
+            batch["skipped"] = skipped
         if "image_features" in examples[0]:
             batch["image_features"] = torch.stack([example["image_features"] for example in examples])
         else:
@@ -170,8 +208,8 @@ class ExampleCollator:
         return batch
 
     def _pad(self, rows: Sequence[LabelledIds]) -> dict[str, Tensor]:
-        self.model.check_length(max(len(row.ids) for row in rows))
         encoded = [EncodedPrompt(row.ids, ()) for row in rows]
+        self.model.check_ids(encoded)
         first, pad = self.model.facts.vocabulary.first_image_id, self.model.pad_id
         ids, mask = pad_batch(encoded, first, pad, "right")
         labels = torch.full_like(ids, IGNORED)

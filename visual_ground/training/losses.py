@@ -1,21 +1,19 @@
-"""The losses: captioning, text retrieval and contrastive, from the LM's logits at labelled positions only."""
+"""The losses: captioning, text retrieval and contrastive, in a module whose forward returns them."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from visual_ground.model import GroundedModel
-from visual_ground.training.examples import IGNORED
-from visual_ground.training.prefixes import PrefixStore, RetrievalPass
-
-logger = logging.getLogger(__name__)
+from visual_ground.training.captions import CaptionPass, Shortcuts, Summed
+from visual_ground.training.checkpointing import LayerCheckpoints
+from visual_ground.training.contrastive import FeatureBank, contrast, share_of_processes
+from visual_ground.training.prefixes import PrefixStore, run_retrieval
 
 
 @dataclass
@@ -47,13 +45,19 @@ class GroundingObjective(nn.Module):
     .. math::
         L = \lambda_c L_{caption} + \lambda_r (L_{text} + \tfrac12 (L_{t2i} + L_{i2t}))
 
-    (Koh et al. 2023, section 3.2.)
+    (Koh et al. 2023, section 3.2.) In training, where torch.distributed runs, the losses are those of all processes'
+    batches as one: means are over all labels, and every text meets every image.
 
     Args:
         model: the grounded model.
         caption_loss_scale: the first weight.
         retrieval_loss_scale: the second weight.
         prefixes: runs what stands before `[RET]` without gradient and keeps it; None runs the plain computation.
+        shortcuts: how the losses are computed, never what they are; by default plainly.
+        bank: further images that texts are compared with in training.
+
+    Attributes:
+        prefixes, shortcuts, bank: may be set anew between batches.
     """
 
     def __init__(
@@ -62,17 +66,33 @@ class GroundingObjective(nn.Module):
         caption_loss_scale: float = 1.0,
         retrieval_loss_scale: float = 1.0,
         prefixes: PrefixStore | None = None,
+        shortcuts: Shortcuts | None = None,
+        bank: FeatureBank | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.prefixes = model, prefixes
+        self.model, self.prefixes, self.bank = model, prefixes, bank
         self.caption_loss_scale, self.retrieval_loss_scale = caption_loss_scale, retrieval_loss_scale
+        self._checkpoints = LayerCheckpoints(model.lm)
+        self.shortcuts = Shortcuts() if shortcuts is None else shortcuts
 
-    def gradient_checkpointing_enable(self, **options: object) -> None:
-        """Checkpoint the LM's layers, as `Trainer` asks where `gradient_checkpointing` is set."""
-        self.model.checkpointing.enable()
+    @property
+    def shortcuts(self) -> Shortcuts:
+        """How the losses are computed."""
+        return self._shortcuts
 
-    # The name that `Trainer` asks by in newer versions of transformers.
-    activation_checkpointing_enable = gradient_checkpointing_enable
+    @shortcuts.setter
+    def shortcuts(self, shortcuts: Shortcuts) -> None:
+        self._shortcuts, self._captions = shortcuts, CaptionPass(self.model, shortcuts)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **_: object) -> None:
+        """Compute the LM's layers again in the backward pass instead of keeping what they computed.
+
+        Args:
+            activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+        """
+        self._checkpoints.enable(activation_checkpointing_kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     def forward(
         self,
@@ -94,120 +114,36 @@ class GroundingObjective(nn.Module):
             rows: (b,), the examples' numbers in the dataset; not used here.
         """
         features = self.model.vision(pixel_values) if image_features is None else image_features
-        caption_loss = captioning_loss(self.model, captioning, features)
-        result = plain_retrieval(self.model, retrieval) if self.prefixes is None else self.prefixes.run(retrieval)
-        images = self.model.adapter.embed_images(features)
-        scores = self.model.adapter.logit_scale.exp() * result.vectors @ images.T
-        text, image = contrastive_losses(scores, groups)
-        found = torch.arange(len(scores), device=scores.device)
-        weighted = self.retrieval_loss_scale * (result.loss + (text + image) / 2)
+        with self._checkpoints.active():
+            captions = self._mean(self._captions.loss(captioning, features))
+        rows_at_once, context = self.shortcuts.rows_at_once, self._checkpoints.active
+        result = run_retrieval(self.model, retrieval, self.prefixes, rows_at_once, context)
+        found = contrast(
+            self.model.adapter,
+            result.vectors,
+            features,
+            groups,
+            self.bank if self.training else None,
+            self._together,
+        )
+        text = self._mean(result.text)
+        weighted = self.retrieval_loss_scale * (text + (found.text_to_image + found.image_to_text) / 2)
         return GroundingLoss(
-            loss=self.caption_loss_scale * caption_loss + weighted,
-            captioning=caption_loss.detach(),
-            text_retrieval=result.loss.detach(),
-            text_to_image=text.detach(),
-            image_to_text=image.detach(),
-            text_to_image_accuracy=(scores.argmax(1) == found).float().mean(),
-            image_to_text_accuracy=(scores.argmax(0) == found).float().mean(),
+            loss=self.caption_loss_scale * captions + weighted,
+            captioning=captions.detach(),
+            text_retrieval=text.detach(),
+            text_to_image=found.text_to_image.detach(),
+            image_to_text=found.image_to_text.detach(),
+            text_to_image_accuracy=found.text_to_image_accuracy,
+            image_to_text_accuracy=found.image_to_text_accuracy,
         )
 
+    @property
+    def _together(self) -> bool:
+        """Whether this batch is part of one that is spread over processes."""
+        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-def captioning_loss(model: GroundedModel, batch: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """Return the mean cross entropy of the labels, each row reading its own images.
-
-    Args:
-        model: the grounded model.
-        batch: input_ids, attention_mask, labels (rows, s); its images are the first of `features`, in order.
-        features: (n, f).
-    """
-    ids = batch["input_ids"]
-    marks = int((ids >= model.facts.vocabulary.first_image_id).sum())
-    rows = model.image_rows(image_features=features[: marks // model.config.num_visual_tokens])
-    total = torch.zeros((), device=ids.device)
-    for some in _of_like_length(batch["attention_mask"].sum(-1)):
-        part = {name: tensor[some] for name, tensor in batch.items()}
-        longest = int(part["attention_mask"].sum(-1).max())
-        predicting, targets = predictors(part["labels"][:, :longest])
-        with model.bind(rows, predicting):
-            output = model.run(part["input_ids"][:, :longest], part["attention_mask"][:, :longest], use_cache=False)
-        logits = output.logits[0].float()
-        total = total + F.cross_entropy(logits, targets.to(logits.device), reduction="sum").to(total)
-    return total / predictors(batch["labels"])[1].numel()
-
-
-def _of_like_length(lengths: Tensor) -> list[Tensor]:
-    """Return the numbers of the rows in groups whose longest is less than twice the shortest: padding costs time."""
-    groups: list[list[int]] = []
-    for row in lengths.argsort(descending=True).tolist():
-        if not groups or 2 * int(lengths[row]) <= int(lengths[groups[-1][0]]):
-            groups.append([])
-        groups[-1].append(row)
-    return [torch.tensor(group, device=lengths.device) for group in groups]
-
-
-def plain_retrieval(model: GroundedModel, batch: Mapping[str, Tensor]) -> RetrievalPass:
-    """Run whole captions with gradient; `prefixes.PrefixStore` computes the same for less."""
-    ids = batch["input_ids"]
-    predicting, targets = predictors(batch["labels"])
-    said = (ids == model.ret_token_id) & (batch["labels"] == model.ret_token_id)
-    read = predicting | said
-    with model.bind(None, read) as call:
-        output = model.run(
-            ids, batch["attention_mask"], use_cache=False, output_hidden_states=model.needs_hidden_states
-        )
-        call.head_input = call.head_input[:, said[read]]
-    loss = F.cross_entropy(output.logits[0][predicting[read]].float(), targets.to(output.logits.device))
-    return RetrievalPass(loss, model.ret_embeddings(call, output, said))
-
-
-@torch.no_grad()
-def choose_prefixes(model: GroundedModel, batch: Mapping[str, Tensor], limit_bytes: int) -> PrefixStore | None:
-    """Return a `PrefixStore` where, on rows of this batch, it gives what the plain computation gives; else None.
-
-    State spaces keep no keys and values, capped logits cap `[RET]`'s column too, some LMs cannot be padded on the left:
-    rather than to know them all, both ways are run once and compared.
-
-    Args:
-        model: the grounded model.
-        batch: the retrieval part of a batch.
-        limit_bytes: as in `PrefixStore`.
-    """
-    some = {name: tensor[:8] for name, tensor in batch.items()}
-    plain = plain_retrieval(model, some)
-    try:
-        quick = PrefixStore(model).run(some)
-    except Exception as error:  # whatever an unknown LM raises here means that its captions run plainly
-        logger.info("Captions run as a whole in each step: %s", error)
-        return None
-    room = 1e-3 if model.lm.dtype == torch.float32 else 3e-2
-    if torch.allclose(quick.loss, plain.loss, rtol=room) and torch.allclose(quick.vectors, plain.vectors, atol=room):
-        return PrefixStore(model, limit_bytes)
-    logger.info("Captions run as a whole in each step: their prefixes give other values in this LM.")
-    return None
-
-
-def predictors(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions (b, s) bool whose next id is a label, and those labels in the same order.
-
-    Example:
-        >>> predictors(torch.tensor([[-100, 5, 6]]))
-        (tensor([[ True,  True, False]]), tensor([5, 6]))
-    """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    positions = following != IGNORED
-    return positions, following[positions]
-
-
-def contrastive_losses(scores: Tensor, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the cross entropies text -> image and image -> text of scores (b, b), pairs on the diagonal.
-
-    Args:
-        scores: scaled cosines, texts in rows.
-        groups: (b,); pairs of one group off the diagonal count as neither right nor wrong.
-    """
-    own = torch.arange(len(scores), device=scores.device)
-    if groups is not None:
-        groups = groups.to(scores.device)
-        same = (groups[:, None] == groups[None]) & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        scores = scores.masked_fill(same, float("-inf"))
-    return F.cross_entropy(scores, own), F.cross_entropy(scores.T, own)
+    def _mean(self, summed: Summed) -> Tensor:
+        if not self._together:
+            return summed.mean
+        return summed.total / share_of_processes(summed.count, summed.total.device)

@@ -7,26 +7,44 @@ normaliser of the LM's own columns and the label's logit; `[RET]`'s column is ad
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch.utils.checkpoint import checkpoint
 
-from visual_ground.errors import GroundingStateError
+from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.training.examples import IGNORED
+from visual_ground.training.captions import Summed
+from visual_ground.training.cross_entropy import own_columns
+from visual_ground.training.examples import IGNORED, LabelledIds
+from visual_ground.training.sequences import Piece, fixed_cache, pieces, plain_layers, read, rows_of
 
 ROWS_AT_ONCE = 32
+
+Key = tuple[tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
 class RetrievalPass:
-    """What the text-retrieval pass gives: the loss of its labels, and the vectors (b, q) at its `[RET]`s."""
+    """What the text-retrieval pass gives: the cross entropy of its labels, and the vectors (b, q) at its `[RET]`s."""
 
-    loss: Tensor
+    text: Summed
     vectors: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean cross entropy of the labels."""
+        return self.text.mean
+
+    @classmethod
+    def joined(cls, parts: Sequence[RetrievalPass]) -> RetrievalPass:
+        """Return the pass over the rows of all parts, in order."""
+        text = Summed(torch.stack([part.text.total for part in parts]).sum(), sum(part.text.count for part in parts))
+        return cls(text, torch.cat([part.vectors for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -51,114 +69,206 @@ class Prefix:
         return sum(t.nbytes for t in (*self.keys_values, self.head_input, self.log_normaliser, self.label_logits))
 
 
+class PrefixKeeper(Protocol):
+    """Keeps prefixes beyond the memory of this process; see `prefix_files.PrefixFiles`."""
+
+    def get(self, key: Key) -> Prefix | None:
+        """Return what was kept, or None."""
+
+    def put(self, fresh: Mapping[Key, Prefix]) -> None:
+        """Keep these, where there is room."""
+
+
 class PrefixStore:
     """Runs captions up to `[RET]` without gradient, and keeps what it found while there is room.
 
     Args:
         model: the grounded model, whose LM must keep one plain key-value cache per layer.
-        limit_bytes: how much to keep; 0 keeps nothing.
+        limit_bytes: how much to keep in memory; 0 keeps nothing.
+        packed: several captions in a row of the LM's batch, without padding.
+        keeper: keeps prefixes on disk besides.
     """
 
-    def __init__(self, model: GroundedModel, limit_bytes: int = 0) -> None:
-        self.model, self.limit_bytes, self.held_bytes = model, limit_bytes, 0
-        self._kept: dict[tuple[int, ...], Prefix] = {}
+    def __init__(
+        self, model: GroundedModel, limit_bytes: int = 0, packed: bool = False, keeper: PrefixKeeper | None = None
+    ) -> None:
+        self.model, self.packed, self.keeper = model, packed, keeper
+        self.limit_bytes, self.held_bytes = limit_bytes, 0
+        self._kept: dict[Key, Prefix] = {}
 
     def run(self, batch: Mapping[str, Tensor]) -> RetrievalPass:
-        """Compute what `losses.plain_retrieval` computes, for a batch whose rows end with `[RET]`."""
-        prefixes = self._prefixes(batch)
-        return RetrievalPass(self._text_loss(prefixes), self._vectors(prefixes))
+        """Compute what `plain_retrieval` computes, for a batch whose rows end with `[RET]`."""
+        prefixes = self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)])
+        vectors = self.model.adapter.embed_states(self._states(prefixes))
+        return RetrievalPass(self._text_loss(prefixes), vectors)
 
-    def _prefixes(self, batch: Mapping[str, Tensor]) -> list[Prefix]:
-        lengths = batch["attention_mask"].sum(-1).tolist()
-        rows = [tuple(ids[:n].tolist()) for ids, n in zip(batch["input_ids"], lengths, strict=True)]
-        firsts = [int((labels != IGNORED).nonzero()[0]) for labels in batch["labels"]]
-        missing = {row: first for row, first in zip(rows, firsts, strict=True) if row not in self._kept}
-        fresh: dict[tuple[int, ...], Prefix] = {}
-        # By length, so that one long row does not pad all others.
-        ordered = sorted(missing, key=len)
-        for start in range(0, len(ordered), ROWS_AT_ONCE):
-            some = ordered[start : start + ROWS_AT_ONCE]
-            fresh |= zip(some, self._compute(some, [missing[row] for row in some]), strict=True)
-        for row, prefix in fresh.items():
-            if self.held_bytes + prefix.nbytes <= self.limit_bytes:
-                self._kept[row] = prefix
+    def _prefixes(self, keys: Sequence[Key]) -> list[Prefix]:
+        found: dict[Key, Prefix] = {}
+        for key in dict.fromkeys(keys):
+            prefix = self._kept.get(key) or (self.keeper.get(key) if self.keeper else None)
+            if prefix is not None:
+                found[key] = prefix
+        missing = sorted({key for key in keys if key not in found}, key=lambda key: (len(key[0]), key))
+        fresh: dict[Key, Prefix] = {}
+        for start in range(0, len(missing), ROWS_AT_ONCE):
+            fresh |= self._compute(missing[start : start + ROWS_AT_ONCE])
+        if self.keeper and fresh:
+            self.keeper.put(fresh)
+        for key, prefix in {**found, **fresh}.items():
+            if key not in self._kept and self.held_bytes + prefix.nbytes <= self.limit_bytes:
+                self._kept[key] = prefix
                 self.held_bytes += prefix.nbytes
-        return [fresh.get(row) or self._kept[row] for row in rows]
+        return [found.get(key) or fresh[key] for key in keys]
 
     @torch.no_grad()
-    def _compute(self, rows: Sequence[tuple[int, ...]], firsts: Sequence[int]) -> list[Prefix]:
-        """Run rows, each ending with `[RET]` and labelled from `firsts` on, up to before their `[RET]`."""
+    def _compute(self, keys: Sequence[Key]) -> dict[Key, Prefix]:
+        """Run rows, each ending with `[RET]` and labelled from its first label on, up to before their `[RET]`."""
         model = self.model
-        device = model.adapter.logit_scale.device
-        length = max(map(len, rows)) - 1
-        ids = torch.full((len(rows), length), model.pad_id)
-        mask, predicting = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (row, first) in enumerate(zip(rows, firsts, strict=True)):
-            start = length - len(row) + 1
-            ids[i, start:], mask[i, start:] = torch.tensor(row[:-1]), 1
-            predicting[i, start + max(first, 1) - 1 :] = True
-        with model.bind(None, predicting.to(device)) as call:
-            output = model.run(ids.to(device), mask.to(device), use_cache=True)
-        logits = output.logits[0].float()
-        logits[:, model.ret_token_id] = float("-inf")
-        counts = predicting.sum(-1).tolist()
-        pieces = zip(logits.split(counts), call.head_input[0].split(counts), strict=True)
-        layers = _plain_layers(getattr(output, "past_key_values", None))
-        prefixes = []
-        for i, (scores, head_input) in enumerate(pieces):
-            own = torch.tensor(rows[i][len(rows[i]) - counts[i] : -1], device=scores.device)
-            start = length - len(rows[i]) + 1
-            # Cloned, so that a kept slice does not hold the whole batch's memory.
-            kept = [torch.stack([keys[i, :, start:], values[i, :, start:]]) for keys, values in layers]
-            labels = scores[: len(own)].gather(-1, own[:, None])[:, 0]
-            prefixes.append(Prefix(kept, head_input.clone(), scores.logsumexp(-1), labels))
-        return prefixes
+        rows = [LabelledIds(ids[:-1], (*[IGNORED] * first, *ids[first:])) for ids, first in keys]
+        fresh: dict[Key, Prefix] = {}
+        for piece in pieces(model, rows, self.packed):
+            states, output = read(model, piece, keep=True)
+            normalisers, logits = own_columns(model, states, piece.targets)
+            layers = plain_layers(getattr(output, "past_key_values", None), piece.ids.shape[1])
+            for number, row, start, count, labels in _places(piece):
+                # Cloned, so that a kept slice does not hold the whole batch's memory.
+                place = row, slice(None), slice(start, start + count)
+                kept = [torch.stack([of_keys[place], of_values[place]]) for of_keys, of_values in layers]
+                numbers = normalisers[labels].clone(), logits[labels][:-1].clone()
+                fresh[keys[number]] = Prefix(kept, states[labels].clone(), *numbers)
+        return fresh
 
-    def _text_loss(self, prefixes: Sequence[Prefix]) -> Tensor:
-        """Return the mean cross entropy of all captions' tokens and `[RET]`s."""
+    def _text_loss(self, prefixes: Sequence[Prefix]) -> Summed:
+        """Return the summed cross entropy of all captions' tokens and `[RET]`s."""
         row = self.model.adapter.ret_rows()[1]
         counts = [len(prefix.head_input) for prefix in prefixes]
         ret = torch.cat([prefix.head_input for prefix in prefixes]).to(row) @ row
         normaliser = torch.logaddexp(torch.cat([prefix.log_normaliser for prefix in prefixes]).to(ret), ret)
         last = torch.tensor(counts, device=ret.device).cumsum(0) - 1
         own = torch.cat([prefix.label_logits for prefix in prefixes]).sum().to(ret)
-        return (normaliser.sum() - own - ret[last].sum()) / sum(counts)
+        return Summed(normaliser.sum() - own - ret[last].sum(), sum(counts))
 
-    def _vectors(self, prefixes: Sequence[Prefix]) -> Tensor:
-        """Run the single position of `[RET]` on the kept keys and values; return (b, q)."""
+    def states(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the states at the `[RET]`s of such a batch, one (b, width) per text layer."""
+        return self._states(self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)]))
+
+    def _states(self, prefixes: Sequence[Prefix]) -> list[Tensor]:
+        """Run the single position of `[RET]` on the kept keys and values; return its states."""
         model = self.model
         device = model.adapter.logit_scale.device
         lengths = [prefix.keys_values[0].shape[2] for prefix in prefixes]
         longest = max(lengths)
-        cache = DynamicCache()
+        layers = []
         for layer in range(len(prefixes[0].keys_values)):
             padded = [
                 torch.nn.functional.pad(prefix.keys_values[layer], (0, 0, longest - n, 0))
                 for prefix, n in zip(prefixes, lengths, strict=True)
             ]
-            keys, values = torch.stack(padded, 1)
-            cache.update(keys, values, layer)
+            keys, values = torch.stack(padded, 1).to(device)
+            layers.append((keys, values))
         mask = torch.arange(longest + 1) >= longest - torch.tensor(lengths)[:, None]
         ids = torch.full((len(prefixes), 1), model.ret_token_id, device=device)
         said = torch.ones_like(ids, dtype=torch.bool)
         with model.bind(None, said) as call:
+            call.head_rows = 1
             output = model.run(
                 ids,
                 mask.long().to(device),
-                past_key_values=cache,
+                past_key_values=fixed_cache(layers),
                 use_cache=True,
                 output_hidden_states=model.needs_hidden_states,
             )
-        return model.ret_embeddings(call, output, said)
+        return model.ret_states(call, output, said)
 
 
-def _plain_layers(cache: object) -> list[tuple[Tensor, Tensor]]:
-    """Return each layer's keys and values (b, heads, s, width).
+def _first_label(row: LabelledIds) -> int:
+    return next(n for n, label in enumerate(row.labels) if label != IGNORED)
+
+
+def _places(piece: Piece) -> list[tuple[int, int, int, int, slice]]:
+    """Return a piece's spans, each with the slice of the labels that are its own."""
+    before = torch.nn.functional.pad(piece.predicting.flatten().cumsum(0), (1, 0)).tolist()
+    width = piece.predicting.shape[1]
+    return [
+        (number, row, start, count, slice(before[row * width + start], before[row * width + start + count]))
+        for number, row, start, count in piece.spans
+    ]
+
+
+def plain_retrieval(model: GroundedModel, batch: Mapping[str, Tensor]) -> RetrievalPass:
+    """Run whole captions with gradient; `PrefixStore` computes the same for less."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    predicting = following != IGNORED
+    targets = following[predicting]
+    said = (ids == model.ret_token_id) & (labels == model.ret_token_id)
+    read_at = predicting | said
+    with model.bind(None, read_at) as call:
+        output = model.run(
+            ids, batch["attention_mask"], use_cache=False, output_hidden_states=model.needs_hidden_states
+        )
+        call.head_input = call.head_input[:, said[read_at]]
+    logits = output.logits[0][predicting[read_at]].float()
+    total = torch.nn.functional.cross_entropy(logits, targets.to(output.logits.device), reduction="sum")
+    return RetrievalPass(Summed(total, len(targets)), model.ret_embeddings(call, output, said))
+
+
+def plain_states(model: GroundedModel, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Run whole captions; return what `PrefixStore.states` returns."""
+    said = (batch["input_ids"] == model.ret_token_id) & (batch["labels"] == model.ret_token_id)
+    with model.bind(None, said) as call:
+        call.head_rows = 1
+        output = model.run(
+            batch["input_ids"],
+            batch["attention_mask"],
+            use_cache=False,
+            output_hidden_states=model.needs_hidden_states,
+        )
+    return model.ret_states(call, output, said)
+
+
+def run_retrieval(
+    model: GroundedModel,
+    batch: Mapping[str, Tensor],
+    prefixes: PrefixStore | None,
+    rows_at_once: int | None = None,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+) -> RetrievalPass:
+    """Compute the text-retrieval pass.
+
+    Args:
+        model: the grounded model.
+        batch: input_ids, attention_mask, labels (b, s); each row's last id is `[RET]`.
+        prefixes: None runs whole captions.
+        rows_at_once: rows whose activations are in memory at once. All vectors are computed first, and each part of
+            them again when its gradient is known (gradient caching: Gao et al. 2021), so that the contrastive loss is
+            that of the whole batch.
+        context: what every run of rows is inside of.
 
     Raises:
-        GroundingStateError: an LM that keeps something else, such as a state space or a sliding window.
+        GroundingValueError: a caption that says `[RET]` itself.
     """
-    layers = getattr(cache, "layers", None)
-    if type(cache) is not DynamicCache or not layers or any(type(x).__name__ != "DynamicLayer" for x in layers):
-        raise GroundingStateError(f"{type(cache).__name__} is not one plain key-value cache per layer.")
-    return [(layer.keys, layer.values) for layer in layers]
+    said = ((batch["input_ids"] == model.ret_token_id) & (batch["attention_mask"] > 0)).sum(-1)
+    if bool((said != 1).any()):
+        wrong = (said != 1).nonzero()[:, 0].tolist()
+        raise GroundingValueError(
+            f"Rows {wrong} of the batch must say {model.config.ret_token} once, at their end. Take it out of the "
+            "captions."
+        )
+
+    def run(part: Mapping[str, Tensor]) -> RetrievalPass:
+        with context():
+            return plain_retrieval(model, part) if prefixes is None else prefixes.run(part)
+
+    count = len(batch["input_ids"])
+    if rows_at_once is None or rows_at_once >= count:
+        return run(batch)
+    starts = range(0, count, rows_at_once)
+    parts = [{name: tensor[i : i + rows_at_once] for name, tensor in batch.items()} for i in starts]
+
+    def again(part: Mapping[str, Tensor]) -> tuple[Tensor, int, Tensor]:
+        result = run(part)
+        return result.text.total, result.text.count, result.vectors
+
+    found = [checkpoint(again, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return RetrievalPass.joined([RetrievalPass(Summed(total, n), vectors) for total, n, vectors in found])

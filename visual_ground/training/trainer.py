@@ -2,88 +2,64 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.evaluation import retrieval_recall
-from visual_ground.features import FeatureCache
 from visual_ground.model import GroundedModel
-from visual_ground.training.examples import ExampleCollator, ExampleDataset, check_columns
-from visual_ground.training.losses import GroundingLoss, GroundingObjective, choose_prefixes
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class GroundingTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with the published optimizer settings, and what grounding needs besides.
-
-    Args:
-        caption_loss_scale: weight of the captioning loss.
-        retrieval_loss_scale: weight of the text-retrieval and contrastive losses.
-        concat_captions_prob: how often two captions are read as one sequence when captioning.
-        captioning_fraction: the part of each batch that is captioned.
-        end_captions: whether a caption's end is to be predicted when captioning.
-        max_caption_length: ids of a caption with its `[RET]`; longer ones are cut.
-        feature_cache: folder of the frozen features; "features" in the output folder where None.
-        cache_features: False runs the vision encoder in every step.
-        prefix_cache_gb: memory for what the LM computes before each caption's `[RET]`, kept across epochs.
-    """
-
-    output_dir: str | None = field(default="grounded")
-    learning_rate: float = field(default=1e-3)
-    adam_beta2: float = field(default=0.95)
-    weight_decay: float = field(default=0.0)
-    max_grad_norm: float = field(default=1.0)
-    per_device_train_batch_size: int = field(default=64)
-    per_device_eval_batch_size: int = field(default=64)
-    remove_unused_columns: bool = field(default=False)
-    dataloader_drop_last: bool = field(default=True)
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
-    report_to: str | list[str] | None = field(default="none")
-    caption_loss_scale: float = field(default=1.0)
-    retrieval_loss_scale: float = field(default=1.0)
-    concat_captions_prob: float = field(default=0.5)
-    captioning_fraction: float = field(default=1.0)
-    end_captions: bool = field(default=True)
-    max_caption_length: int = field(default=24)
-    feature_cache: str | None = field(default=None)
-    cache_features: bool = field(default=True)
-    prefix_cache_gb: float = field(default=0.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.concat_captions_prob <= 1 or not 0 < self.captioning_fraction <= 1:
-            raise GroundingValueError("concat_captions_prob must be in [0, 1] and captioning_fraction in (0, 1].")
-        if self.max_caption_length < 2 or self.prefix_cache_gb < 0:
-            raise GroundingValueError("max_caption_length must be at least 2, prefix_cache_gb must not be negative.")
+from visual_ground.training import checkpoints
+from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.devices import gathered_outside_layers, shard_base_only, share_adapter
+from visual_ground.training.examples import ExampleCollator, ExampleDataset
+from visual_ground.training.fitted_start import fit_start
+from visual_ground.training.logs import Meters, log_into, show_picture
+from visual_ground.training.losses import GroundingLoss, GroundingObjective
+from visual_ground.training.order import EpochSampler
+from visual_ground.training.rows import Skipped, is_stream
+from visual_ground.training.sheets import draw_sheet, save_sheet, sheet_rows
+from visual_ground.training.shortcuts import choose_prefixes, find_shortcuts
+from visual_ground.training.starting import (
+    check_batches,
+    first_examples,
+    preparing_of,
+    refill,
+    set_row_rate,
+    standardise,
+)
+from visual_ground.training.streams import ExampleStream, prepare_stream
+from visual_ground.training.validation import Validation
 
 
 class GroundingTrainer(Trainer):
     """Trains the adapter of a grounded model on image-caption pairs.
 
     Features of all images are computed first and kept on disk; `[RET]` is scaled back to the mean norm after each
-    step; a loss or gradient that is not finite stops the training before it reaches the adapter.
+    step; a loss or gradient that is not finite stops the training before it reaches the adapter. A run that was killed
+    goes on with `train(resume_from_checkpoint=True)` and ends as if it had not been.
 
     Args:
         model: the grounded model; its adapter is trained in place.
         args: the settings.
-        train_dataset: rows with `image` and `caption`, see `ExampleDataset`.
-        eval_dataset: likewise.
+        train_dataset: rows with images and captions, by number or as a `datasets.IterableDataset`.
+        eval_dataset: rows by number.
         options: callbacks, optimizers and the like, for `Trainer`.
 
     Raises:
-        GroundingTypeError: not a `GroundedModel`.
-        GroundingValueError: a dataset that is empty or lacks a column.
+        GroundingTypeError: not a `GroundedModel`, not a dataset, or captions that are no strings.
+        GroundingValueError: a dataset that is empty, lacks a column, has only empty captions or too many unreadable
+            images, or has no whole batch; a batch of one.
         GroundingStateError: an adapter that was loaded without `is_trainable=True`.
 
     Example:
@@ -95,8 +71,8 @@ class GroundingTrainer(Trainer):
         self,
         model: GroundedModel,
         args: GroundingTrainingArguments | None = None,
-        train_dataset: Sequence[Mapping[str, Any]] | None = None,
-        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         **options: Any,
     ) -> None:
         if not isinstance(model, GroundedModel):
@@ -104,72 +80,118 @@ class GroundingTrainer(Trainer):
         if not any(parameter.requires_grad for parameter in model.adapter.parameters()):
             raise GroundingStateError("The adapter is frozen; load it with is_trainable=True to train it further.")
         args = GroundingTrainingArguments() if args is None else args
-        self.grounded, self._progress = model, not args.disable_tqdm
-        self._parts: dict[str, list[float]] = {}
-        self._cache = self._open_cache(model, args)
+        self.grounded, self.meters, self.skipped = model, Meters(model.adapter), Skipped(args.max_skipped)
+        self._preparing, self.order = preparing_of(model, args), None
         train = None if train_dataset is None else self._examples(train_dataset, sample=True)
         evaluated = None if eval_dataset is None else self._examples(eval_dataset, sample=False)
+        check_batches(train, args)
         objective = GroundingObjective(model, args.caption_loss_scale, args.retrieval_loss_scale)
         collator = ExampleCollator(
-            model, args.max_caption_length, args.concat_captions_prob, args.captioning_fraction, args.end_captions
+            model,
+            args.max_caption_length,
+            args.concat_captions_prob,
+            args.captioning_fraction,
+            args.end_captions,
+            args.sampling_seed,
         )
         super().__init__(objective, args, collator, train, evaluated, **options)
+        shard_base_only(self.accelerator, self.model)
         self.loss_is_scaled_for_ga = False
-        self.add_callback(_Renormalise(model))
+        self.add_callback(_EachStep(self))
+        log_into(self.callback_handler, os.path.join(args.output_dir, "logs"))
 
-    @staticmethod
-    def _open_cache(model: GroundedModel, args: GroundingTrainingArguments) -> FeatureCache | None:
-        if not args.cache_features:
-            return None
-        return FeatureCache(args.feature_cache or os.path.join(args.output_dir, "features"), model.vision)
+    def _examples(self, rows: Any, sample: bool) -> ExampleDataset | ExampleStream:
+        if not is_stream(rows):
+            return self._preparing.examples(rows, sample)
+        if not sample:
+            raise GroundingTypeError("A stream has no end to evaluate at; give eval_dataset=list(stream.take(500)).")
+        return prepare_stream(rows, self._preparing)
 
-    def _examples(self, rows: Sequence[Mapping[str, Any]], sample: bool) -> ExampleDataset:
-        """Wrap a dataset's rows, with their images' features where these are cached."""
-        check_columns(rows)
-        if self._cache is None:
-            return ExampleDataset(rows, groups=_groups(rows, None), sample=sample)
-        images = [row["image"] if isinstance(row["image"], (list, tuple)) else [row["image"]] for row in rows]
-        flat = self._cache.features([image for several in images for image in several], progress=self._progress)
-        features = flat.split([len(several) for several in images])
-        return ExampleDataset(rows, features, _groups(rows, features), sample)
+    def create_optimizer(self, *args: Any, **options: Any) -> Optimizer:
+        """Return the optimizer; the layer from images to input rows may have a learning rate of its own."""
+        if self.optimizer is None:
+            super().create_optimizer(*args, **options)
+            set_row_rate(self.optimizer, self.grounded.adapter, self.args.rows_learning_rate)
+        return self.optimizer
 
-    def train(self, *args: Any, **options: Any) -> Any:
-        """Train, as `Trainer.train` does; a new adapter first learns the spread of the image features."""
-        self._standardise()
-        self._choose_prefixes()
-        return super().train(*args, **options)
+    # The order of the data is a function of seed and epoch, see `order`.
 
-    @torch.no_grad()
-    def _standardise(self) -> None:
-        adapter, examples = self.grounded.adapter, self.train_dataset
-        fresh = not adapter.feature_mean.any() and bool((adapter.feature_std == 1).all())
-        if examples is None or self.grounded.config.units != "lm" or not fresh:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        examples = self.train_dataset if train_dataset is None else train_dataset
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        self.order = EpochSampler(len(examples), self.args.sampling_seed, shuffle)
+        return self.order
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the batches of this process; a stream is split already, so it is not split again."""
+        if not isinstance(self.train_dataset, ExampleStream):
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            drop_last=True,
+        )
+        return prepare_data_loader(loader, self.args.device, 1, 0, put_on_device=True, dispatch_batches=False)
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **options: Any) -> TrainOutput:
+        """Train, as `Trainer.train` does; a new adapter first learns the spread of the image features.
+
+        Args:
+            resume_from_checkpoint: a whole checkpoint; True takes the run's last whole one, and starts where there is
+                none, so that the same command both starts and goes on.
+            options: as in `Trainer.train`.
+
+        Raises:
+            GroundingFileError: the checkpoint is not whole, or none could be written.
+            GroundingValueError: the checkpoint of another base or other settings; a loss that is not finite.
+        """
+        checkpoint = checkpoints.choose(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            checkpoints.check_base(checkpoint, self.grounded)
+            if 0 < self.args.max_steps <= checkpoints.global_step(checkpoint):
+                self._load_from_checkpoint(os.fspath(checkpoint))
+                return TrainOutput(checkpoints.global_step(checkpoint), 0.0, {})
+        self._start(0 if checkpoint is None else checkpoints.global_step(checkpoint))
+        return super().train(None if checkpoint is None else os.fspath(checkpoint), **options)
+
+    def _start(self, steps_done: int) -> None:
+        """Do what a run does once: the adapter's start values, and how captions' prefixes are run."""
+        if self.train_dataset is None:
             return
-        if examples.features is not None:
-            adapter.standardise_with(torch.cat(list(examples.features)))
-            return
-        some = [examples[i]["image"] for i in range(min(len(examples), 1024))]
-        vision = self.grounded.vision
-        batches = [vision(vision.preprocess(some[i : i + 32])) for i in range(0, len(some), 32)]
-        adapter.standardise_with(torch.cat(batches))
+        fresh = standardise(self.grounded, self.train_dataset)
+        # With an LM adapter that learns, what stands before [RET] or an image depends on what is trained.
+        if self.model.prefixes is None and not self.grounded.config.train_lm_adapter:
+            batch = self._prepare_inputs(self.data_collator(first_examples(self.train_dataset, 8)))
+            rows_at_once = self.args.rows_at_once or None
+            ways = find_shortcuts(self.grounded, batch["captioning"], rows_at_once, at_once=not self.is_fsdp_enabled)
+            room = int(self.args.prefix_cache_gb * 2**30)
+            self.model.shortcuts = ways
+            self.model.prefixes = choose_prefixes(self.grounded, batch["retrieval"], room, ways.packed)
+        if fresh and self.args.fit_start:
+            # A run that goes on does it too, though its checkpoint has other values: it leaves the same prefixes kept.
+            fit_start(self.model, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows)))
+        share_adapter(self.grounded.adapter, self.args.world_size)
+        if self.model.prefixes is not None and self.args.prefix_cache_gb and self.order is not None:
+            batches = steps_done * self.args.gradient_accumulation_steps
+            loader = self.get_train_dataloader()
+            refill(self.model.prefixes, loader, self.order, batches, self._prepare_inputs)
 
-    def _choose_prefixes(self) -> None:
-        if self.train_dataset is None or self.model.prefixes is not None:
-            return
-        if self.grounded.config.train_lm_adapter:
-            return  # What stands before [RET] depends on the LM's adapter then.
-        some = [self.train_dataset[i] for i in range(min(len(self.train_dataset), 8))]
-        batch = self._prepare_inputs(self.data_collator(some)["retrieval"])
-        self.model.prefixes = choose_prefixes(self.grounded, batch, int(self.args.prefix_cache_gb * 2**30))
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.skipped.seen += len(inputs.get("rows", ()))
+        for name in inputs.pop("skipped", ()):
+            self.skipped.add(name)
+        return super()._prepare_inputs(inputs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Return the loss of a batch, or raise where it is not finite."""
         losses: GroundingLoss = model(**inputs)
         if not bool(torch.isfinite(losses.loss)):
             raise GroundingValueError(f"The loss became {float(losses.loss.detach())} {self._where(inputs)}")
-        for name, value in losses.items():
-            if name != "loss" and model.training:
-                self._parts.setdefault(name, []).append(float(value))
+        if model.training:
+            self.meters.count(inputs, losses)
         return (losses.loss, losses) if return_outputs else losses.loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
@@ -187,18 +209,16 @@ class GroundingTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """Log, with the means of the losses' parts since the last time."""
+        """Log, with what the steps since the last time did."""
         if "loss" in logs:
-            logs |= {name: round(sum(values) / len(values), 4) for name, values in self._parts.items() if values}
-            logs["temperature"] = round(float((-self.grounded.adapter.logit_scale.detach()).exp()), 4)
-            self._parts = {}
+            logs |= self.meters.read()
         super().log(logs, *args, **options)
 
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the mean loss and the recalls over all pairs of a dataset, in both directions.
+        """Return the mean loss, the recalls over all pairs both ways, and the `[RET]` rate; draw a contact sheet.
 
         Args:
             eval_dataset: rows; the trainer's own where None.
@@ -209,21 +229,49 @@ class GroundingTrainer(Trainer):
         if examples is None:
             raise GroundingValueError("There is nothing to evaluate on; pass eval_dataset=.")
         self.model.eval()
-        rows = [examples[i] for i in range(len(examples))]
-        size, vision = self.args.per_device_eval_batch_size, self.grounded.vision
-        features = [
-            row["image_features"] if "image_features" in row else vision(vision.preprocess([row["image"]]))[0]
-            for row in rows
-        ]
-        found = retrieval_recall(self.grounded, [row["caption"] for row in rows], torch.stack(features), size)
-        metrics = {f"{metric_key_prefix}_{way}_{rank}": v for way, ranks in found.items() for rank, v in ranks.items()}
-        starts = range(0, max(1, len(rows) - size + 1), size)
-        batches = [self._prepare_inputs(self.data_collator(rows[i : i + size])) for i in starts]
-        losses = [float(self.compute_loss(self.model, batch)) for batch in batches]
-        metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        validation = Validation(self.grounded, examples, self.args.per_device_eval_batch_size, self.accelerator)
+        with gathered_outside_layers(self.model):
+            found = validation.recalls()
+            self._draw(examples, metric_key_prefix)
+        found["loss"] = validation.loss(
+            lambda rows: self.compute_loss(self.model, self._prepare_inputs(self.data_collator(rows)))
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.meters.start()
         return metrics
+
+    def _draw(self, examples: ExampleDataset, name: str) -> None:
+        step = self.state.global_step
+        if not self.args.pictures or not (self.args.should_save or self.is_fsdp_enabled):
+            return
+        rows = sheet_rows(self.grounded, examples, self.args.pictures)
+        if self.args.should_save:
+            page = draw_sheet(rows, f"{name}, step {step}: caption, caption said (blue), images found for the caption")
+            save_sheet(page, Path(self.args.output_dir) / "pictures" / f"{name}-{step:08d}.png")
+            show_picture(self.callback_handler, f"{name}/pairs", np.asarray(page), step)
+
+    # Checkpoints, see `checkpoints`.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, writes, limit = Path(self._get_output_dir(trial)), self.args.should_save, self.args.save_total_limit
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if writes:
+            checkpoints.remove(folder)
+        self.accelerator.wait_for_everyone()
+        # Old checkpoints are removed when the new one is sealed, and not before.
+        self.args.save_total_limit = None
+        with checkpoints.removed_unless_written(folder, writes):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if writes:
+                checkpoints.seal(folder)
+        if writes:
+            checkpoints.remove_surplus(run, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the adapter, and the arguments; never the LM."""
@@ -233,6 +281,27 @@ class GroundingTrainer(Trainer):
         self.grounded.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; no wrapper is asked, for every process has it whole."""
+        self._save(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._nothing_sharded():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._nothing_sharded():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _nothing_sharded(self) -> Iterator[None]:
+        """FSDP shards nothing that has an optimizer's state, which is then written as without FSDP."""
+        enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = enabled
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.grounded.load_weights(resume_from_checkpoint)
 
@@ -240,25 +309,21 @@ class GroundingTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-class _Renormalise(TrainerCallback):
-    """Scales `[RET]` back to the mean norm after each backward pass, as published."""
+class _EachStep(TrainerCallback):
+    """Tells the sampler its epoch, and scales `[RET]` back to the mean norm after each backward pass, as published."""
 
-    def __init__(self, model: GroundedModel) -> None:
-        self.model = model
+    def __init__(self, trainer: GroundingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.meters.start()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.trainer.train_dataset, ExampleDataset):
+            # A run that goes on in the middle of an epoch has a broken number here.
+            self.trainer.order.set_epoch(int((state.epoch or 0) + 1e-6))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.model.adapter.renormalise_ret()
+        self.trainer.grounded.adapter.renormalise_ret()
 
     on_substep_end = on_step_end
-
-
-def _groups(rows: Sequence[Mapping[str, Any]], features: Sequence[Tensor] | None) -> list[int]:
-    """Number the rows so that those with the same `group`, or else the same first image, have the same number."""
-    numbers: dict[Any, int] = {}
-    groups = []
-    for i, row in enumerate(rows):
-        key = row.get("group")
-        if key is None:
-            key = i if features is None else features[i][0].numpy().tobytes()
-        groups.append(numbers.setdefault(key, len(numbers)))
-    return groups

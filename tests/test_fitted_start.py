@@ -1,0 +1,75 @@
+"""Start values fitted to the training pairs: over the families, and what they promise."""
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, build, grounded, picture
+from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective, fitted_start
+from visual_ground.training.fitted_start import Imitation, fit_start, layer_at
+from visual_ground.training.starting import standardise
+
+ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i}"} for i in range(12)]
+
+
+def fitted(family="llama_untied", lm=None, **config):
+    model = grounded(family, lm=lm, **config)
+    examples = ExampleDataset(ROWS)
+    standardise(model, examples)
+    fit_start(GroundingObjective(model), examples, ExampleCollator(model, concat_captions_prob=0.0))
+    return model
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_start_is_finite_and_leaves_the_lm_alone(family):
+    lm = build(family)
+    before = {name: value.clone() for name, value in lm.state_dict().items()}
+    hooks = [len(module._forward_hooks) for module in lm.modules()]
+    model = fitted(lm=lm)
+    assert all(bool(torch.isfinite(value).all()) for value in model.adapter.state_dict().values())
+    assert all(p.grad is None for p in model.parameters())
+    model.unground()
+    assert all(torch.equal(before[name], value) for name, value in lm.state_dict().items())
+    assert [len(module._forward_hooks) for module in lm.modules()] == hooks
+
+
+@pytest.mark.parametrize("config", [{}, {"text_layers": (-1, 1)}, {"retrieval_dim": 64}], ids=["one", "two", "wide"])
+def test_training_pairs_find_each_other_from_the_start(config):
+    model = fitted(**config)
+    texts = model.embed_text([row["caption"] for row in ROWS])
+    images = model.embed_images([row["image"] for row in ROWS])
+    right = ((texts @ images.T).argmax(1) == torch.arange(len(ROWS))).float().mean()
+    assert right >= 0.5
+    assert all(bool(layer.weight.any(-1).all()) for layer in model.adapter.text_to_retrieval)
+
+
+def test_rows_learn_to_do_what_captions_do():
+    model = grounded("llama_untied", num_visual_tokens=2)
+    imitation = Imitation(model, layer_at(model, fitted_start.DEPTH))
+    texts = [model.encoder.encode_text(row["caption"]) for row in ROWS]
+    features = model.vision(model.vision.preprocess([row["image"] for row in ROWS]))
+    wanted = imitation.text_states(texts)
+
+    def distance():
+        with torch.no_grad():
+            return float((imitation.image_states(features) - wanted).square().mean())
+
+    before = distance()
+    fitted_start.start_rows(model, [row["caption"] for row in ROWS], features)
+    assert distance() < 0.5 * before
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_states_are_those_of_the_layer_with_the_lead_before_them(family):
+    model = grounded(family)
+    layer = layer_at(model, 0.5)
+    short, whole = Imitation(model, layer), Imitation(model, layer)
+    whole._kept = None
+    features = model.vision(model.vision.preprocess([row["image"] for row in ROWS]))
+    assert torch.allclose(short.image_states(features), whole.image_states(features), atol=1e-4)
+    seen = []
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model(torch.tensor([[*short.before, 10, 11, 12]]))
+    hook.remove()
+    states = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    assert torch.allclose(short.text_states([[10, 11, 12], [13]])[0], states[0, -1], atol=1e-4)

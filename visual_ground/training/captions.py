@@ -1,0 +1,128 @@
+"""The captioning pass: images in, the captions' words out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visual_ground.model import GroundedModel
+from visual_ground.training.cross_entropy import ret_parameters, sum_of_parts, summed_cross_entropy
+from visual_ground.training.examples import IGNORED, LabelledIds
+from visual_ground.training.sequences import KeysValues, Piece, pieces, plain_layers, read, rows_of
+
+LEADS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A sum over labels, and over how many."""
+
+    total: Tensor
+    count: int
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over the labels."""
+        return self.total / self.count
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """How the losses are computed; never what they are. `shortcuts.find_shortcuts` finds what an LM can do.
+
+    Args:
+        packed: several captions in a row, without padding.
+        direct_head: the output head runs by itself over a few labels at a time.
+        leads: keys and values of what stands before the first image are kept: they depend on nothing trained.
+        rows_at_once: sequences whose activations are in memory together; None holds a batch's.
+        at_once: the captions' gradients are taken within the forward pass, piece by piece, and their activations
+            dropped. False leaves them to the backward pass, for wrappers that must see every gradient pass by.
+    """
+
+    packed: bool = False
+    direct_head: bool = False
+    leads: bool = False
+    rows_at_once: int | None = None
+    at_once: bool = True
+
+
+class CaptionPass:
+    """Computes the captioning loss.
+
+    Args:
+        model: the grounded model.
+        shortcuts: how; by default plainly.
+    """
+
+    def __init__(self, model: GroundedModel, shortcuts: Shortcuts | None = None) -> None:
+        self.model, self.ways = model, Shortcuts() if shortcuts is None else shortcuts
+        self._leads: OrderedDict[tuple[int, ...], KeysValues] = OrderedDict()
+
+    def loss(self, batch: Mapping[str, Tensor], features: Tensor) -> Summed:
+        """Return the cross entropy of the labels, each row reading its own images.
+
+        Args:
+            batch: input_ids, attention_mask, labels (rows, s); its images are the first of `features`, in order.
+            features: (n, f).
+        """
+        model, rows = self.model, rows_of(batch)
+        first = model.facts.vocabulary.first_image_id
+        marks = sum(i >= first for row in rows for i in row.ids)
+        device = model.adapter.logit_scale.device
+        table = model.adapter.image_rows(features[: marks // model.config.num_visual_tokens].to(device))
+        count = sum(label != IGNORED for row in rows for label in row.labels[1:])
+
+        def loss_of(part: tuple[tuple[int, ...], Piece], table: Tensor) -> Tensor:
+            lead, piece = part
+            states, output = read(model, piece, table, self._lead(lead), whole_head=not self.ways.direct_head)
+            if self.ways.direct_head:
+                return summed_cross_entropy(model, states, piece.targets)
+            logits = output.logits[0].float()
+            return F.cross_entropy(logits, piece.targets.to(logits.device), reduction="sum")
+
+        if not self.ways.at_once:
+            return Summed(torch.stack([loss_of(part, table) for part in self.parts(rows)]).sum(), count)
+        return Summed(sum_of_parts(loss_of, self.parts(rows), table, ret_parameters(model)), count)
+
+    def parts(self, rows: Sequence[LabelledIds]) -> list[tuple[tuple[int, ...], Piece]]:
+        """Return the pieces of the rows, each with the lead that its sequences have in common."""
+        led: dict[tuple[int, ...], list[LabelledIds]] = {}
+        for row in rows:
+            length = self._lead_length(row) if self.ways.leads else 0
+            led.setdefault(row.ids[:length], []).append(LabelledIds(row.ids[length:], row.labels[length:]))
+        return [
+            (lead, piece)
+            for lead, some in led.items()
+            for piece in pieces(self.model, some, self.ways.packed, self.ways.rows_at_once, len(lead))
+        ]
+
+    def _lead_length(self, row: LabelledIds) -> int:
+        """Return how many ids stand before the first image, none of them and not the image being predicted."""
+        virtual = self.model.facts.vocabulary
+        ours = (n for n, i in enumerate(row.ids) if i == virtual.ret_token_id or i >= virtual.first_image_id)
+        length = next(ours, 0)
+        return 0 if any(label != IGNORED for label in row.labels[: length + 1]) else length
+
+    @torch.no_grad()
+    def _lead(self, ids: tuple[int, ...]) -> KeysValues | None:
+        if not ids:
+            return None
+        if ids not in self._leads:
+            tensor = torch.tensor([ids], device=self.model.adapter.logit_scale.device)
+            with self.model.bind(None, torch.ones_like(tensor, dtype=torch.bool)) as call:
+                call.head_rows = 1
+                output = self.model.run(tensor, torch.ones_like(tensor), use_cache=True)
+            self._leads[ids] = plain_layers(output.past_key_values, len(ids))
+            if len(self._leads) > LEADS_KEPT:
+                self._leads.popitem(last=False)
+        return self._leads[ids]
+
+
+def captioning_loss(model: GroundedModel, batch: Mapping[str, Tensor], features: Tensor) -> Tensor:
+    """Return the mean cross entropy of captions, computed plainly; the arguments are those of `CaptionPass.loss`."""
+    return CaptionPass(model).loss(batch, features).mean

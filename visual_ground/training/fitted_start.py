@@ -1,0 +1,227 @@
+"""Start values fitted to the training pairs, before the first step.
+
+Text and image layers of the retrieval space start in closed form. The layer from images to input rows starts by
+imitation: an image's row should leave the LM in the state that the caption's own words would leave it in. Both take
+seconds, where the losses would take epochs to find as much.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visual_ground.errors import GroundingStateError
+from visual_ground.language import core_of
+from visual_ground.model import GroundedModel
+from visual_ground.training.examples import ExampleDataset
+from visual_ground.training.losses import GroundingObjective
+from visual_ground.training.prefixes import plain_states
+from visual_ground.training.sequences import KeysValues, fixed_cache, plain_layers
+from visual_ground.training.streams import ExampleStream
+from visual_ground.training.validation import image_features
+
+logger = logging.getLogger(__name__)
+
+PAIRS, IMITATED = 4096, 1024
+# How deep the imitated state is, in parts of the LM's layers: deep enough for words to have a meaning that similar
+# words share, not so deep that it is only about the next word (benchmarks/start_values.py).
+DEPTH = 0.27
+STEPS, BATCH = 100, 64
+# A step of the optimizer moves a row by about this part of the embedding's spread, whatever the features' width.
+STEP = 0.4
+
+
+def fit_start(
+    objective: GroundingObjective,
+    examples: ExampleDataset | ExampleStream,
+    collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+) -> None:
+    """Fit a new adapter's start values.
+
+    Args:
+        objective: the model, and how its text-retrieval pass is run.
+        examples: the training examples, of which at most `PAIRS` are read.
+        collate: makes a batch of examples.
+    """
+    pairs = _spread_out(examples)
+    batches = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
+    features = torch.cat([image_features(objective.model, rows) for rows in batches])
+    start_retrieval(objective, [collate(rows) for rows in batches], features)
+    some = slice(None, None, -(-len(pairs) // IMITATED))
+    start_rows(objective.model, [row["caption"] for row in pairs[some]], features[some])
+
+
+def _spread_out(examples: ExampleDataset | ExampleStream) -> list[dict[str, Any]]:
+    """Return evenly spread examples of two epochs, in which a row's several images and captions take turns."""
+    if isinstance(examples, ExampleStream):
+        return examples.some(PAIRS)
+    count = 2 * len(examples)
+    return [examples[i] for i in range(0, count, -(-count // PAIRS))]
+
+
+@torch.no_grad()
+def start_retrieval(objective: GroundingObjective, batches: Sequence[Mapping[str, Any]], features: Tensor) -> None:
+    """Start the retrieval layers in closed form.
+
+    Args:
+        objective: the model, and how its text-retrieval pass is run.
+        batches: as from `ExampleCollator`.
+        features: (n, f), of their images.
+    """
+    model, prefixes = objective.model, objective.prefixes
+    parts = [batch["retrieval"] for batch in batches]
+    states = [plain_states(model, part) if prefixes is None else prefixes.states(part) for part in parts]
+    layers = [torch.cat(layer) for layer in zip(*states, strict=True)]
+    model.adapter.start_retrieval(layers, features, torch.cat([batch["groups"] for batch in batches]))
+
+
+def start_rows(model: GroundedModel, captions: Sequence[str], features: Tensor, seed: int = 0) -> None:
+    """Start the layer from images to input rows by imitation of the captions.
+
+    Args:
+        model: the grounded model.
+        captions: n captions.
+        features: (n, f), of their images.
+        seed: of the order.
+    """
+    layer = layer_at(model, DEPTH)
+    if layer is None:
+        logger.info("%s shows no layers, so image rows start near the mean embedding.", type(model.lm).__name__)
+        return
+    imitation = Imitation(model, layer)
+    texts = [model.encoder.encode_text(" " + caption.strip().rstrip(".!?,;: ")) for caption in captions]
+    wanted = torch.cat([imitation.text_states(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
+    spread = wanted.std(0, correction=0) + 1e-6
+    rate = STEP / model.adapter.feature_dim
+    optimizer = torch.optim.AdamW(model.adapter.row_groups(rate), betas=(0.9, 0.95), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(texts), (min(BATCH, len(texts)),), generator=order)
+        loss = ((imitation.image_states(features[chosen]) - wanted[chosen]) / spread).square().mean()
+        model.adapter.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.adapter.zero_grad()
+
+
+class Imitation:
+    """The LM's states after a caption's words, and after an image's rows in their place.
+
+    Args:
+        model: the grounded model.
+        layer: the layer of the LM whose states are meant; those above it do not run.
+    """
+
+    def __init__(self, model: GroundedModel, layer: nn.Module) -> None:
+        self.model = model
+        lead = model.encoder.caption_lead(image=True)
+        self.before = lead[: next(i for i, token in enumerate(lead) if token < 0)]
+        self._layer = layer
+        self._kept: KeysValues | None = self._keep()
+
+    @torch.no_grad()
+    def _keep(self) -> KeysValues | None:
+        """Return the keys and values of what stands before the image, where the LM keeps such."""
+        if not self.before:
+            return None
+        ids = torch.tensor([self.before])
+        try:
+            with self.model.bind(None, torch.ones_like(ids, dtype=torch.bool)):
+                output = self.model.run(ids, torch.ones_like(ids), use_cache=True)
+            return plain_layers(output.past_key_values, len(ids[0]))
+        except (AttributeError, GroundingStateError):
+            return None
+
+    @torch.no_grad()
+    def text_states(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the states (b, width) at the last token of each text."""
+        lengths = torch.tensor([len(text) for text in texts])
+        ids = torch.full((len(texts), int(lengths.max())), self.model.pad_id)
+        for row, text in zip(ids, texts, strict=True):
+            row[: len(text)] = torch.tensor(text)
+        states = self._states(ids, torch.arange(ids.shape[1]) < lengths[:, None], None)
+        return states[torch.arange(len(texts)), lengths - 1]
+
+    def image_states(self, features: Tensor) -> Tensor:
+        """Return the states (b, width) at the last row of each image."""
+        width, first = self.model.config.num_visual_tokens, self.model.facts.vocabulary.first_image_id
+        ids = first + torch.arange(len(features) * width).view(len(features), width)
+        rows = self.model.image_rows(image_features=features)
+        return self._states(ids, torch.ones_like(ids), rows)[:, -1]
+
+    def _states(self, ids: Tensor, mask: Tensor, rows: Tensor | None) -> Tensor:
+        """Return the layer's states (b, s, width) of ids (b, s) read after what stands before the image."""
+        count, past = len(self.before), {}
+        mask = torch.nn.functional.pad(mask.long(), (count, 0), value=1)
+        if self._kept is None:
+            ids = torch.cat([torch.tensor(self.before, dtype=torch.long).expand(len(ids), -1), ids], -1)
+        else:
+            kept = [[tensor.expand(len(ids), -1, -1, -1) for tensor in layer] for layer in self._kept]
+            past = {"past_key_values": fixed_cache(kept)}
+        return self._run(ids, mask, rows, use_cache=bool(past), **past)[:, -(mask.shape[1] - count) :].float()
+
+    def _run(self, ids: Tensor, mask: Tensor, rows: Tensor | None, **options: Any) -> Tensor:
+        """Return the layer's states (b, s, width)."""
+        device = self.model.adapter.logit_scale.device
+        stop = self._layer.register_forward_hook(_stop)
+        try:
+            with self.model.bind(rows):
+                self.model.run(ids.to(device), mask.to(device), **options)
+        except _Reached as reached:
+            return reached.states
+        finally:
+            stop.remove()
+        raise AssertionError("layer_at ran this layer")
+
+
+class _Reached(Exception):
+    """A run came to the layer that is looked at."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _Reached(_first(output))
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+@torch.no_grad()
+def layer_at(model: GroundedModel, depth: float) -> nn.Module | None:
+    """Return the LM's layer that deep, or None where its layers cannot be told from its other parts.
+
+    The layers are the longest `nn.ModuleList` of which every member was run, once and in order, and gave states.
+
+    Args:
+        model: the grounded model.
+        depth: in parts of the number of layers.
+    """
+    ran: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        states = _first(output)
+        if isinstance(states, Tensor) and states.is_floating_point() and states.shape[:2] == (1, 2):
+            ran.append(module)
+
+    stacks = [part for part in core_of(model.lm).modules() if isinstance(part, nn.ModuleList)]
+    hooks = [layer.register_forward_hook(note) for stack in stacks for layer in stack]
+    try:
+        ids = torch.full((1, 2), model.facts.vocabulary.safe_id, device=model.adapter.logit_scale.device)
+        with model.bind():
+            model.run(ids, torch.ones_like(ids), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    whole = [list(stack) for stack in stacks if [part for part in ran if part in set(stack)] == list(stack)]
+    layers = max(whole, key=len, default=[])
+    return layers[max(0, round(depth * len(layers)) - 1)] if layers else None

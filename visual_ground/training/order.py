@@ -1,0 +1,65 @@
+"""Which row comes when, and which of several is taken: functions of a seed and a number alone.
+
+Nothing here has a state that a restart would have to bring back, or that another process could be ahead of.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+
+def picker(seed: int, draw: int) -> Callable[[Sequence[Any]], Any]:
+    """Return a function that takes one of several at random, the same for the same numbers.
+
+    Example:
+        >>> picker(0, 7)("abc") == picker(0, 7)("abc")
+        True
+    """
+    return random.Random(f"{seed} {draw}").choice
+
+
+def first(values: Sequence[Any]) -> Any:
+    """Return the first of several."""
+    return values[0]
+
+
+def happens(probability: float, seed: int, draw: int) -> bool:
+    """Return True with this probability, the same for the same numbers."""
+    return random.Random(f"{seed} {draw} happens").random() < probability
+
+
+class EpochSampler(Sampler[int]):
+    """The numbers of one epoch of an `ExampleDataset`, shuffled by seed and epoch alone.
+
+    Args:
+        length: rows.
+        seed: of the order.
+        shuffle: False keeps the dataset's order.
+
+    Example:
+        >>> sampler = EpochSampler(2, seed=0, shuffle=False)
+        >>> sampler.set_epoch(1)
+        >>> list(sampler)
+        [2, 3]
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True) -> None:
+        self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.arange(self.length)
+        if self.shuffle:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        return iter((order + self.epoch * self.length).tolist())

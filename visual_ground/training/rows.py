@@ -1,0 +1,200 @@
+"""Rows of a dataset before they are examples: which columns there are, and what cannot be used of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 10
+ENOUGH_TO_JUDGE = 1000
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row has its images and captions.
+
+    Args:
+        image: the column with an image, or a list of them.
+        caption: the column with a caption, or a list of them.
+        folder: where relative paths in the image column start.
+
+    Example:
+        >>> Columns("jpg", "txt").captions({"jpg": None, "txt": ["a cat", " "]})
+        ['a cat']
+    """
+
+    image: str = "image"
+    caption: str = "caption"
+    folder: str | None = None
+
+    def images(self, row: Mapping[str, Any]) -> list[Any]:
+        """Return a row's images as they are: PIL images, paths, or `{"bytes": ..., "path": ...}`."""
+        return [self._placed(image) for image in _as_list(row[self.image])]
+
+    def captions(self, row: Mapping[str, Any]) -> list[str]:
+        """Return a row's captions that are not empty."""
+        return [caption for caption in _as_list(row[self.caption]) if not _is_empty(caption)]
+
+    def _placed(self, image: Any) -> Any:
+        if self.folder is not None and isinstance(image, (str, os.PathLike)):
+            return os.path.join(self.folder, image)
+        return image
+
+
+class Skipped:
+    """Counts what cannot be used, says so by name, and raises where it is too much.
+
+    Args:
+        limit: the part that may be skipped.
+        total: how many there are; None where nobody knows, as in a stream.
+
+    Attributes:
+        names: what was skipped, and why.
+    """
+
+    def __init__(self, limit: float, total: int | None = None) -> None:
+        self.limit, self.total, self.seen = limit, total, 0
+        self.names: list[str] = []
+
+    def add(self, name: str) -> None:
+        """Skip one, with its reason.
+
+        Raises:
+            GroundingValueError: too many by now.
+        """
+        self.names.append(name)
+        if len(self.names) <= SHOWN:
+            logger.warning("Skipped %s", self.names[-1])
+        self.check(self.total or max(self.seen, ENOUGH_TO_JUDGE))
+
+    def check(self, total: int) -> None:
+        """Raise GroundingValueError where more than the stated part of `total` was skipped."""
+        if len(self.names) <= self.limit * total:
+            return
+        shown = "\n  ".join(self.names[:SHOWN])
+        raise GroundingValueError(
+            f"{len(self.names)} of {total} images and captions cannot be used, and max_skipped={self.limit:g} of them "
+            f"may be skipped. Mend them, or raise max_skipped. The first are:\n  {shown}"
+        )
+
+    def finish(self) -> None:
+        """Say how many were skipped in all."""
+        if self.names:
+            logger.warning("Skipped %d images and captions that cannot be used.", len(self.names))
+
+
+def open_rows(rows: Any, columns: Columns) -> Any:
+    """Check a dataset's columns; images of a `datasets` dataset are then given as files, not decoded.
+
+    Args:
+        rows: mappings by number, or a `datasets` dataset, which may be a stream.
+        columns: where the images and captions are; `image_features` may stand for the images.
+
+    Returns:
+        The rows.
+
+    Raises:
+        GroundingTypeError: neither of these, or a caption that is no string among the first.
+        GroundingValueError: no rows, or columns missing.
+    """
+    if not is_stream(rows) and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise GroundingTypeError(
+            f"A dataset needs len() and rows by number, or is a datasets.IterableDataset, got {type(rows).__name__}."
+        )
+    first = next(iter(_undecoded(rows, columns)), None)
+    if first is None:
+        raise GroundingValueError("The dataset is empty; give at least two rows with image and caption.")
+    wanted = [columns.caption] if "image_features" in first else [columns.image, columns.caption]
+    if missing := [name for name in wanted if name not in first]:
+        raise GroundingValueError(
+            f"The dataset has no columns {missing}; its columns are {sorted(first)}. Name them: image_column=, "
+            "caption_column= (--image-column, --caption-column)."
+        )
+    rows = _undecoded(rows, columns)
+    if is_stream(rows):
+        _usable_captions(islice(rows, ENOUGH_TO_JUDGE // 10), columns)
+    return rows
+
+
+def usable_rows(rows: Any, columns: Columns, skipped: Skipped) -> list[int]:
+    """Return the numbers of the rows that have a caption.
+
+    Raises:
+        GroundingTypeError: a caption that is no string.
+        GroundingValueError: all captions are empty, or too many.
+    """
+    few = rows.select_columns([columns.caption]) if hasattr(rows, "select_columns") else rows
+    usable = _usable_captions(few, columns)
+    for number, good in enumerate(usable):
+        if not good:
+            skipped.add(f"row {number}: its caption is empty")
+    return [number for number, good in enumerate(usable) if good]
+
+
+def without_images(rows: Any, columns: Columns) -> Any:
+    """Return the rows of a `datasets` dataset without the images, which then are not even read from the disk."""
+    if not hasattr(rows, "remove_columns") or columns.image not in (rows.column_names or ()):
+        return rows
+    return rows.remove_columns([columns.image])
+
+
+def chosen(rows: Any, numbers: Sequence[int]) -> Any:
+    """Return the rows with these numbers."""
+    if len(numbers) == len(rows):
+        return rows
+    return rows.select(numbers) if hasattr(rows, "select") else [rows[i] for i in numbers]
+
+
+def is_stream(rows: Any) -> bool:
+    """Return whether rows come one after the other, without number or end."""
+    from datasets import IterableDataset
+
+    return isinstance(rows, IterableDataset)
+
+
+def _usable_captions(rows: Iterable[Mapping[str, Any]], columns: Columns) -> list[bool]:
+    usable = []
+    for number, row in enumerate(rows):
+        for caption in _as_list(row[columns.caption]):
+            if caption is not None and not isinstance(caption, str):
+                raise GroundingTypeError(
+                    f"Row {number} has the caption {caption!r}, a {type(caption).__name__}; a caption must be a "
+                    f"string, or a list of strings. Choose another column than {columns.caption!r}."
+                )
+        usable.append(bool(columns.captions(row)))
+    if not any(usable):
+        raise GroundingValueError(
+            f"All captions in the column {columns.caption!r} are empty. Choose another column; this one has nothing to "
+            "learn from."
+        )
+    return usable
+
+
+def _undecoded(rows: Any, columns: Columns) -> Any:
+    import datasets
+
+    if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
+        return rows
+    rows, as_file = rows.with_format(None), datasets.Image(decode=False)
+    kind: Any = (rows.features or {}).get(columns.image)
+    if isinstance(kind, datasets.Image):
+        return rows.cast_column(columns.image, as_file)
+    if isinstance(getattr(kind, "feature", None), datasets.Image):
+        return rows.cast_column(columns.image, type(kind)(as_file))
+    return rows
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_empty(caption: Any) -> bool:
+    return caption is None or not caption.strip()

@@ -1,0 +1,144 @@
+"""What a run does before its first step: how data is read, start values, and what a restart has to bring back."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from visual_ground.adapter import Adapter
+from visual_ground.errors import GroundingValueError
+from visual_ground.features import FeatureCache
+from visual_ground.model import GroundedModel
+from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.examples import ExampleDataset
+from visual_ground.training.order import EpochSampler
+from visual_ground.training.prefixes import PrefixStore
+from visual_ground.training.preparing import Preparing
+from visual_ground.training.rows import Columns
+from visual_ground.training.streams import ExampleStream
+from visual_ground.training.validation import image_features
+
+STATISTICS_OF = 65_536
+WITHOUT_CACHE = 1024
+FOLDER = "features"
+
+
+def preparing_of(model: GroundedModel, args: GroundingTrainingArguments) -> Preparing:
+    """Return how a run's examples are prepared; the vision encoder is moved to the run's device for it."""
+    if args.device.type != "cpu":
+        model.vision.to(args.device)
+    cache = args.feature_cache or os.path.join(args.output_dir or ".", FOLDER)
+    return Preparing(
+        Columns(args.image_column, args.caption_column, args.image_folder),
+        FeatureCache(cache, model.vision) if args.cache_features else None,
+        model.vision.feature_dim,
+        args.max_skipped,
+        args.per_device_eval_batch_size,
+        args.dataloader_num_workers,
+        not args.disable_tqdm,
+        args.sampling_seed,
+    )
+
+
+def check_batches(examples: ExampleDataset | ExampleStream | None, args: GroundingTrainingArguments) -> None:
+    """Raise where there is no batch to train on; give a cached stream's epochs as steps.
+
+    Raises:
+        GroundingValueError: a batch of one, fewer rows than a batch, or a stream of unknown length without max_steps.
+    """
+    size, processes = args.train_batch_size, args.world_size
+    if args.retrieval_loss_scale and size * processes < 2:
+        raise GroundingValueError(
+            "A batch of one has no wrong pair to tell the right one from, and the contrastive loss needs one. Use "
+            "per_device_train_batch_size of at least 2 (--batch-size), or retrieval_loss_scale=0."
+        )
+    if isinstance(examples, ExampleDataset):
+        if args.dataloader_drop_last and len(examples) < size * processes:
+            raise GroundingValueError(
+                f"The dataset has {len(examples)} usable rows, and a batch takes {size * processes}. Use a smaller "
+                "per_device_train_batch_size (--batch-size), or more rows."
+            )
+    elif examples is not None and args.max_steps <= 0:
+        if examples.features is None:
+            raise GroundingValueError("Nobody knows how long a stream is that is not cached; give max_steps (--steps).")
+        count = min(gather_object([len(examples.features.places)]))
+        args.max_steps = max(1, math.ceil(args.num_train_epochs * (count // size) / args.gradient_accumulation_steps))
+
+
+def first_examples(examples: ExampleDataset | ExampleStream, count: int) -> list[dict[str, Any]]:
+    """Return the first examples, fewer where there are fewer."""
+    if isinstance(examples, ExampleStream):
+        return examples.some(count)
+    return [examples[i] for i in range(min(len(examples), count))]
+
+
+@torch.no_grad()
+def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) -> bool:
+    """Give a new adapter the spread of the training images' features: of up to 65,536, or of 1,024 without a cache.
+
+    Args:
+        model: the grounded model.
+        examples: the training examples.
+
+    Returns:
+        Whether the adapter was new.
+    """
+    adapter = model.adapter
+    fresh = not adapter.feature_mean.any() and bool((adapter.feature_std == 1).all())
+    if model.config.units != "lm" or not fresh:
+        return False
+    spread = getattr(examples.features, "spread", None)
+    if spread is None:
+        features = image_features(model, first_examples(examples, WITHOUT_CACHE))
+    else:
+        features = spread(STATISTICS_OF)
+    adapter.standardise_with(features.to(adapter.feature_mean.device))
+    return True
+
+
+@torch.no_grad()
+def refill(
+    store: PrefixStore,
+    loader: DataLoader,
+    order: EpochSampler,
+    batches: int,
+    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> None:
+    """Compute the prefixes that a killed run had kept, in the same batches, for float sums depend on these.
+
+    Args:
+        store: where they are kept.
+        loader: the batches of an epoch.
+        order: the loader's sampler.
+        batches: how many the killed run had seen.
+        prepare: moves a batch to the device.
+    """
+    epoch = 0
+    while batches > 0:
+        held = store.held_bytes
+        order.set_epoch(epoch)
+        for _, batch in zip(range(batches), loader, strict=False):
+            store.run(prepare(batch)["retrieval"])
+            batches -= 1
+        epoch += 1
+        if store.held_bytes == held:
+            return
+
+
+def set_row_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> None:
+    """Give the layer from images to input rows a learning rate of its own, where it has one."""
+    if rate is None:
+        return
+    groups = adapter.row_groups(rate)
+    own = {id(parameter) for group in groups for parameter in group["params"]}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+    for group in groups:
+        optimizer.add_param_group(group)
