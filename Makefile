@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-short test fuzz test-slow test-architectures lint types docs clean
+.PHONY: demo demo-short test fuzz test-slow test-architectures test-vision test-real lint types docs clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -13,6 +13,15 @@ demo-short: $(VENV)/demo-installed
 
 test: $(VENV)/dev-installed
 	$(PY) -m pytest
+
+# Every kind of image encoder; writes docs/vision.json and from it docs/vision.md.
+test-vision: $(VENV)/demo-installed $(VENV)/dev-installed
+	VISUAL_GROUND_RECORD=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_encoders.py -m "vision or not vision"
+	$(PY) -m benchmarks.vision_page
+
+# Real weights out of pip packages, loaded as users load theirs.
+test-real: $(VENV)/demo-installed $(VENV)/dev-installed
+	$(PY) -m pytest -m real
 
 test-slow: $(VENV)/dev-installed
 	$(PY) -m pytest -m slow

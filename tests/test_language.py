@@ -5,14 +5,8 @@ from transformers import AutoConfig
 
 from tests.tiny import FAMILIES, build
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.language import (
-    check_causal_lm,
-    embedding_rows,
-    head_rows,
-    load_language_model,
-    read_facts,
-    reserved_ids,
-)
+from visual_ground.language import check_causal_lm, load_language_model, read_facts, reserved_ids
+from visual_ground.language_weights import embedding_rows, head_rows
 
 
 class Tokenizer:

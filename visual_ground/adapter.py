@@ -48,6 +48,7 @@ class Adapter(nn.Module):
         config: the settings.
         embedding_dim: d, width of the LM's input embedding.
         feature_dim: f, width of the vision encoder's features.
+        patch_dim: with `visual_tokens_from="patches"`, the width of each of the k parts at the end of the features.
         text_dims: widths of the hidden states named by `config.text_layers`; the first -1 entry is h.
         head_dim: h, width of what the output head reads.
         tied: whether `[RET]`'s input and output row are one tensor.
@@ -67,12 +68,17 @@ class Adapter(nn.Module):
         text_dims: tuple[int, ...],
         head_dim: int,
         tied: bool,
+        patch_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.tied = config, tied
+        self.config, self.tied, self.patch_dim = config, tied, patch_dim
         self.embedding_dim, self.feature_dim = embedding_dim, feature_dim
-        self.image_to_rows = nn.Linear(feature_dim, config.num_visual_tokens * embedding_dim)
-        self.image_to_retrieval = nn.Linear(feature_dim, config.retrieval_dim)
+        self.pooled_dim = feature_dim - config.num_patch_tokens * patch_dim
+        if config.num_patch_tokens:
+            self.image_to_rows = nn.Linear(patch_dim, embedding_dim)
+        else:
+            self.image_to_rows = nn.Linear(feature_dim, config.num_visual_tokens * embedding_dim)
+        self.image_to_retrieval = nn.Linear(self.pooled_dim, config.retrieval_dim)
         self.text_to_retrieval = nn.ModuleList(nn.Linear(width, config.retrieval_dim) for width in text_dims)
         self.ret_input = nn.Parameter(torch.randn(embedding_dim) * 0.02)
         if not tied:
@@ -87,13 +93,16 @@ class Adapter(nn.Module):
     @_in_float32
     def image_rows(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to input rows (n * k, d)."""
-        rows = self.image_to_rows(self.standardise(features)).view(-1, self.embedding_dim)
+        features = self.standardise(features)
+        if self.config.num_patch_tokens:
+            features = features[:, self.pooled_dim :].reshape(-1, self.patch_dim)
+        rows = self.image_to_rows(features).view(-1, self.embedding_dim)
         return self.embedding_mean + self.embedding_std * rows
 
     @_in_float32
     def embed_images(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to unit vectors (n, q)."""
-        return F.normalize(self.image_to_retrieval(self.standardise(features)), dim=-1)
+        return F.normalize(self.image_to_retrieval(self.standardise(features)[:, : self.pooled_dim]), dim=-1)
 
     @_in_float32
     def embed_states(self, states: list[Tensor]) -> Tensor:
@@ -147,7 +156,7 @@ class Adapter(nn.Module):
         self.ret_input.copy_(embedding.mean)
         if not self.tied:
             self.ret_output.copy_(head.mean)
-        nn.init.normal_(self.image_to_rows.weight, std=START_SPREAD / math.sqrt(self.feature_dim))
+        nn.init.normal_(self.image_to_rows.weight, std=START_SPREAD / math.sqrt(self.image_to_rows.in_features))
         nn.init.zeros_(self.image_to_rows.bias)
         self.renormalise_ret()
 
@@ -156,7 +165,10 @@ class Adapter(nn.Module):
         """Take the statistics of the training images' features (n, f) as the standardisation."""
         features = features.float()
         self.feature_mean.copy_(features.mean(0))
-        self.feature_std.copy_(features.std(0, correction=0).clamp_min(1e-2 * features.std(correction=0) + 1e-6))
+        # Pooled features and patches differ in scale, so each part has a floor of its own.
+        parts = [part for part in features.tensor_split([self.pooled_dim], dim=1) if part.shape[1]]
+        floored = [part.std(0, correction=0).clamp_min(1e-2 * part.std(correction=0) + 1e-6) for part in parts]
+        self.feature_std.copy_(torch.cat(floored))
 
     @torch.no_grad()
     def start_retrieval(self, states: list[Tensor], features: Tensor, groups: Tensor | None = None) -> None:
@@ -168,7 +180,8 @@ class Adapter(nn.Module):
             groups: (n,), equal where two pairs are about the same thing.
         """
         texts = torch.cat(self.scale_states(states), -1)
-        text, image = shared_space(texts, self.standardise(features), self.config.retrieval_dim, groups)
+        pooled = self.standardise(features)[:, : self.pooled_dim]
+        text, image = shared_space(texts, pooled, self.config.retrieval_dim, groups)
         widths = [layer.in_features for layer in self.text_to_retrieval]
         for i, (layer, weight) in enumerate(zip(self.text_to_retrieval, text.weight.split(widths, -1), strict=True)):
             # Where the shared space is narrower than q, the other dimensions keep a little of their random start.

@@ -26,8 +26,10 @@ _KINDS: dict[str, type] = {
     "caption_prompt": str,
     "image_prompt": str,
     "units": str,
+    "visual_tokens_from": str,
 }
-_KINDS |= {"image_first": bool, "mask_spare_columns": bool}
+_KINDS |= {"image_first": bool, "mask_spare_columns": bool, "train_lm_adapter": bool}
+_CHOICES = {"visual_tokens_from": ("pooled", "patches"), "units": ("lm", "plain")}
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class GroundingConfig:
 
     Args:
         num_visual_tokens: k, input rows per image, 1 to 65536.
+        visual_tokens_from: "pooled" makes an image's k rows of its pooled features; "patches" makes each of them of its
+            own part of the picture, the mean of that part's patches. The retrieval vector is of the pooled features
+            either way.
         retrieval_dim: q, width of the space in which text and images are compared, 1 to 65536.
         text_layers: hidden states that are mapped into the retrieval space and summed. -1 is what the output head
             reads; other numbers index transformers' `hidden_states` tuple (0 is the input of the first layer).
@@ -49,6 +54,8 @@ class GroundingConfig:
         units: "lm" writes rows in units of the LM's own embedding (its mean and spread), standardises what the linear
             layers read, and starts `[RET]` at the mean embedding; "plain" is the published method, with raw linear
             layers.
+        train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
+            it beside; else it is as frozen as the LM.
         mask_spare_columns: set the logits of ids that no token has to -inf, as if the vocabulary were trimmed to the
             tokenizer.
 
@@ -63,6 +70,7 @@ class GroundingConfig:
     """
 
     num_visual_tokens: int = 1
+    visual_tokens_from: str = "pooled"
     retrieval_dim: int = 256
     text_layers: tuple[int, ...] = (-1,)
     ret_token: str = "[RET]"
@@ -72,11 +80,10 @@ class GroundingConfig:
     image_first: bool = False
     units: str = "lm"
     mask_spare_columns: bool = False
+    train_lm_adapter: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text_layers, (list, tuple)) or not all(type(layer) is int for layer in self.text_layers):
-            raise GroundingValueError(f"text_layers must be whole numbers, got {self.text_layers!r}.")
-        object.__setattr__(self, "text_layers", tuple(self.text_layers))
+        object.__setattr__(self, "text_layers", _checked_layers(self.text_layers))
         for name in ("num_visual_tokens", "retrieval_dim"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= MOST:
@@ -85,14 +92,18 @@ class GroundingConfig:
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "sink_token" and value is None):
                 raise GroundingValueError(f"{name} must be a {kind.__name__}, got {value!r}.")
-        if not self.text_layers or len(set(self.text_layers)) != len(self.text_layers):
-            raise GroundingValueError(f"text_layers must name at least one layer, each once, got {self.text_layers}.")
         if not self.ret_token or self.ret_token != self.ret_token.strip():
             raise GroundingValueError(f"ret_token must be text without outer spaces, got {self.ret_token!r}.")
         if self.image_prompt.count("{image}") != 1:
             raise GroundingValueError(f'image_prompt must have "{{image}}" in it once, got {self.image_prompt!r}.')
-        if self.units not in ("lm", "plain"):
-            raise GroundingValueError(f'units must be "lm" or "plain", got {self.units!r}.')
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise GroundingValueError(f'{name} must be "{choices[0]}" or "{choices[1]}", got {value!r}.')
+
+    @property
+    def num_patch_tokens(self) -> int:
+        """Parts of the picture that the vision encoder must give besides its pooled features."""
+        return self.num_visual_tokens if self.visual_tokens_from == "patches" else 0
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GroundingConfig:
@@ -147,3 +158,11 @@ class GroundingConfig:
         from visual_ground.sharing import read_record
 
         return read_record(adapter, **hub_options).config
+
+
+def _checked_layers(layers: Any) -> tuple[int, ...]:
+    if not isinstance(layers, (list, tuple)) or not all(type(layer) is int for layer in layers):
+        raise GroundingValueError(f"text_layers must be whole numbers, got {layers!r}.")
+    if not layers or len(set(layers)) != len(layers):
+        raise GroundingValueError(f"text_layers must name at least one layer, each once, got {tuple(layers)}.")
+    return tuple(layers)

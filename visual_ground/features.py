@@ -56,6 +56,8 @@ def fingerprint(vision: VisionEncoder) -> str:
     """
     digest = hashlib.sha256()
     # The kinds of layers count too: a ReLU and a Tanh have the same weights, namely none.
+    if vision.num_patch_tokens:
+        digest.update(f"parts:{vision.num_patch_tokens};".encode())
     for name, module in vision.named_modules():
         digest.update(f"{name}:{type(module).__name__};".encode())
     across, down = np.meshgrid(np.linspace(0, 255, 96), np.linspace(0, 255, 64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.fingerprint import SAMPLED_ROWS, Fingerprint, spread
+from visual_ground.language_weights import check_head, embedding_device, ends_are_tied
 from visual_ground.vocabulary import VirtualVocabulary
-
-CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,14 @@ def load_language_model(
     """Load a causal LM and its tokenizer, or check those given. Code that comes with a model is never run.
 
     Args:
-        lm: Hub id, local folder, or a loaded model (also a `PeftModel`).
+        lm: Hub id, local folder, a GGUF file as a path or "owner/repository/file.gguf", or a loaded model (also a
+            `PeftModel`).
         tokenizer: a tokenizer or its name; found by the LM's name where None.
         revision: of a Hub id.
         hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
-        GroundingFileError: no LM can be loaded by that name.
+        GroundingFileError: no LM can be loaded by that name, or a path to a GGUF file that is not there.
         GroundingTypeError: not a causal LM.
         GroundingValueError: no tokenizer can be found.
     """
@@ -58,8 +58,9 @@ def load_language_model(
     options = {"revision": revision, "trust_remote_code": False, **hub}
     if isinstance(lm, str):
         tokenizer = lm if tokenizer is None else tokenizer
+        folder, file = _place(lm)
         try:
-            lm = AutoModelForCausalLM.from_pretrained(lm, **options)
+            lm = AutoModelForCausalLM.from_pretrained(folder, **options, **file)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise GroundingFileError(f"The language model {lm!r} cannot be loaded: {error}") from error
     check_causal_lm(lm)
@@ -69,9 +70,20 @@ def load_language_model(
     if not isinstance(source, str):
         return lm, source
     try:
-        return lm, AutoTokenizer.from_pretrained(source, **options)
+        folder, file = _place(source)
+        return lm, AutoTokenizer.from_pretrained(folder, **options, **file)
     except (OSError, ValueError) as error:
         raise GroundingValueError(f"No tokenizer was found at {source!r}; pass tokenizer=. ({error})") from error
+
+
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    """Return the folder or Hub id of a name, and how to ask for the GGUF file in it where the name is of one."""
+    if not name.lower().endswith(".gguf"):
+        return name, {}
+    folder, file = os.path.split(name)
+    if not os.path.isfile(name) and (os.path.isdir(folder) or folder.count("/") != 1):
+        raise GroundingFileError(f"{name!r} is no file. Give a GGUF file's path, or owner/repository/file.gguf.")
+    return folder or ".", {"gguf_file": file}
 
 
 def check_causal_lm(lm: Any) -> None:
@@ -106,7 +118,7 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
     Raises:
         GroundingValueError: a text layer that the LM does not have.
     """
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    embedding = lm.get_input_embeddings()
     reserved = reserved_ids(lm.config) | frozenset(tokenizer.all_special_ids)
     words, num_rows = tokenizer.get_vocab(), getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
     count = min(num_rows, max(words.values()) + 1)
@@ -129,7 +141,7 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
         embedding_dim=embedded.shape[-1],
         head_dim=head_input.shape[-1],
         text_dims=tuple(head_input.shape[-1] if layer == -1 else states[layer].shape[-1] for layer in text_layers),
-        tied=_is_tied(embedding, head, embedded, ids),
+        tied=ends_are_tied(lm, embedded, ids),
         vocabulary=VirtualVocabulary(num_rows, columns, max(words.values()) + 1, reserved, widens=widens),
         fingerprint=None if head_input.is_meta else Fingerprint.of(words, sampled, head_input.flatten(0, -2)[-1]),
     )
@@ -167,6 +179,7 @@ def _run_once(lm: nn.Module, ids: Tensor, hidden_states: bool) -> tuple[Tensor, 
             handle.remove()
     logits = getattr(output, "logits", None)
     if len(seen) == 3 and isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape:
+        check_head(lm.get_output_embeddings(), seen["head_input"], seen["head_output"])
         widens = logits.shape[-1] == seen["head_output"].shape[-1] + 1
         return seen["embedded"], seen["head_input"], output, widens
     raise GroundingTypeError(
@@ -187,39 +200,6 @@ def reserved_ids(config: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
-def embedding_device(lm: nn.Module) -> torch.device:
-    """Return the device that input ids should be on."""
-    return getattr(lm.get_input_embeddings().weight, "device", torch.device("cpu"))
-
-
-def _is_tied(embedding: nn.Module, head: nn.Module, embedded: Tensor, ids: Tensor) -> bool:
-    rows, columns = getattr(embedding, "weight", None), getattr(head, "weight", None)
-    if rows is None or columns is None or rows.device.type == "meta" or rows.data_ptr() != columns.data_ptr():
-        return False
-    return torch.equal(embedded[0, 0], rows[ids[0, 0]].to(embedded))
-
-
-@torch.no_grad()
-def embedding_rows(lm: nn.Module, count: int) -> Iterator[Tensor]:
-    """Yield the embedding module's outputs for ids 0 to count - 1, in chunks (rows, d)."""
-    embedding, device = lm.get_input_embeddings(), embedding_device(lm)
-    for start in range(0, count, CHUNK):
-        yield embedding(torch.arange(start, min(start + CHUNK, count), device=device).unsqueeze(0))[0]
-
-
-@torch.no_grad()
-def head_rows(lm: nn.Module, count: int, head_dim: int) -> Iterator[Tensor]:
-    """Yield the output head's first `count` rows, in chunks (rows, h); a quantised head is read through the module."""
-    head = lm.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if weight is None or not weight.is_floating_point() or weight.dim() != 2 or weight.shape[1] != head_dim:
-        device = embedding_device(lm)
-        zero = torch.zeros(1, 1, head_dim, device=device)
-        eye = torch.eye(head_dim, device=device).unsqueeze(0)
-        weight = (head(eye) - head(zero))[0].T
-    yield from weight[:count].split(CHUNK)
-
-
 def core_of(lm: nn.Module) -> nn.Module:
     """Return the causal LM itself, inside a `PeftModel` or not; `generate` runs its forward, not the wrapper's."""
     unwrap = getattr(lm, "get_base_model", None)
@@ -234,10 +214,16 @@ class Frozen:
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self._training = [part for module in modules for part in module.modules() if part.training]
+        self._parameters: list[nn.Parameter] = []
+        self._training: list[nn.Module] = []
         for module in modules:
-            module.requires_grad_(False).eval()
+            self.add(module)
+
+    def add(self, module: nn.Module) -> None:
+        """Freeze one more module."""
+        self._parameters += [p for p in module.parameters() if p.requires_grad]
+        self._training += [part for part in module.modules() if part.training]
+        module.requires_grad_(False).eval()
 
     def restore(self) -> None:
         """Set every parameter and module back to what it was."""

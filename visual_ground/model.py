@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from visual_ground.adapter import RowStatistics
+from visual_ground import lm_adapters
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.fingerprint import tell_differences
 from visual_ground.hub import HubOptions, PushOptions, push_folder
-from visual_ground.language import embedding_rows, head_rows
 from visual_ground.parts import find_parts, new_adapter
 from visual_ground.record import NAMES, AdapterRecord
 from visual_ground.sharing import FILES, SavedAdapter, published, save_adapter
@@ -40,6 +39,8 @@ class GroundedModel(GroundedSpeaker):
         """Take everything off the LM and hand it back, bit for bit what it was."""
         self.rows.detach()
         self._frozen.restore()
+        for vision in self.visions.values():
+            vision.release()
         return self.lm
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -57,14 +58,17 @@ class GroundedModel(GroundedSpeaker):
     # On disk and on the Hub.
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the adapter: adapter_config.json, adapter_model.safetensors, README.md; whole or not at all.
+        """Write the active adapter: adapter_config.json, adapter_model.safetensors, README.md; whole or not at all.
+
+        With `train_lm_adapter`, what PEFT has put into the LM is written into a subfolder, `lm_adapter`.
 
         What people wrote into an earlier README.md stays. The network is never used.
         """
         self._save(folder, self.record)
 
     def _save(self, folder: str | os.PathLike, record: AdapterRecord, repo_id: str | None = None) -> None:
-        save_adapter(folder, self.adapter.state_dict(), record, repo_id)
+        beside = lm_adapters.writers(self.lm) if self.config.train_lm_adapter else None
+        save_adapter(folder, self.adapter.state_dict(), record, repo_id, beside=beside)
 
     def push_to_hub(
         self,
@@ -137,16 +141,19 @@ class GroundedModel(GroundedSpeaker):
             given, vision_encoder, tokenizer, image_processor, config, saved.record.names, options.for_models()
         )
         with torch.device("meta"):
-            saved.check_fits(new_adapter(config, parts.facts, parts.vision.feature_dim))
-        model = cls(parts.lm, parts.tokenizer, parts.vision, config, parts.facts, parts.names)
+            saved.check_fits(new_adapter(config, parts.facts, parts.vision))
+        base = lm_adapters.attach(parts.lm, saved.folder) if config.train_lm_adapter else parts.lm
+        model = cls(base, parts.tokenizer, parts.vision, config, parts.facts, parts.names)
         try:
-            saved.load_into(model.adapter)
+            model.load_weights(saved.folder)
         except BaseException:
             model.unground()
             raise
         model.record = saved.record
         tell_differences(saved.record.fingerprint, parts.facts.fingerprint, saved.record.names.get(NAMES[0]))
-        model.adapter.requires_grad_(is_trainable)
+        if not is_trainable:
+            model.requires_grad_(False)
+            model.trainable_adapters.clear()
         return model.train(is_trainable)
 
 
@@ -161,7 +168,7 @@ def ground(
     """Attach an adapter between a causal LM and a vision encoder; both stay frozen.
 
     Args:
-        lm: Hub id, local folder, or a loaded causal LM (also a `PeftModel`).
+        lm: Hub id, local folder, a GGUF file's path, or a loaded causal LM (quantised, offloaded, or a `PeftModel`).
         vision_encoder: Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded model of one of
             these, or any module from pixels (n, c, h, w) to features (n, f).
         tokenizer: a tokenizer or its name; found by the LM's name where None.
@@ -188,10 +195,9 @@ def ground(
     config = GroundingConfig() if config is None else config
     parts = find_parts(lm, vision_encoder, tokenizer, image_processor, config)
     model = GroundedModel(parts.lm, parts.tokenizer, parts.vision, config, parts.facts, parts.names)
-    facts = model.facts
-    count = min(facts.vocabulary.num_rows, facts.vocabulary.num_tokens)
-    with model.disable_adapter():
-        embedding = RowStatistics.of(embedding_rows(model.lm, count))
-        head = None if facts.tied else RowStatistics.of(head_rows(model.lm, count, facts.head_dim))
-    model.adapter.start_from_lm(embedding, head)
+    try:
+        model.start_adapter()
+    except BaseException:
+        model.unground()
+        raise
     return model.train()

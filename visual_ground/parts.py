@@ -14,7 +14,8 @@ from visual_ground.errors import GroundingFileError, GroundingStateError, Ground
 from visual_ground.hub import cached_commit
 from visual_ground.language import LanguageFacts, load_language_model, read_facts
 from visual_ground.virtual_rows import is_attached
-from visual_ground.vision import VisionEncoder, load_vision
+from visual_ground.vision import VisionEncoder
+from visual_ground.vision_loading import load_vision
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def find_parts(
         raise GroundingTypeError(f"config must be a GroundingConfig, got {type(config).__name__}.")
     named, hub = named or {}, hub or {}
     if lm is None:
+        name, commit = named.get("base_model_name_or_path"), named.get("revision")
         lm, tokenizer = _named_language_model(named, tokenizer, hub)
-        commit = named.get("revision")
     else:
         name = lm if isinstance(lm, str) else None
         lm, tokenizer = load_language_model(lm, tokenizer)
@@ -76,13 +77,9 @@ def find_parts(
         raise GroundingValueError(
             f"The tokenizer has the token {config.ret_token!r} already. Choose another GroundingConfig.ret_token."
         )
-    if vision_encoder is None:
-        vision, vision_commit = _named_vision(named, image_processor, hub), named.get("vision_revision")
-    else:
-        vision = load_vision(vision_encoder, image_processor)
-        vision_commit = cached_commit(vision.name) if vision.name else None
+    vision, vision_commit = find_vision(vision_encoder, image_processor, config, named, hub)
     names = {
-        "base_model_name_or_path": getattr(lm.config, "_name_or_path", None) or None,
+        "base_model_name_or_path": name or getattr(lm.config, "_name_or_path", None) or None,
         "revision": commit,
         "vision_encoder": vision.name,
         "vision_revision": vision_commit,
@@ -99,14 +96,29 @@ def _named_language_model(
     return load_language_model(name, tokenizer, named.get("revision"), **hub)
 
 
-def _named_vision(named: Mapping[str, str | None], image_processor: Any, hub: Mapping[str, Any]) -> VisionEncoder:
-    name = named.get("vision_encoder")
+def find_vision(
+    vision_encoder: Any,
+    image_processor: Any,
+    config: GroundingConfig,
+    named: Mapping[str, str | None] | None = None,
+    hub: Mapping[str, Any] | None = None,
+) -> tuple[VisionEncoder, str | None]:
+    """Load and check a vision encoder; the arguments are those of `find_parts`.
+
+    Returns:
+        The encoder, and the commit of the Hub that it is of, where there is one.
+    """
+    if vision_encoder is not None:
+        vision = load_vision(vision_encoder, image_processor, num_patch_tokens=config.num_patch_tokens)
+        return vision, cached_commit(vision.name) if vision.name else None
+    named, hub = named or {}, hub or {}
+    name, commit = named.get("vision_encoder"), named.get("vision_revision")
     if name is None:
         raise GroundingValueError(
             "This adapter was trained with a vision encoder that no name can load. Pass vision_encoder=."
         )
     try:
-        return load_vision(name, image_processor, named.get("vision_revision"), **hub)
+        return load_vision(name, image_processor, commit, config.num_patch_tokens, **hub), commit
     # open_clip, timm and transformers fail in ways of their own where a name, a file or the network is wrong.
     except Exception as error:
         raise GroundingFileError(
@@ -114,12 +126,13 @@ def _named_vision(named: Mapping[str, str | None], image_processor: Any, hub: Ma
         ) from error
 
 
-def new_adapter(config: GroundingConfig, facts: LanguageFacts, feature_dim: int) -> Adapter:
+def new_adapter(config: GroundingConfig, facts: LanguageFacts, vision: VisionEncoder) -> Adapter:
     """Return an adapter of the widths that fit an LM and an encoder.
 
     Args:
         config: the settings.
         facts: what was read of the LM.
-        feature_dim: f, width of the encoder's features.
+        vision: the encoder.
     """
-    return Adapter(config, facts.embedding_dim, feature_dim, facts.text_dims, facts.head_dim, facts.tied)
+    ends = facts.text_dims, facts.head_dim, facts.tied
+    return Adapter(config, facts.embedding_dim, vision.feature_dim, *ends, vision.patch_dim)

@@ -2,99 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BatchFeature
 
-from visual_ground.config import GroundingConfig
+from visual_ground.assembly import GroundedParts
 from visual_ground.errors import GroundingStateError, GroundingValueError
-from visual_ground.language import Frozen, LanguageFacts, core_of, embedding_device
-from visual_ground.parts import new_adapter
-from visual_ground.prompts import EncodedPrompt, PromptEncoder, as_batch, pad_batch
-from visual_ground.record import AdapterRecord, Report
-from visual_ground.virtual_rows import Call, VirtualRows
-from visual_ground.vision import VisionEncoder
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from visual_ground.language_weights import embedding_device
+from visual_ground.prompts import EncodedPrompt, as_batch, pad_batch
+from visual_ground.virtual_rows import Call
 
 
-class GroundedReader(nn.Module):
-    """The parts of a grounded model, and all that it can do without saying a word.
-
-    The LM is used where it is: hooks at its two ends give it `[RET]` and this call's image rows (`virtual_rows`).
-
-    Args:
-        lm: a causal LM; may be a `PeftModel`.
-        tokenizer: its tokenizer, never written to.
-        vision: the encoder.
-        config: the settings.
-        facts: what was read of the LM.
-        names: `base_model_name_or_path`, `revision`, `vision_encoder`, `vision_revision` of these parts.
-
-    Attributes:
-        lm, vision, adapter, tokenizer, image_processor, config, ret_token_id: the parts.
-        record: what the adapter's file says; after loading, of the parts that it was trained with.
-    """
-
-    def __init__(
-        self,
-        lm: nn.Module,
-        tokenizer: Any,
-        vision: VisionEncoder,
-        config: GroundingConfig,
-        facts: LanguageFacts,
-        names: Mapping[str, str | None],
-    ) -> None:
-        super().__init__()
-        self.lm, self.tokenizer, self.vision, self.config = lm, tokenizer, vision, config
-        self.facts, self.names = facts, dict(names)
-        self.record = AdapterRecord(config, self.names, facts.fingerprint)
-        self.adapter = new_adapter(config, facts, vision.feature_dim).to(embedding_device(lm))
-        self.ret_token_id = facts.vocabulary.ret_token_id
-        self.encoder = PromptEncoder(tokenizer, config, self.ret_token_id)
-        core = core_of(lm)
-        self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
-        self.rows = VirtualRows(core, facts.vocabulary, self.adapter.ret_rows, config.mask_spare_columns)
-        self._frozen = Frozen(lm, vision)
-        self.rows.attach()
-
-    @property
-    def image_processor(self) -> Any:
-        """Maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`."""
-        return self.vision.image_processor
-
-    @property
-    def report(self) -> Report:
-        """How the adapter was made and what was measured; saved with it, and shown on its card."""
-        return self.record.report
-
-    @report.setter
-    def report(self, report: Report) -> None:
-        self.record = replace(self.record, report=report)
-
-    def record_training(self, settings: Mapping[str, Any]) -> None:
-        """Say that the adapter was trained here: from now on it is these parts' own.
-
-        Args:
-            settings: what it was trained with, by name; numbers, texts and the like.
-        """
-        report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
-        self.record = replace(self.record, names=self.names, fingerprint=self.facts.fingerprint, report=report)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the adapter's mode; the frozen parts stay in evaluation mode."""
-        super().train(mode)
-        self.lm.eval()
-        self.vision.eval()
-        return self
+class GroundedReader(GroundedParts):
+    """All that a grounded model can do without saying a word; the arguments are those of `GroundedParts`."""
 
     # Prompts in.
 

@@ -94,6 +94,7 @@ def write_adapter(
             **(beside or {}),
             WEIGHTS_FILE: lambda path: write_tensors(path, tensors),
             CONFIG_FILE: lambda path: write_json(path, config),
+            **(beside or {}),
         },
     )
 

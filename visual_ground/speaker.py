@@ -12,11 +12,11 @@ from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.generation import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.index import ImageIndex
 from visual_ground.output import InterleavedOutput
-from visual_ground.reader import GroundedReader
+from visual_ground.switching import SwitchingReader
 
 
-class GroundedSpeaker(GroundedReader):
-    """A `GroundedReader` that answers."""
+class GroundedSpeaker(SwitchingReader):
+    """A `SwitchingReader` that answers."""
 
     @torch.no_grad()
     def generate(

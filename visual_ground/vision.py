@@ -6,153 +6,255 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
 from visual_ground.images import to_rgb
+from visual_ground.vision_features import patches, pool
+
+# Where a processor keeps an image's own shape, images are made squares of at least this side first.
+SQUARE_SIDE = 512
 
 
 class VisionEncoder(nn.Module):
     """A frozen encoder with its preprocessing and the width of its features.
 
+    Features are one row per image. With `num_patch_tokens` = k, a row holds the pooled features and then k parts of
+    the picture, `patch_dim` each: f = `pooled_dim` + k * `patch_dim`.
+
     Args:
         model: a transformers, open_clip or timm model, or any module from pixels (n, c, h, w) to features (n, f).
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`.
         name: the string it was loaded by, or None.
+        feature_dim: f, where it is known; found by running an image where None.
+        num_patch_tokens: k parts of the picture that are wanted besides the pooled features; 0 for none.
+        use_pooler: False takes the mean of the tokens where `pooler_output` is not to be trusted.
 
     Raises:
-        GroundingValueError: no features of a fixed width can be got from it.
+        GroundingTypeError: it reads or returns something else than images' features.
+        GroundingValueError: no features of a fixed width can be got from it, or other ones each time.
+
+    Example:
+        >>> tower = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+        >>> pixels = lambda images, return_tensors: {"pixel_values": torch.zeros(len(images), 3, 2, 2)}
+        >>> VisionEncoder(tower, pixels).feature_dim
+        5
     """
 
-    def __init__(self, model: nn.Module, image_processor: Any, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        image_processor: Any,
+        name: str | None = None,
+        feature_dim: int | None = None,
+        num_patch_tokens: int = 0,
+        use_pooler: bool = True,
+    ) -> None:
         super().__init__()
         self.model, self.image_processor, self.name = model, image_processor, name
-        self.feature_dim = self._probe()
+        self.num_patch_tokens, self.use_pooler = num_patch_tokens, use_pooler
+        self.square_side: int | None = None
+        self.pixels_key = "pixel_values"
+        self._extras: dict[str, Tensor] = {}
+        self._mask_ratio: float | None = None
+        was_training = model.training
+        model.eval()
+        try:
+            self._refuse_other_senses()
+            self._learn_preprocessing()
+            self.pooled_dim, self.patch_dim = self._probe() if feature_dim is None else (feature_dim, 0)
+        except GroundingError:
+            self.release()
+            raise
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+            self.release()
+            raise GroundingValueError(
+                f"{type(model).__name__} gave no features for an image ({type(error).__name__}: {error}). A "
+                "vision encoder maps pixels (n, c, h, w) to features (n, f); give an image_processor that fits it."
+            ) from error
+        finally:
+            model.train(was_training)
+        self.feature_dim = self.pooled_dim + num_patch_tokens * self.patch_dim
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map pixels (n, c, h, w) to features (n, f); no gradient ever flows here."""
-        reference = next(self.model.parameters(), None)
-        if reference is not None:
-            pixel_values = pixel_values.to(reference.device, reference.dtype)
-        if hasattr(self.model, "get_image_features"):
-            output = self.model.get_image_features(pixel_values=pixel_values)
-        elif hasattr(self.model, "encode_image"):
-            output = self.model.encode_image(pixel_values)
-        elif "pixel_values" in inspect.signature(self.model.forward).parameters:
-            output = self.model(pixel_values=pixel_values)
-        else:
-            output = self.model(pixel_values)
-        return pool(output)
+        pooled, parts = self._read(pixel_values)
+        return pooled if parts is None else torch.cat([pooled, parts.flatten(1).to(pooled)], dim=1)
 
     def preprocess(self, images: Sequence[Any]) -> Tensor:
         """Turn PIL images or paths into pixels (n, c, h, w)."""
-        return self.image_processor([to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
+        return self._process([to_rgb(image) for image in images])[self.pixels_key]
 
-    def _probe(self) -> int:
-        """Return f, the width of the features of one grey image."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            features = self(self.preprocess([Image.new("RGB", (64, 64), (128, 128, 128))]))
-        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    def release(self) -> None:
+        """Give the model's config back as it was."""
+        if self._mask_ratio is not None:
+            entry_of(self.model).config.mask_ratio = self._mask_ratio
+            self._mask_ratio = None
+
+    # Asking the model.
+
+    def _read(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return pooled features (n, f), and, where they are wanted, parts (n, k, patch_dim)."""
+        model, k = self.model, self.num_patch_tokens
+        reference = next(model.parameters(), None)
+        if reference is not None:
+            pixels = pixels.to(reference.device, reference.dtype if pixels.is_floating_point() else None)
+        if _has(model, "encode_image"):
+            return pool(model.encode_image(pixels)), self._open_clip_parts(pixels) if k else None
+        if _has(model, "forward_features") and _has(model, "forward_head"):
+            tokens = model.forward_features(pixels)
+            flat = isinstance(tokens, Tensor) and tokens.dim() == 3  # Some give a list, one for each of their branches.
+            prefix = getattr(model, "num_prefix_tokens", None) if flat else None
+            return pool(model.forward_head(tokens, pre_logits=True)), patches(tokens, k, prefix) if k else None
+        entry = entry_of(model)
+        if self.pixels_key not in _parameters(entry):
+            output = entry(pixels)
+        else:
+            extras = {
+                name: value.to(pixels.device).expand(len(pixels), *value.shape[1:])
+                for name, value in self._extras.items()
+            }
+            output = entry(**{self.pixels_key: pixels, **extras})
+        return pool(output, self.use_pooler), patches(output, k) if k else None
+
+    def _open_clip_parts(self, pixels: Tensor) -> Tensor:
+        visual: Any = self.model.visual
+        if not _has(visual, "forward_intermediates"):
             raise GroundingValueError(
-                f"{type(self.model).__name__} gave no features for a grey image ({type(error).__name__}: {error}). A "
-                "vision encoder maps pixels (n, c, h, w) to features (n, f); give an image_processor that fits it."
-            ) from error
-        finally:
-            self.model.train(was_training)
-        return features.shape[1]
+                f"{type(visual).__name__} gives no patches: it has no forward_intermediates. Set visual_tokens_from="
+                '"pooled", or install an open_clip that has it.'
+            )
+        found = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=True)
+        return patches(found["image_intermediates"][-1], self.num_patch_tokens)
+
+    # Finding out, once.
+
+    def _refuse_other_senses(self) -> None:
+        """Raise for models of clips, text or sound, whose own errors would not say so."""
+        entry, kind = entry_of(self.model), type(self.model).__name__
+        frames = getattr(getattr(entry, "config", None), "num_frames", None)
+        if (isinstance(frames, int) and frames > 1) or (_has(self.model, "get_video_features") and entry is self.model):
+            clips = f"clips of {frames} frames" if frames else "clips of frames"
+            raise GroundingTypeError(
+                f"{kind} reads videos: it gives features of {clips}, not of images. Pass an image encoder."
+            )
+
+    def _learn_preprocessing(self) -> None:
+        """Learn which of the processor's tensors the model takes, and whether it keeps images' own shapes."""
+        wide, tall = (self._process([_grey(*size)]) for size in ((96, 64), (48, 80)))
+        entry = entry_of(self.model)
+        takes = _parameters(entry)
+        main = getattr(entry, "main_input_name", "pixel_values")
+        if "pixel_values" not in wide and main in wide:
+            self.pixels_key = main
+        elif "pixel_values" not in wide:
+            raise GroundingTypeError(
+                f"{type(self.image_processor).__name__} gives {sorted(wide)}, and {type(self.model).__name__} reads "
+                f'{main!r}. Pass an image_processor that maps a list of PIL images to {{"pixel_values": (n, c, h, w)}}.'
+            )
+        elif main != "pixel_values" and hasattr(entry, "main_input_name") and "pixel_values" not in takes:
+            raise GroundingTypeError(
+                f"{type(self.model).__name__} reads {main!r}, not pixels: it is no image encoder. Pass a model that "
+                "maps pixel_values (n, c, h, w) to features, or the vision tower of this one."
+            )
+        used = {self.pixels_key, *(name for name in takes if isinstance(wide.get(name), Tensor))}
+        if any(wide[name].shape != tall[name].shape or _differ(name, self, wide, tall) for name in used):
+            self.square_side = SQUARE_SIDE
+            pixels = self._process([_grey(64, 64)])[self.pixels_key]
+            self.square_side = max(SQUARE_SIDE, pixels.shape[-1]) if pixels.dim() == 4 else SQUARE_SIDE
+        processed = self._process([_grey(64, 64)])
+        pixels = processed[self.pixels_key]
+        if len(pixels) != 1 or pixels.dim() > 4:
+            raise GroundingTypeError(
+                f"{type(self.image_processor).__name__} makes {tuple(pixels.shape)} of one image: frames, tiles or "
+                "loose patches, where (1, c, h, w) is needed. Pass an image_processor= that makes one entry per image."
+            )
+        self._extras = {name: processed[name] for name in used - {self.pixels_key}}
+
+    def _process(self, images: list[Image.Image]) -> Any:
+        if self.square_side is not None:
+            side = self.square_side
+            images = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        return self.image_processor(images, return_tensors="pt")
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int]:
+        """Return the widths of the pooled features and of the patches, of an image that is read twice."""
+        # Of noise: the parts of a grey image look alike, so that hiding some would not show.
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        pixels = self._process([Image.fromarray(noise)])[self.pixels_key]
+        if not _same(self(pixels), self(pixels)):
+            self._mask_nothing(pixels)
+        if not _same(self(pixels), self(pixels)):
+            raise GroundingValueError(
+                f"{type(self.model).__name__} gives other features for the same image each time, in evaluation mode: "
+                "it masks or drops at random. Set its mask ratio or dropout to 0, or wrap it in a module that does."
+            )
+        pooled, parts = self._read(pixels)
+        return pooled.shape[1], 0 if parts is None else parts.shape[2]
+
+    def _mask_nothing(self, pixels: Tensor) -> None:
+        """Let an encoder that hides patches at random, as it was trained, see whole images in order."""
+        entry = entry_of(self.model)
+        config: Any = getattr(entry, "config", None)
+        if not getattr(config, "mask_ratio", 0):
+            return
+        self._mask_ratio, config.mask_ratio = config.mask_ratio, 0.0
+        order = getattr(entry(pixels.to(next(entry.parameters()))), "ids_restore", None)
+        if order is not None and "noise" in _parameters(entry):
+            self._extras["noise"] = torch.arange(order.shape[1], dtype=torch.float32).unsqueeze(0)
 
 
-def pool(output: Any) -> Tensor:
-    """Return pooled features (n, f) from whatever an encoder returned.
-
-    Taken in this order: `image_embeds`, `pooler_output`, else the mean of `last_hidden_state` over its tokens or over
-    height and width.
-    """
-    features: Tensor | None = output if isinstance(output, Tensor) else None
-    if features is None:
-        names = ("image_embeds", "pooler_output", "last_hidden_state")
-        features = next((value for name in names if (value := getattr(output, name, None)) is not None), None)
-    if features is None or not features.is_floating_point():
-        raise GroundingTypeError(
-            f"A vision encoder must return features (n, f), got {type(output).__name__}. Pass a tower that returns a "
-            "tensor, image_embeds, pooler_output or last_hidden_state."
-        )
-    if features.dim() == 4:
-        return features.flatten(2).mean(-1)
-    return features.mean(1) if features.dim() == 3 else features
+def entry_of(model: nn.Module) -> Any:
+    """Return what is called with pixels: image features where a whole model offers them, else the tower's forward."""
+    if _has(model, "get_image_features"):
+        return _ImageFeatures(model)
+    base = getattr(model, "base_model", model)
+    choices = [base if isinstance(base, nn.Module) else model, model]
+    if _has(model, "get_encoder"):
+        choices.append(model.get_encoder(modality="image"))
+    seeing = [choice for choice in choices if "pixel_values" in _parameters(choice)]
+    return next((choice for choice in seeing if "input_ids" not in _parameters(choice)), (seeing or choices)[0])
 
 
-def load_vision(
-    vision_encoder: str | nn.Module, image_processor: Any = None, revision: str | None = None, **hub: Any
-) -> VisionEncoder:
-    """Load or wrap a vision encoder.
+class _ImageFeatures:
+    """A whole text-and-image model, called for its image features only."""
 
-    Args:
-        vision_encoder: a Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", or a loaded module.
-        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
-        revision: of a Hub id.
-        hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
+    def __init__(self, model: Any) -> None:
+        self.model, self.config, self.forward = model, model.config, model.get_image_features
+        self.main_input_name = "pixel_values"
 
-    Raises:
-        GroundingTypeError: neither a name nor a module.
-        GroundingValueError: no preprocessing can be found, or no features of a fixed width.
-    """
-    if isinstance(vision_encoder, VisionEncoder):
-        return vision_encoder
-    name = vision_encoder if isinstance(vision_encoder, str) else None
-    if name is not None:
-        model, found = _load_by_name(name, {"revision": revision, **hub})
-    elif isinstance(vision_encoder, nn.Module):
-        model, found = vision_encoder, None if image_processor is not None else _processor_of(vision_encoder)
-    else:
-        raise GroundingTypeError(f"vision_encoder must be a name or a module, got {type(vision_encoder).__name__}.")
-    return VisionEncoder(model.eval(), image_processor or found, name)
+    def __call__(self, **inputs: Tensor) -> Any:
+        return self.model.get_image_features(**inputs)
+
+    def parameters(self) -> Any:
+        return self.model.parameters()
 
 
-def _load_by_name(name: str, hub: dict[str, Any]) -> tuple[nn.Module, Any]:
-    if name.startswith("open_clip:"):
-        import open_clip
-
-        architecture, _, pretrained = name.removeprefix("open_clip:").partition("/")
-        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=pretrained or None)
-        return model, TransformProcessor(transform)
-    if name.startswith("timm:"):
-        import timm
-
-        model = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0)
-        return model, _processor_of(model)
-    from transformers import AutoImageProcessor, AutoModel
-
-    options = {**hub, "trust_remote_code": False}
-    return AutoModel.from_pretrained(name, **options), AutoImageProcessor.from_pretrained(name, **options)
+def _has(model: Any, method: str) -> bool:
+    return callable(getattr(model, method, None))
 
 
-def _processor_of(model: nn.Module) -> Any:
-    """Find the preprocessing that belongs to a loaded model."""
-    if getattr(model, "pretrained_cfg", None) is not None:
-        from timm.data import create_transform, resolve_data_config
+def _parameters(entry: Any) -> set[str]:
+    return set(inspect.signature(entry.forward).parameters)
 
-        return TransformProcessor(create_transform(**resolve_data_config({}, model=model), is_training=False))
-    visual = getattr(model, "visual", None)
-    if visual is not None and hasattr(visual, "preprocess_cfg"):
-        import open_clip
 
-        settings = open_clip.transform.PreprocessCfg(**visual.preprocess_cfg)
-        return TransformProcessor(open_clip.transform.image_transform_v2(settings, is_train=False))
-    path = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if path:
-        from transformers import AutoImageProcessor
+def _grey(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), (128, 128, 128))
 
-        return AutoImageProcessor.from_pretrained(path)
-    raise GroundingValueError(
-        f"No preprocessing is known for {type(model).__name__}. Pass image_processor=, which maps a list of PIL images "
-        'to {"pixel_values": (n, c, h, w)}.'
-    )
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    room = 1e-3 * float(one.abs().nan_to_num(0, 0).max())
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=room, equal_nan=True)
+
+
+def _differ(name: str, vision: VisionEncoder, wide: Any, tall: Any) -> bool:
+    """Return whether a tensor that goes with the pixels depends on the image's shape."""
+    return name != vision.pixels_key and not torch.equal(wide[name], tall[name])
 
 
 class TransformProcessor:

@@ -130,12 +130,16 @@ def take_shortcuts(
 ) -> None:
     """Set how an objective computes its losses: what this LM can do, and what the run's settings ask for.
 
+    Where an LM adapter learns too, what stands before `[RET]` or an image depends on it, and no way is shorter.
+
     Args:
         objective: the losses.
         batch: a few rows, on the run's device.
         args: the settings.
         sharded: whether the base is sharded, so that gradients are left to the backward pass.
     """
+    if objective.model.config.train_lm_adapter:
+        return
     model, room, folder = objective.model, int(args.prefix_cache_gb * 2**30), args.prefix_cache
     ways = find_shortcuts(model, batch["captioning"], args.rows_at_once or None, at_once=not sharded)
     keeper = PrefixFiles(folder, model, int(args.prefix_disk_gb * 2**30)) if folder else None

@@ -19,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, resolve
 from visual_ground.training import checkpoints, starting
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.contrastive import FeatureBank
@@ -304,7 +303,7 @@ class GroundingTrainer(Trainer):
             self.is_fsdp_enabled = enabled
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_tensors_into(self.grounded.adapter, resolve(resume_from_checkpoint, WEIGHTS_FILE))
+        self.grounded.load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
