@@ -91,6 +91,19 @@ def test_prefixes_give_what_the_plain_computation_gives(family, prompted):
     assert 0 < store.held_bytes <= 2**20
 
 
+def test_attention_windows_keep_what_fits_into_them():
+    model = grounded(lm=build("mixtral_moe", sliding_window=9))
+    short, long = (examples(model, [dict(ROWS[0], caption=c)] * 2, 2) for c in ("w9 w10", "w9 w10 w11 w12 w13 w14 w15"))
+    store = choose_prefixes(model, short["retrieval"], 2**20)
+    assert isinstance(store, PrefixStore) and store.window == 9
+    assert store.fits(short["retrieval"]) and not store.fits(long["retrieval"])
+    assert choose_prefixes(model, long["retrieval"], 2**20) is None
+    for batch in (short, long):
+        batch = {**{k: v for k, v in batch.items() if k != "pixel_values"}, "image_features": torch.randn(2, 12)}
+        quick, plain = GroundingObjective(model, prefixes=store)(**batch), GroundingObjective(model)(**batch)
+        assert torch.allclose(quick.loss, plain.loss, atol=1e-4)
+
+
 def test_untrained_zero_vectors_cost_log_batch():
     text, image = contrastive_losses(torch.zeros(7, 7))
     assert text == pytest.approx(math.log(7)) and image == pytest.approx(math.log(7))

@@ -46,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
     evaluate = commands.add_parser("eval", help="recall both ways and caption pair accuracy, as JSON")
     push = commands.add_parser("push", help="upload an adapter to the Hub")
+    official = commands.add_parser("import-fromage", help="turn an official FROMAGe checkpoint into an adapter")
+    official.add_argument("folder", help="holds model_args.json, the checkpoint and cc3m_embeddings*.pkl, if any")
+    official.add_argument("--output", required=True, help="folder for the adapter; an index goes into its index/")
+    official.add_argument("--checkpoint", help="where it is not pretrained_ckpt.pth.tar in the folder")
     for command in (index, chat, evaluate, push):
         command.add_argument("lm", help="Hub id or folder of the LM")
         command.add_argument("adapter", help="Hub id or folder of the adapter")
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--image-column", default="image")
         command.add_argument("--caption-column", default="caption")
     names = ((train, _train), (index, _index), (chat, _chat), (evaluate, _evaluate), (push, _push))
+    official.set_defaults(run=_import_official)
     for command, run in names:
         command.set_defaults(run=run)
     return parser
@@ -133,6 +138,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _push(options: argparse.Namespace) -> None:
     print(_load(options).push_to_hub(options.repository))
+
+
+def _import_official(options: argparse.Namespace) -> None:
+    from visual_ground.fromage import read_official, read_official_index
+
+    model, index = read_official(options.folder, options.checkpoint), read_official_index(options.folder)
+    model.save(options.output)
+    if index is not None:
+        index.save_pretrained(Path(options.output) / "index")
+    print(f"adapter of {model.lm} with {model.vision}; {0 if index is None else len(index)} images in its index")
 
 
 def _load(options: argparse.Namespace) -> Any:

@@ -88,7 +88,8 @@ class GroundingObjective(nn.Module):
         """
         features = self.model.vision(pixel_values) if image_features is None else image_features
         caption_loss = captioning_loss(self.model, captioning, features)
-        result = plain_retrieval(self.model, retrieval) if self.prefixes is None else self.prefixes.run(retrieval)
+        short = self.prefixes is not None and self.prefixes.fits(retrieval)
+        result = self.prefixes.run(retrieval) if short else plain_retrieval(self.model, retrieval)
         images = self.model.adapter.embed_images(features)
         scores = self.model.adapter.logit_scale.exp() * result.vectors @ images.T
         text, image = contrastive_losses(scores, groups)
@@ -168,13 +169,14 @@ def choose_prefixes(model: GroundedModel, batch: Mapping[str, Tensor], limit_byt
     some = {name: tensor[:8] for name, tensor in batch.items()}
     plain = plain_retrieval(model, some)
     try:
-        quick = PrefixStore(model).run(some)
+        store = PrefixStore(model)
+        quick = store.run(some)
     except Exception as error:  # whatever an unknown LM raises here means that its captions run plainly
         logger.info("Captions run as a whole in each step: %s", error)
         return None
     room = 1e-3 if model.lm.dtype == torch.float32 else 3e-2
     if torch.allclose(quick.loss, plain.loss, rtol=room) and torch.allclose(quick.vectors, plain.vectors, atol=room):
-        return PrefixStore(model, limit_bytes)
+        return PrefixStore(model, limit_bytes, store.window)
     logger.info("Captions run as a whole in each step: their prefixes give other values in this LM.")
     return None
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from visual_ground.errors import GroundingStateError
 from visual_ground.model import GroundedModel
 from visual_ground.training.examples import IGNORED
 
 ROWS_AT_ONCE = 32
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,21 @@ class PrefixStore:
     Args:
         model: the grounded model, whose LM must keep one plain key-value cache per layer.
         limit_bytes: how much to keep; 0 keeps nothing.
+        window: the LM's shortest attention window, as a run of another store found it; None where there is none.
     """
 
-    def __init__(self, model: GroundedModel, limit_bytes: int = 0) -> None:
-        self.model, self.limit_bytes, self.held_bytes = model, limit_bytes, 0
+    def __init__(self, model: GroundedModel, limit_bytes: int = 0, window: int | None = None) -> None:
+        self.model, self.limit_bytes, self.held_bytes, self.window = model, limit_bytes, 0, window
         self._kept: dict[tuple[int, ...], Prefix] = {}
 
     def run(self, batch: Mapping[str, Tensor]) -> RetrievalPass:
         """Compute what `losses.plain_retrieval` computes, for a batch whose rows end with `[RET]`."""
         prefixes = self._prefixes(batch)
         return RetrievalPass(self._text_loss(prefixes), self._vectors(prefixes))
+
+    def fits(self, batch: Mapping[str, Tensor]) -> bool:
+        """Return whether every `[RET]` of the batch sees its whole caption through the LM's attention window."""
+        return self.window is None or batch["input_ids"].shape[1] <= self.window
 
     def _prefixes(self, batch: Mapping[str, Tensor]) -> list[Prefix]:
         lengths = batch["attention_mask"].sum(-1).tolist()
@@ -104,6 +111,8 @@ class PrefixStore:
         counts = predicting.sum(-1).tolist()
         pieces = zip(logits.split(counts), call.head_input[0].split(counts), strict=True)
         layers = _plain_layers(getattr(output, "past_key_values", None))
+        windows = [layer.sliding_window for layer in output.past_key_values.layers if layer.is_sliding]
+        self.window = min(windows, default=None)
         prefixes = []
         for i, (scores, head_input) in enumerate(pieces):
             own = torch.tensor(rows[i][len(rows[i]) - counts[i] : -1], device=scores.device)
@@ -153,12 +162,14 @@ class PrefixStore:
 
 
 def _plain_layers(cache: object) -> list[tuple[Tensor, Tensor]]:
-    """Return each layer's keys and values (b, heads, s, width).
+    """Return each layer's keys and values (b, heads, s, width); a window that nothing has left yet is as good as none.
 
     Raises:
-        GroundingStateError: an LM that keeps something else, such as a state space or a sliding window.
+        GroundingStateError: an LM that keeps something else, such as a state space, or that has let go of something.
     """
     layers = getattr(cache, "layers", None)
-    if type(cache) is not DynamicCache or not layers or any(type(x).__name__ != "DynamicLayer" for x in layers):
+    if type(cache) is not DynamicCache or not layers or any(type(layer) not in PLAIN for layer in layers):
         raise GroundingStateError(f"{type(cache).__name__} is not one plain key-value cache per layer.")
+    if any(layer.keys.shape[2] < layer.get_seq_length() for layer in layers):
+        raise GroundingStateError("A caption is longer than the LM's attention window.")
     return [(layer.keys, layer.values) for layer in layers]
