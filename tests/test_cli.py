@@ -36,7 +36,7 @@ def test_bad_input_is_said(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "index", "chat", "eval", "push", "import-fromage", "demo"])
+@pytest.mark.parametrize("command", ["train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -80,11 +80,16 @@ class Adapter(nn.Module):
 
     def embed_states(self, states: list[Tensor]) -> Tensor:
         """Map the hidden states at `[RET]`, one (n, width) per text layer, to unit vectors (n, q)."""
-        if self.config.units == "lm":
-            states = [state.float() for state in states]
-            states = [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6) for state in states]
-        mapped = [layer(state.float()) for layer, state in zip(self.text_to_retrieval, states, strict=True)]
+        scaled = self.scale_states(states)
+        mapped = [layer(state) for layer, state in zip(self.text_to_retrieval, scaled, strict=True)]
         return F.normalize(torch.stack(mapped).sum(0), dim=-1)
+
+    def scale_states(self, states: list[Tensor]) -> list[Tensor]:
+        """Return what the text layers read of the hidden states at `[RET]`, one (n, width) per text layer."""
+        states = [state.float() for state in states]
+        if self.config.units == "plain":
+            return states
+        return [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6) for state in states]
 
     def ret_rows(self) -> tuple[Tensor, Tensor]:
         """Return `[RET]`'s input row (d,) and output row (h,)."""

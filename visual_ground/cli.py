@@ -61,10 +61,19 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.add_argument("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]")
     push.add_argument("repository", help="Hub id of the new repository")
+    transfer = commands.add_parser("transfer", help="move an adapter to another LM; its image indexes stay valid")
+    transfer.add_argument("adapter", help="Hub id or folder of the adapter")
+    transfer.add_argument("lm", help="Hub id or folder of the LM that it moves to")
+    transfer.add_argument("--output", required=True, help="folder for the new adapter")
+    transfer.add_argument("--dataset", help="image-caption pairs to fit with, instead of the adapter's anchors")
+    transfer.add_argument("--vision", help="the encoder, where the adapter names none")
+    transfer.add_argument("--steps", type=int, default=10, help="training steps after the closed form")
+    transfer.set_defaults(run=_transfer)
     for command in (train, evaluate):
         command.add_argument(
             "dataset", help="folder of images with metadata, a .csv/.tsv/.json/.parquet file, or Hub id"
         )
+    for command in (train, evaluate, transfer):
         command.add_argument("--split", default="train")
         command.add_argument("--image-column", default="image")
         command.add_argument("--caption-column", default="caption")
@@ -138,6 +147,22 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _push(options: argparse.Namespace) -> None:
     print(_load(options).push_to_hub(options.repository))
+
+
+def _transfer(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from visual_ground.anchors import Anchors
+    from visual_ground.transfer import ImageSide, Refinement, transfer
+    from visual_ground.vision import load_vision
+
+    source = ImageSide.load(options.adapter)
+    name = options.vision or source.vision
+    if name is None:
+        raise GroundingValueError("This adapter names no vision encoder. Pass --vision.")
+    source = replace(source, vision=load_vision(name))
+    anchors = None if options.dataset is None else Anchors.from_rows(_pairs(options), source.vision)
+    transfer(source, options.lm, anchors=anchors, refinement=Refinement(options.steps)).save_pretrained(options.output)
 
 
 def _import_official(options: argparse.Namespace) -> None:

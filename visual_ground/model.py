@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature, LogitsProcessorList
 
 from visual_ground.adapter import RowStatistics
+from visual_ground.anchors import Anchors
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.generation import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
@@ -31,7 +32,12 @@ class GroundedModel(GroundedReader):
     Example:
         >>> model = ground("HuggingFaceTB/SmolLM2-135M-Instruct", "openai/clip-vit-base-patch32")  # doctest: +SKIP
         >>> model.print_trainable_parameters()  # doctest: +SKIP
+
+    Attributes:
+        anchors: captions and image features that are saved with the adapter, so that it can move to another LM.
     """
+
+    anchors: Anchors | None = None
 
     @torch.no_grad()
     def generate(
@@ -167,6 +173,8 @@ class GroundedModel(GroundedReader):
         tensors = self.adapter.state_dict()
         count = sum(parameter.numel() for parameter in self.adapter.parameters())
         write_adapter(folder, tensors, values, render_card(values, count))
+        if self.anchors is not None:
+            self.anchors.save(folder)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, **options: Any) -> str:
         """Upload what `save_pretrained` writes, as one commit; see `hub.push_folder`."""
@@ -212,8 +220,24 @@ class GroundedModel(GroundedReader):
         except BaseException:
             model.unground()
             raise
+        model.anchors = Anchors.find(folder)
         model.adapter.requires_grad_(is_trainable)
         return model.train(is_trainable)
+
+    def transfer_to(
+        self, lm: str | nn.Module, tokenizer: Any = None, anchors: Anchors | None = None, **options: Any
+    ) -> GroundedModel:
+        """Move the adapter to another LM; image indexes of this model stay valid. See `transfer.transfer`.
+
+        Args:
+            lm: as in `ground`; another LM than this one.
+            tokenizer: as in `ground`.
+            anchors: what to fit with; those saved with this adapter where None.
+            options: `refinement`, and fields of the config that are to differ.
+        """
+        from visual_ground.transfer import ImageSide, transfer
+
+        return transfer(ImageSide.of(self), lm, tokenizer, self.anchors if anchors is None else anchors, **options)
 
 
 def ground(

@@ -182,19 +182,23 @@ class GroundedReader(nn.Module):
         return self.lm(input_ids=input_ids, attention_mask=attention_mask, **lm_options)
 
     def ret_embeddings(self, call: Call, output: Any, positions: Tensor) -> Tensor:
-        """Map the states of a finished run at `positions` (b, s) bool into the retrieval space, (r, q), unit length.
+        """Map the states of a finished run at `positions` (b, s) bool into the retrieval space, (r, q), unit length."""
+        return self.adapter.embed_states(self.ret_states(call, output, positions))
+
+    def ret_states(self, call: Call, output: Any, positions: Tensor) -> list[Tensor]:
+        """Return the states of a finished run at `positions`, one (r, width) per text layer.
 
         Args:
             call: the call of the run, bound with the same `positions`.
             output: what the LM returned, with hidden_states where `config.text_layers` asks for them.
-            positions: where to read, in row-major order.
+            positions: (b, s) bool, where to read, in row-major order.
         """
         assert call.head_input is not None, "the call ran the LM"
         states = []
         for layer in self.config.text_layers:
             state = call.head_input[0] if layer == -1 else output.hidden_states[layer][positions]
             states.append(state.to(self.adapter.logit_scale.device))
-        return self.adapter.embed_states(states)
+        return states
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -225,6 +229,11 @@ class GroundedReader(nn.Module):
         A plain string stands where a caption stands in training, after the sink token and `config.caption_prompt`;
         any other prompt is taken as it is.
         """
+        return self.adapter.embed_states(self.text_states(prompts))
+
+    @torch.no_grad()
+    def text_states(self, prompts: Any) -> list[Tensor]:
+        """Return the states that `embed_text` maps, one (n, width) per text layer."""
         encoded = []
         for prompt in as_batch(prompts):
             if isinstance(prompt, str):
@@ -237,7 +246,7 @@ class GroundedReader(nn.Module):
         last = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         last[:, -1] = True
         rows = self.image_rows(batch.get("pixel_values"))
-        return self.embed(batch["input_ids"], batch["attention_mask"], last, rows)
+        return self.states_at(batch["input_ids"], batch["attention_mask"], last, rows)
 
     @torch.no_grad()
     def log_likelihood(self, prompts: Any, continuations: Sequence[str]) -> Tensor:
@@ -282,6 +291,12 @@ class GroundedReader(nn.Module):
 
     def embed(self, input_ids: Tensor, mask: Tensor, positions: Tensor, image_rows: Tensor | None = None) -> Tensor:
         """Run the LM and map its states at `positions` (b, s) bool into the retrieval space, (r, q), unit length."""
+        return self.adapter.embed_states(self.states_at(input_ids, mask, positions, image_rows))
+
+    def states_at(
+        self, input_ids: Tensor, mask: Tensor, positions: Tensor, image_rows: Tensor | None = None
+    ) -> list[Tensor]:
+        """Run the LM and return its states at `positions` (b, s) bool, one (r, width) per text layer."""
         with self.bind(image_rows, positions) as call:
             output = self.run(input_ids, mask, use_cache=False, output_hidden_states=self.needs_hidden_states)
-        return self.ret_embeddings(call, output, positions)
+        return self.ret_states(call, output, positions)
