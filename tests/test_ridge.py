@@ -7,9 +7,9 @@ from visual_ground.ridge import Ridge, fit_ridge
 @pytest.mark.parametrize("rows", [5, 40], ids=["fewer rows than columns", "more"])
 def test_the_gradient_of_the_penalised_loss_is_zero(rows):
     torch.manual_seed(0)
-    inputs, targets, penalty = torch.randn(rows, 12) + 3, torch.randn(rows, 4) - 2, 0.1
+    inputs, targets, penalty = torch.randn(rows, 12).double() + 3, torch.randn(rows, 4) - 2, 0.1
     fitted = Ridge(inputs, targets).solve(penalty)
-    x = (inputs - inputs.mean(0)).double()
+    x = inputs - inputs.mean(0)
     strength = penalty * float(x.square().sum()) / min(rows, 12)
     weight, bias = fitted.weight.double().requires_grad_(), fitted.bias.double().requires_grad_()
     loss = (inputs @ weight.T + bias - targets).square().sum() + strength * weight.square().sum()

@@ -127,7 +127,7 @@ def _read_args(path: Path) -> dict[str, Any]:
         args = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise GroundingFileError(f"{path} cannot be read: {error}. Give a folder of the official model.") from error
-    kinds = {"opt_version": str, "visual_encoder": str, "n_visual_tokens": int, "shared_emb_dim": int}
+    kinds: dict[str, type] = {"opt_version": str, "visual_encoder": str, "n_visual_tokens": int, "shared_emb_dim": int}
     kinds["text_emb_layers"] = list
     wrong = [name for name, kind in kinds.items() if not isinstance(args, dict) or type(args.get(name)) is not kind]
     if wrong or not all(type(layer) is int for layer in args["text_emb_layers"]):

@@ -8,6 +8,7 @@ input rows in closed form, then everything but the copied layer for a few steps 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PrinterCallback
 
 from visual_ground.adapter import Adapter
 from visual_ground.anchors import Anchors
@@ -188,7 +190,7 @@ def fit_text_layers(model: GroundedModel, source: ImageSide, anchors: Anchors) -
     """Set the text layers by ridge regression from the LM's states at `[RET]` to the anchors' image vectors."""
     fitted = fit_states(caption_states(model, anchors.texts), source.embed(anchors.features), anchors.images)
     layers = model.adapter.text_to_retrieval
-    for layer, weight in zip(layers, fitted.weight.split([x.in_features for x in layers], dim=1), strict=True):
+    for layer, weight in zip(layers, fitted.weight.split(list(model.facts.text_dims), dim=1), strict=True):
         layer.weight.copy_(weight)
         layer.bias.zero_()
     layers[0].bias.copy_(fitted.bias)
@@ -221,10 +223,13 @@ def fit_image_rows(model: GroundedModel, anchors: Anchors) -> None:
     targets = []
     with model.disable_adapter():
         for text in anchors.texts:
-            ids = torch.tensor([model.encoder.encode_text(" " + text.strip().rstrip("."))], device=device)
+            words = text.strip().rstrip(".") or text.strip()
+            ids = torch.tensor([model.encoder.encode_text(f" {words}")], device=device)
             targets.append(embedding(ids)[0].float().mean(0))
-    rows = (torch.stack(targets).to(adapter.embedding_mean) - adapter.embedding_mean) / adapter.embedding_std
-    features = adapter._standardise(anchors.features.to(rows.device))[anchors.images.to(rows.device)]
+    spread = adapter.embedding_std.clamp_min(1e-6)
+    rows = (torch.stack(targets).to(spread) - adapter.embedding_mean) / spread
+    features = (anchors.features.to(rows) - adapter.feature_mean) / adapter.feature_std
+    features = features[anchors.images.to(rows.device)]
 
     def score(layer: LinearMap, held: Tensor) -> float:
         return -float((layer(features[held]) - rows[held]).square().sum())
@@ -239,17 +244,21 @@ def _refine(model: GroundedModel, anchors: Anchors, refinement: Refinement) -> N
         return
     rows = [{"image": i, "caption": list(captions)} for i, captions in enumerate(anchors.captions)]
     dataset = ExampleDataset(rows, [feature[None] for feature in anchors.features])
-    args = GroundingTrainingArguments(
-        max_steps=refinement.steps,
-        per_device_train_batch_size=min(refinement.batch_size, len(anchors)),
-        learning_rate=refinement.learning_rate,
-        captioning_fraction=refinement.captioning_fraction,
-        seed=refinement.seed,
-        concat_captions_prob=0.0,
-        lr_scheduler_type="cosine",
-        save_strategy="no",
-        cache_features=False,
-        disable_tqdm=True,
-        use_cpu=embedding_device(model.lm).type == "cpu",
-    )
-    GroundingTrainer(model, args, dataset).train()
+    with tempfile.TemporaryDirectory() as folder:
+        args = GroundingTrainingArguments(
+            output_dir=folder,
+            max_steps=refinement.steps,
+            per_device_train_batch_size=min(refinement.batch_size, len(anchors)),
+            learning_rate=refinement.learning_rate,
+            captioning_fraction=refinement.captioning_fraction,
+            seed=refinement.seed,
+            concat_captions_prob=0.0,
+            lr_scheduler_type="cosine",
+            save_strategy="no",
+            cache_features=False,
+            disable_tqdm=True,
+            use_cpu=embedding_device(model.lm).type == "cpu",
+        )
+        trainer = GroundingTrainer(model, args, dataset)
+        trainer.remove_callback(PrinterCallback)  # it prints, which a library must not
+        trainer.train()

@@ -88,8 +88,10 @@ class GroundingObjective(nn.Module):
         """
         features = self.model.vision(pixel_values) if image_features is None else image_features
         caption_loss = captioning_loss(self.model, captioning, features)
-        short = self.prefixes is not None and self.prefixes.fits(retrieval)
-        result = self.prefixes.run(retrieval) if short else plain_retrieval(self.model, retrieval)
+        if self.prefixes is not None and self.prefixes.fits(retrieval):
+            result = self.prefixes.run(retrieval)
+        else:
+            result = plain_retrieval(self.model, retrieval)
         images = self.model.adapter.embed_images(features)
         scores = self.model.adapter.logit_scale.exp() * result.vectors @ images.T
         text, image = contrastive_losses(scores, groups)

@@ -78,7 +78,7 @@ class GroundingTrainer(Trainer):
     Args:
         model: the grounded model; its adapter is trained in place.
         args: the settings.
-        train_dataset: rows with `image` and `caption`, see `ExampleDataset`.
+        train_dataset: rows with `image` and `caption`, see `ExampleDataset`; or one, whose features are taken as given.
         eval_dataset: likewise.
         options: callbacks, optimizers and the like, for `Trainer`.
 
@@ -126,6 +126,8 @@ class GroundingTrainer(Trainer):
 
     def _examples(self, rows: Sequence[Mapping[str, Any]], sample: bool) -> ExampleDataset:
         """Wrap a dataset's rows, with their images' features where these are cached."""
+        if isinstance(rows, ExampleDataset):
+            return rows
         check_columns(rows)
         if self._cache is None:
             return ExampleDataset(rows, groups=_groups(rows, None), sample=sample)
