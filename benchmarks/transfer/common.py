@@ -125,4 +125,4 @@ def text_vectors(model: GroundedModel, pairs: Pairs, split: str) -> Tensor:
 def write(name: str, values: dict[str, Any]) -> None:
     """Write results/NAME.json, with the machine."""
     RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{name}.json", {**values, "machine": machine()})
+    write_json(RESULTS / f"{name}.json", {**values, "format_version": 1, "machine": machine()})
