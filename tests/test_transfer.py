@@ -45,7 +45,7 @@ def test_the_image_side_stays_and_the_rest_is_fitted(family, units, tmp_path):
     assert torch.equal(new.embed_images(PICTURES), ImageIndex.from_pretrained(tmp_path / "index").vectors)
     assert not any(p.requires_grad for p in new.adapter.image_to_retrieval.parameters())
     found = retrieval_recall(new, CAPTIONS, old.anchors.features)["text_to_image"]
-    assert found["r5"] > 60  # chance is 21
+    assert found["r5"] > 40  # chance is 21, and 16 dimensions of states hold less than 24 captions
 
 
 def test_the_closed_form_alone_finds_the_anchors():
