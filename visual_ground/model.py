@@ -208,7 +208,7 @@ class GroundedModel(GroundedReader):
         """
         folder = fetch_adapter(adapter, **hub_options)
         values = read_adapter_config(folder)
-        config = GroundingConfig.from_dict(values["config"])
+        config, anchors = GroundingConfig.from_dict(values["config"]), Anchors.find(folder)
         vision_encoder = vision_encoder if vision_encoder is not None else values["vision_encoder"]
         if vision_encoder is None:
             raise GroundingValueError(
@@ -220,7 +220,7 @@ class GroundedModel(GroundedReader):
         except BaseException:
             model.unground()
             raise
-        model.anchors = Anchors.find(folder)
+        model.anchors = anchors
         model.adapter.requires_grad_(is_trainable)
         return model.train(is_trainable)
 
