@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 
-.PHONY: demo demo-short test lint types docs clean
+.PHONY: demo demo-short test fuzz lint types docs clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -13,6 +13,10 @@ demo-short: $(VENV)/demo-installed
 
 test: $(VENV)/dev-installed
 	$(PY) -m pytest
+
+# 2,000 broken adapters and 2,000 broken indexes.
+fuzz: $(VENV)/dev-installed
+	$(PY) -m pytest tests/test_fuzz.py -m fuzz
 
 lint: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from tests.test_saving import until_stopped
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.images import to_rgb
-from visual_ground.index import ENTRIES_FILE, VECTORS_FILE, ImageIndex
+from visual_ground.index import ImageIndex
+from visual_ground.index_folder import ENTRIES_FILE, VECTORS_FILE
+from visual_ground.links import ImageLink, LinkRules
 
 
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10**6))
@@ -34,7 +36,8 @@ def test_a_saved_index_finds_the_same(tmp_path):
     again = ImageIndex.from_pretrained(tmp_path)
     query = torch.randn(2, 4)
     assert torch.equal(index.search(query, 3).positions, again.search(query, 3).positions)
-    assert again.entry(2) == ("c", "c.png", {"x": 1})
+    assert again.entry(2) == ("c", ImageLink("c.png"), {"x": 1})
+    assert ImageIndex.from_pretrained(tmp_path, LinkRules(folders=["."])).entry(2) == ("c", "c.png", {"x": 1})
 
 
 def test_bad_input():
@@ -55,7 +58,12 @@ def test_bad_input():
 def test_pil_images_are_saved_beside_the_index_and_paths_are_kept(tmp_path):
     images = ["there.png", Image.new("CMYK", (3, 2), (9, 99, 9, 9)), None, Image.new("RGBA", (2, 2), (9, 0, 0, 99))]
     ImageIndex(torch.eye(4), images=images).save_pretrained(tmp_path)
-    places = ["there.png", str(tmp_path / "images/00000001.png"), None, str(tmp_path / "images/00000003.png")]
+    places = [
+        ImageLink("there.png"),
+        str(tmp_path / "images/00000001.png"),
+        None,
+        str(tmp_path / "images/00000003.png"),
+    ]
     again = ImageIndex.from_pretrained(tmp_path)
     assert again.images == places
     for i in (1, 3):

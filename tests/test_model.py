@@ -264,7 +264,7 @@ def test_bad_input_is_named_and_changes_nothing(tmp_path):
         GroundedModel.from_pretrained(lm, tmp_path, eye, words, image_processor)
     with pytest.raises(GroundingValueError, match="vision_encoder="):
         GroundedModel.from_pretrained(lm, tmp_path, None, words)
-    with pytest.raises(GroundingError, match="no local adapter"):
+    with pytest.raises(GroundingError, match="no local folder"):
         GroundedModel.from_pretrained(lm, tmp_path / "none", eye, words, image_processor, local_files_only=True)
     assert_same_state(before, state_of(lm))
 

@@ -43,6 +43,7 @@ def test_law_f_only_the_adapter_changes(family, num_tokens, tmp_path):
     trainer = GroundingTrainer(model, arguments(tmp_path), ROWS)
     trainer.train()
     assert all(torch.equal(before[name], value) for name, value in lm.state_dict().items())
+    assert model.report.training["max_steps"] == 3 and model.report.training["pairs"] == len(ROWS)
     assert all(p.grad is None for p in lm.parameters())
     same = [name for name, value in model.adapter.named_parameters() if torch.equal(adapter[name], value)]
     assert not same

@@ -45,12 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="embed images so that they can be found")
     chat = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
     evaluate = commands.add_parser("eval", help="recall both ways and caption pair accuracy, as JSON")
-    push = commands.add_parser("push", help="upload an adapter to the Hub")
+    push = commands.add_parser("push", help="upload a saved adapter or index to the Hub, as one commit")
     official = commands.add_parser("import-fromage", help="turn an official FROMAGe checkpoint into an adapter")
     official.add_argument("folder", help="holds model_args.json, the checkpoint and cc3m_embeddings*.pkl, if any")
     official.add_argument("--output", required=True, help="folder for the adapter; an index goes into its index/")
     official.add_argument("--checkpoint", help="where it is not pretrained_ckpt.pth.tar in the folder")
-    for command in (index, chat, evaluate, push):
+    for command in (index, chat, evaluate):
         command.add_argument("lm", help="Hub id or folder of the LM")
         command.add_argument("adapter", help="Hub id or folder of the adapter")
     index.add_argument("images", nargs="+", help="image files, or folders of them")
@@ -60,7 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--html", help="write the last answer as a page")
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.add_argument("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]")
-    push.add_argument("repository", help="Hub id of the new repository")
+    chat.add_argument("--images", action="append", default=[], help="folder that the index's paths may lead into")
+    chat.add_argument("--host", action="append", default=[], help="host that the index's images may be fetched from")
+    evaluate.add_argument("--record", metavar="DATASET", help="write the results into the adapter's folder and card")
+    evaluate.add_argument("--dataset-revision", help="for --record: of the dataset")
+    push.add_argument("folder", help="folder of the adapter or index")
+    push.add_argument("repository", help="Hub id of the repository, made where it does not exist")
+    push.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    push.add_argument("--revision", help="branch, made where it does not exist")
+    push.add_argument("--message", help="first line of the commit")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request")
+    push.add_argument("--copy-images", action="store_true", help="publish an index's local image files too")
     transfer = commands.add_parser("transfer", help="move an adapter to another LM; its image indexes stay valid")
     transfer.add_argument("adapter", help="Hub id or folder of the adapter")
     transfer.add_argument("lm", help="Hub id or folder of the LM that it moves to")
@@ -112,9 +122,11 @@ def _index(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     from visual_ground import ImageIndex
+    from visual_ground.links import LinkRules
 
     model = _load(options)
-    index = None if options.index is None else ImageIndex.from_pretrained(options.index)
+    rules = LinkRules(hosts=tuple(options.host), folders=tuple(options.images))
+    index = None if options.index is None else ImageIndex.from_pretrained(options.index, rules)
     messages: list[dict[str, Any]] = []
     while line := options.once or input("> "):
         parts = _parts(line)
@@ -143,10 +155,29 @@ def _evaluate(options: argparse.Namespace) -> None:
     results = retrieval_recall(model, captions, features)
     results["caption_pair_accuracy"] = caption_pair_accuracy(model, captions, features)
     print(json.dumps({"pairs": len(rows), **results}, indent=2))
+    if options.record:
+        where = {"revision": options.dataset_revision, "split": options.split}
+        model.report = model.report.measured(options.record, results, len(rows), **where)
+        model.save_pretrained(options.adapter)
 
 
 def _push(options: argparse.Namespace) -> None:
-    print(_load(options).push_to_hub(options.repository))
+    """Push what the folder holds; no model is loaded."""
+    from visual_ground import ImageIndex
+    from visual_ground.hub import PushOptions
+    from visual_ground.index_folder import ENTRIES_FILE
+    from visual_ground.links import LinkRules
+    from visual_ground.sharing import push_saved
+
+    where = PushOptions(options.private, options.revision, None, options.message, options.create_pr)
+    if not Path(options.folder, ENTRIES_FILE).is_file():
+        print(push_saved(options.folder, options.repository, where))
+        return
+    # The folder is the user's own, and so are the images that it speaks of.
+    rules = LinkRules(folders=(Path(options.folder).absolute().anchor,)) if options.copy_images else None
+    index = ImageIndex.from_pretrained(options.folder, rules)
+    arguments = (where.private, where.revision, where.token, where.commit_message, where.create_pr)
+    print(index.push_to_hub(options.repository, *arguments, copy_images=options.copy_images))
 
 
 def _transfer(options: argparse.Namespace) -> None:

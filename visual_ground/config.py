@@ -11,12 +11,23 @@ The letters used for dimensions in every docstring of this package:
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from visual_ground.errors import GroundingValueError
 
 FORMAT_VERSION = 1
+# Widths past this are a damaged file, not a setting.
+MOST = 65536
+_KINDS: dict[str, type] = {
+    "ret_token": str,
+    "sink_token": str,
+    "caption_prompt": str,
+    "image_prompt": str,
+    "units": str,
+}
+_KINDS |= {"image_first": bool, "mask_spare_columns": bool}
 
 
 @dataclass(frozen=True)
@@ -24,8 +35,8 @@ class GroundingConfig:
     """The settings that an adapter is built with and saved with.
 
     Args:
-        num_visual_tokens: k, input rows per image, at least 1.
-        retrieval_dim: q, width of the space in which text and images are compared, at least 1.
+        num_visual_tokens: k, input rows per image, 1 to 65536.
+        retrieval_dim: q, width of the space in which text and images are compared, 1 to 65536.
         text_layers: hidden states that are mapped into the retrieval space and summed. -1 is what the output head
             reads; other numbers index transformers' `hidden_states` tuple (0 is the input of the first layer).
         ret_token: the text of the retrieval token; the tokenizer must not have it.
@@ -63,11 +74,17 @@ class GroundingConfig:
     mask_spare_columns: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text_layers, (list, tuple)) or not all(type(layer) is int for layer in self.text_layers):
+            raise GroundingValueError(f"text_layers must be whole numbers, got {self.text_layers!r}.")
         object.__setattr__(self, "text_layers", tuple(self.text_layers))
         for name in ("num_visual_tokens", "retrieval_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise GroundingValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if type(value) is not int or not 1 <= value <= MOST:
+                raise GroundingValueError(f"{name} must be a whole number from 1 to {MOST}, got {value!r}.")
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (name == "sink_token" and value is None):
+                raise GroundingValueError(f"{name} must be a {kind.__name__}, got {value!r}.")
         if not self.text_layers or len(set(self.text_layers)) != len(self.text_layers):
             raise GroundingValueError(f"text_layers must name at least one layer, each once, got {self.text_layers}.")
         if not self.ret_token or self.ret_token != self.ret_token.strip():
@@ -114,3 +131,19 @@ class GroundingConfig:
         if unknown := sorted(set(values) - known):
             raise GroundingValueError(f"Unknown config keys {unknown}; known are {sorted(known)}.")
         return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, adapter: str | os.PathLike, **hub_options: Any) -> GroundingConfig:
+        """Read the settings of a saved adapter; neither its tensors nor any model is loaded.
+
+        Args:
+            adapter: local folder or Hub id.
+            hub_options: revision, subfolder, token, cache_dir, local_files_only.
+
+        Raises:
+            GroundingFileError: no such adapter, or a damaged one.
+            GroundingValueError: another format version, or a value outside its range.
+        """
+        from visual_ground.sharing import read_record
+
+        return read_record(adapter, **hub_options).config

@@ -22,9 +22,9 @@ from torch import Tensor
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.float_pickle import read_lists
-from visual_ground.hub import render_card
 from visual_ground.index import ImageIndex
-from visual_ground.saving import write_adapter
+from visual_ground.record import AdapterRecord
+from visual_ground.sharing import save_adapter
 
 ARGS_FILE = "model_args.json"
 CHECKPOINT_FILE = "pretrained_ckpt.pth.tar"
@@ -53,17 +53,8 @@ class OfficialModel:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write an adapter folder, as `GroundedModel.save_pretrained` does."""
-        values = {
-            "base_model_name_or_path": self.lm,
-            "revision": None,
-            "vision_encoder": self.vision,
-            "vision_revision": None,
-            "config": self.config.to_dict(),
-            "library": "visual_ground",
-        }
-        buffers = ("embedding_mean", "embedding_std", "feature_mean", "feature_std", "ret_norms")
-        count = sum(tensor.numel() for name, tensor in self.tensors.items() if name not in buffers)
-        write_adapter(folder, self.tensors, values, render_card(values, count))
+        names = {"base_model_name_or_path": self.lm, "vision_encoder": self.vision}
+        save_adapter(folder, self.tensors, AdapterRecord(self.config, names))
 
 
 def read_official(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> OfficialModel:

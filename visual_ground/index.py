@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from visual_ground.config import FORMAT_VERSION
 from visual_ground.errors import GroundingFileError, GroundingIndexError, GroundingValueError
-from visual_ground.images import to_rgb
-from visual_ground.saving import read_json, resolve, write_folder, write_json, write_tensors
+from visual_ground.hub import CARD_FILE, HubOptions, PushOptions, fetch_folder, push_folder
+from visual_ground.index_folder import FILES, IndexContents, index_card, publishable, read_index, write_index
+from visual_ground.links import ImageLink, LinkRules, is_url
 
 if TYPE_CHECKING:
     from visual_ground.model import GroundedModel
 
-VECTORS_FILE = "index.safetensors"
-ENTRIES_FILE = "index.json"
-IMAGES_FOLDER = "images"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,8 +42,9 @@ class ImageIndex:
     Args:
         vectors: (n, q) unit vectors.
         ids: n distinct names; 0 to n - 1 where None.
-        images: n PIL images or paths, or None.
+        images: n PIL images, paths or addresses on the network, or None.
         metadata: n mappings, or None.
+        rules: which images on the network may be fetched when they are shown; none where None.
 
     Raises:
         GroundingValueError: lengths differ, ids repeat, or vectors are not (n, q) and finite.
@@ -61,10 +56,12 @@ class ImageIndex:
         ids: Sequence[str | int] | None = None,
         images: Sequence[Any] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
+        rules: LinkRules | None = None,
     ) -> None:
         if vectors.dim() != 2 or not torch.isfinite(vectors).all():
             raise GroundingValueError(f"vectors must be finite and (n, q), got shape {tuple(vectors.shape)}.")
         self.vectors = vectors.detach().float().cpu().contiguous()
+        self.rules = LinkRules() if rules is None else rules
         self.ids = list(range(len(vectors))) if ids is None else list(ids)
         self.images = None if images is None else list(images)
         self.metadata = None if metadata is None else [dict(entry) for entry in metadata]
@@ -120,16 +117,35 @@ class ImageIndex:
         return SearchResult(best.indices, best.values)
 
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
-        """Return the id, image (or None) and metadata at a position."""
+        """Return the id, image (or None) and metadata at a position.
+
+        An image on the network is fetched where `rules` allow it, and is an `ImageLink` where not or where that fails.
+        """
         if not 0 <= position < len(self):
             raise GroundingIndexError(f"Position {position} is outside this index of {len(self)} images.")
         image = None if self.images is None else self.images[position]
-        return self.ids[position], image, {} if self.metadata is None else self.metadata[position]
+        return self.ids[position], self._follow(image), {} if self.metadata is None else self.metadata[position]
+
+    def _follow(self, image: Any) -> Any:
+        address = image.address if isinstance(image, ImageLink) else image
+        if not isinstance(address, str) or not is_url(address):
+            return image
+        if self.rules.allow_host(address):
+            try:
+                return self.rules.fetch(address)
+            except (GroundingFileError, GroundingValueError) as error:
+                logger.warning("An image of the index is shown as its address: %s", error)
+        return ImageLink(address)
+
+    @property
+    def _contents(self) -> IndexContents:
+        return IndexContents(self.vectors, self.ids, self.images, self.metadata)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Save vectors, ids, images and metadata, whole or not at all (see `visual_ground.saving.write_folder`).
+        """Save vectors, ids, images and metadata, whole or not at all (see `visual_ground.folders.write_folder`).
 
-        Paths are kept as given. PIL images are written beside the index as upright RGB, `images/00000012.png`.
+        Paths and addresses are kept as given. PIL images are written beside the index as upright RGB,
+        `images/00000012.png`. The network is never used.
 
         Args:
             folder: where to. Files of other names in it stay as they are.
@@ -138,106 +154,64 @@ class ImageIndex:
             GroundingValueError: a PIL image that cannot be read.
             GroundingTypeError: an image that is neither a PIL image nor a path.
         """
-        places, pictures = _place_images(self.images or [], Path(folder))
-        entries = {
-            "format_version": FORMAT_VERSION,
-            "ids": self.ids,
-            "images": None if self.images is None else places,
-            "metadata": self.metadata,
-        }
-        write_folder(
-            folder,
-            {
-                **{name: partial(_write_png, image) for name, image in pictures.items()},
-                VECTORS_FILE: lambda path: write_tensors(path, {"vectors": self.vectors}),
-                ENTRIES_FILE: lambda path: write_json(path, entries),
-            },
-        )
+        write_index(folder, self._contents)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> ImageIndex:
-        """Load what `save_pretrained` wrote; the folder's own images come back as paths in it.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        copy_images: bool = False,
+    ) -> str:
+        """Commit the index to a dataset repository of the Hub, at once or not at all.
 
         Args:
-            folder: where from.
+            repo_id: made where it does not exist.
+            private: whether a new repository is private.
+            revision: branch, made where it does not exist.
+            token: of the Hub; the one that was saved by logging in where None.
+            commit_message: its first line.
+            create_pr: open a pull request instead of committing.
+            copy_images: publish the images that are local files too. PIL images are published always; paths never.
+
+        Returns:
+            The address of the commit, or of the pull request.
 
         Raises:
-            GroundingFileError: a file is missing or damaged, or an image's place is outside the folder.
-            GroundingValueError: another format version, or not as many ids, images or metadata as vectors.
+            GroundingFileError: the Hub did not take it; the repository is as it was.
         """
-        for name in (VECTORS_FILE, ENTRIES_FILE):
-            if not resolve(folder, name).is_file():
-                raise GroundingFileError(f"{str(folder)!r} is no image index: it has no {name}.")
-        entries = _read_entries(resolve(folder, ENTRIES_FILE))
-        images = entries["images"]
-        if images is not None:
-            images = [_find_image(place, folder) for place in images]
-        path = resolve(folder, VECTORS_FILE)
-        try:
-            vectors = load_file(path)["vectors"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise GroundingFileError(f"{path} is damaged: {error}. Save the index again.") from error
-        return cls(vectors, entries["ids"], images, entries["metadata"])
+        contents = publishable(self._contents, copy_images)
 
+        def save(folder: Path) -> None:
+            page = folder / CARD_FILE
+            text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else None
+            write_index(folder, contents, index_card(contents, repo_id, text))
 
-def _place_images(images: Sequence[Any], folder: Path) -> tuple[list[Any], dict[str, Any]]:
-    """Return what `index.json` holds for each image, and the images to write, by file name.
+        options = PushOptions(private, revision, token, commit_message, create_pr)
+        return push_folder(save, repo_id, options, FILES, kind="dataset")
 
-    A path stands for itself and `{"file": NAME}` for a file of the folder's own. The paths of an index that was loaded
-    from this folder stay files of its own, and no new image is written over them.
-    """
-    places: list[Any] = [
-        _own_file(image, folder) or os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-        for image in images
-    ]
-    taken = {place["file"] for place in places if isinstance(place, dict)}
-    pictures = {}
-    for position, image in enumerate(images):
-        if image is not None and places[position] is None:
-            numbered = (f"{IMAGES_FOLDER}/{number:08d}.png" for number in count(position))
-            name = next(name for name in numbered if name not in taken)
-            taken.add(name)
-            pictures[name] = image
-            places[position] = {"file": name}
-    return places, pictures
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, rules: LinkRules | None = None, **hub_options: Any) -> ImageIndex:
+        """Load an index; the folder's own images come back as paths in it.
 
+        Nothing outside the folder is opened, and nothing on the network, but for what `rules` allow.
 
-def _own_file(path: str | os.PathLike, folder: Path) -> dict[str, str] | None:
-    parent, name = Path(path).parent, Path(path).name
-    own = re.fullmatch(r"\d{8,}\.png", name) and parent.resolve() == (folder / IMAGES_FOLDER).resolve()
-    return {"file": f"{IMAGES_FOLDER}/{name}"} if own else None
+        Args:
+            name: local folder, or the Hub id of a dataset repository.
+            rules: which hosts images may be fetched from, and which folders paths may lead into; none where None.
+            hub_options: revision, subfolder, token, cache_dir, local_files_only.
 
+        Raises:
+            GroundingFileError: no such index; a file is missing or damaged, or an image of its own is outside of it.
+            GroundingValueError: another format version, or not as many ids, images or metadata as vectors.
 
-def _write_png(image: Any, path: Path) -> None:
-    to_rgb(image).save(path, format="PNG")
-
-
-def _find_image(place: Any, folder: str | os.PathLike) -> str | None:
-    """Return the path that an entry of `index.json` stands for."""
-    if place is None or isinstance(place, str):
-        return place
-    name = place.get("file") if isinstance(place, dict) else None
-    # Windows paths know both kinds of slash and drives, so this refuses the same names on every system.
-    if not isinstance(name, str) or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
-        raise GroundingFileError(
-            f"{ENTRIES_FILE} in {str(folder)!r} places an image at {place!r}, which is not inside the folder. "
-            "Do not use this index, or build it again."
-        )
-    return os.fspath(resolve(folder, name))
-
-
-def _read_entries(path: Path) -> dict[str, Any]:
-    """Read and check `index.json`."""
-    entries = read_json(path)
-    names = {"format_version", "ids", "images", "metadata"}
-    lists: list[Any] = [entries.get("ids"), entries.get("images") or [], entries.get("metadata") or []]
-    if (
-        set(entries) != names
-        or not all(isinstance(values, list) for values in lists)
-        or not all(isinstance(value, (str, int)) for value in lists[0])
-        or not all(isinstance(value, dict) for value in lists[2])
-    ):
-        raise GroundingFileError(
-            f"{path} is damaged: it does not hold the lists {sorted(names)}. Save the index again."
-        )
-    return entries
+        Example:
+            >>> index = ImageIndex.from_pretrained("me/index", LinkRules(hosts=["example.org"]))  # doctest: +SKIP
+        """
+        rules = LinkRules() if rules is None else rules
+        folder = fetch_folder(name, FILES, HubOptions.of(hub_options), kind="dataset")
+        found = read_index(folder, rules)
+        return cls(found.vectors, found.ids, found.images, found.metadata, rules)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.fingerprint import SAMPLED_ROWS, Fingerprint, spread
 from visual_ground.virtual_rows import VirtualVocabulary
 
 CHUNK = 512
@@ -25,6 +26,7 @@ class LanguageFacts:
         text_dims: widths of the hidden states named by `text_layers`.
         tied: whether a row that goes in is the row that comes out: one weight, and no scaling inside the embedding.
         vocabulary: whose ids are whose.
+        fingerprint: by which the LM is known again; None where its weights are not there yet.
     """
 
     embedding_dim: int
@@ -32,27 +34,34 @@ class LanguageFacts:
     text_dims: tuple[int, ...]
     tied: bool
     vocabulary: VirtualVocabulary
+    fingerprint: Fingerprint | None = None
 
 
 def load_language_model(
-    lm: str | nn.Module, tokenizer: Any = None, revision: str | None = None
+    lm: str | nn.Module, tokenizer: Any = None, revision: str | None = None, **hub: Any
 ) -> tuple[nn.Module, Any]:
-    """Load a causal LM and its tokenizer, or check those given.
+    """Load a causal LM and its tokenizer, or check those given. Code that comes with a model is never run.
 
     Args:
         lm: Hub id, local folder, or a loaded model (also a `PeftModel`).
         tokenizer: a tokenizer or its name; found by the LM's name where None.
         revision: of a Hub id.
+        hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
+        GroundingFileError: no LM can be loaded by that name.
         GroundingTypeError: not a causal LM.
         GroundingValueError: no tokenizer can be found.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options = {"revision": revision, "trust_remote_code": False, **hub}
     if isinstance(lm, str):
         tokenizer = lm if tokenizer is None else tokenizer
-        lm = AutoModelForCausalLM.from_pretrained(lm, revision=revision)
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(lm, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise GroundingFileError(f"The language model {lm!r} cannot be loaded: {error}") from error
     check_causal_lm(lm)
     source = tokenizer if tokenizer is not None else getattr(lm.config, "_name_or_path", "")
     if not source:
@@ -60,7 +69,7 @@ def load_language_model(
     if not isinstance(source, str):
         return lm, source
     try:
-        return lm, AutoTokenizer.from_pretrained(source, revision=revision)
+        return lm, AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise GroundingValueError(f"No tokenizer was found at {source!r}; pass tokenizer=. ({error})") from error
 
@@ -81,7 +90,7 @@ def check_causal_lm(lm: Any) -> None:
 
 @torch.no_grad()
 def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> LanguageFacts:
-    """Read a language model's widths, ties and ids; runs one token through it where its config cannot tell.
+    """Read a language model's widths, ties, ids and fingerprint, by running two tokens through it.
 
     Args:
         lm: a causal LM.
@@ -92,39 +101,51 @@ def read_facts(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> L
         GroundingValueError: a text layer that the LM does not have.
     """
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    seen: list[Tensor] = []
-    handles = [
-        embedding.register_forward_hook(lambda module, args, output: seen.append(output)),
-        head.register_forward_hook(lambda module, args, output: seen.extend([args[0], output])),
-    ]
-    ids = torch.ones((1, 2), dtype=torch.long, device=embedding_device(lm))
+    words, reserved = tokenizer.get_vocab(), _reserved_ids(lm, tokenizer)
+    num_rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    count = min(num_rows, max(words.values()) + 1)
+    # Two different words, so that attention has a say in the fingerprint; special tokens may ask for more than ids.
+    plain = [i for i in range(1, count) if i not in reserved] or [0]
+    ids = torch.tensor([[plain[len(plain) // 3], plain[2 * len(plain) // 3]]], device=embedding_device(lm))
+    frozen = Frozen(lm)
     try:
-        # Asked for only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
-        output = lm(input_ids=ids, output_hidden_states=any(layer != -1 for layer in text_layers))
+        sampled = embedding(torch.tensor([spread(count, SAMPLED_ROWS)], device=ids.device))[0]
+        embedded, head_input, logits, states = _run(lm, ids, any(layer != -1 for layer in text_layers))
     finally:
-        for handle in handles:
-            handle.remove()
-    embedded, head_input, logits = seen[0], seen[-2], seen[-1]
-    states = getattr(output, "hidden_states", None) or ()
+        frozen.restore()
     for layer in text_layers:
         if layer != -1 and not -len(states) <= layer < len(states):
             raise GroundingValueError(f"text layer {layer} does not exist: the LM has {len(states)} hidden states.")
-    reserved = {
-        getattr(lm.config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos", "image", "video", "audio")
-    }
-    vocabulary = VirtualVocabulary(
-        num_rows=getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0],
-        num_columns=logits.shape[-1],
-        num_tokens=max(tokenizer.get_vocab().values()) + 1,
-        reserved_ids=frozenset(i for i in reserved | set(tokenizer.all_special_ids) if isinstance(i, int)),
-    )
     return LanguageFacts(
         embedding_dim=embedded.shape[-1],
         head_dim=head_input.shape[-1],
         text_dims=tuple(head_input.shape[-1] if layer == -1 else states[layer].shape[-1] for layer in text_layers),
         tied=_is_tied(embedding, head, embedded, ids),
-        vocabulary=vocabulary,
+        vocabulary=VirtualVocabulary(num_rows, logits.shape[-1], max(words.values()) + 1, reserved),
+        fingerprint=None if head_input.is_meta else Fingerprint.of(words, sampled, head_input.flatten(0, -2)[-1]),
     )
+
+
+def _reserved_ids(lm: nn.Module, tokenizer: Any) -> frozenset[int]:
+    kinds = ("pad", "bos", "eos", "image", "video", "audio")
+    named = {getattr(lm.config, f"{kind}_token_id", None) for kind in kinds}
+    return frozenset(i for i in named | set(tokenizer.all_special_ids) if isinstance(i, int))
+
+
+def _run(lm: nn.Module, ids: Tensor, hidden_states: bool) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor]]:
+    """Run ids (1, s); return the embedding's output, what the head reads, the logits, and any hidden states."""
+    seen: list[Tensor] = []
+    handles = [
+        lm.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output)),
+        lm.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.extend([args[0], out])),
+    ]
+    try:
+        # Asked for only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
+        output = lm(input_ids=ids, output_hidden_states=hidden_states)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0], seen[-2], seen[-1], getattr(output, "hidden_states", None) or ()
 
 
 def embedding_device(lm: nn.Module) -> torch.device:

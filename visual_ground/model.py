@@ -14,16 +14,17 @@ from transformers import BatchFeature, LogitsProcessorList
 from visual_ground.adapter import RowStatistics
 from visual_ground.anchors import Anchors
 from visual_ground.config import GroundingConfig
-from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.fingerprint import tell_differences
 from visual_ground.generation import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
-from visual_ground.hub import fetch_adapter, push_folder, render_card
+from visual_ground.hub import HubOptions, PushOptions, push_folder
 from visual_ground.index import ImageIndex
-from visual_ground.language import embedding_rows, head_rows, load_language_model, read_facts
+from visual_ground.language import embedding_rows, head_rows
 from visual_ground.output import InterleavedOutput
+from visual_ground.parts import find_parts, new_adapter
 from visual_ground.reader import GroundedReader
-from visual_ground.saving import WEIGHTS_FILE, load_tensors_into, read_adapter_config, resolve, write_adapter
-from visual_ground.virtual_rows import is_attached
-from visual_ground.vision import load_vision
+from visual_ground.record import NAMES, AdapterRecord
+from visual_ground.sharing import FILES, SavedAdapter, published, save_adapter
 
 
 class GroundedModel(GroundedReader):
@@ -168,59 +169,97 @@ class GroundedModel(GroundedReader):
     # On disk and on the Hub.
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the adapter: adapter_config.json, adapter_model.safetensors, README.md; whole or not at all."""
-        values = {**self.names, "config": self.config.to_dict(), "library": "visual_ground"}
-        tensors = self.adapter.state_dict()
-        count = sum(parameter.numel() for parameter in self.adapter.parameters())
-        write_adapter(folder, tensors, values, render_card(values, count))
+        """Write the adapter: adapter_config.json, adapter_model.safetensors, README.md; whole or not at all.
+
+        What people wrote into an earlier README.md stays. The network is never used.
+        """
+        self._save(folder, self.record)
+
+    def _save(self, folder: str | os.PathLike, record: AdapterRecord, repo_id: str | None = None) -> None:
+        save_adapter(folder, self.adapter.state_dict(), record, repo_id)
         if self.anchors is not None:
             self.anchors.save(folder)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, **options: Any) -> str:
-        """Upload what `save_pretrained` writes, as one commit; see `hub.push_folder`."""
-        return push_folder(self.save_pretrained, repo_id, private, **options)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Commit what `save_pretrained` writes to the Hub, at once or not at all; nothing else is uploaded.
+
+        Args:
+            repo_id: made where it does not exist.
+            private: whether a new repository is private.
+            revision: branch, made where it does not exist.
+            token: of the Hub; the one that was saved by logging in where None.
+            commit_message: its first line.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            GroundingFileError: the Hub did not take it; the repository is as it was.
+        """
+        options = PushOptions(private, revision, token, commit_message, create_pr)
+        record = published(self.record)
+        return push_folder(lambda folder: self._save(folder, record, repo_id), repo_id, options, FILES)
 
     @classmethod
     def from_pretrained(
         cls,
         lm: str | nn.Module,
-        adapter: str | os.PathLike,
+        adapter: str | os.PathLike | None = None,
         vision_encoder: Any = None,
         tokenizer: Any = None,
         image_processor: Any = None,
         is_trainable: bool = False,
         **hub_options: Any,
     ) -> GroundedModel:
-        """Ground an LM with a saved adapter.
+        """Ground an LM with a saved adapter, or load an adapter with the LM that it names.
 
         Args:
-            lm: as in `ground`.
+            lm: as in `ground`; or, where nothing follows it, the adapter.
             adapter: local folder or Hub id.
             vision_encoder: for an encoder that no name can load; else the one that the adapter names.
             tokenizer: as in `ground`.
             image_processor: as in `ground`.
             is_trainable: False freezes the adapter too.
-            hub_options: revision, subfolder, token, cache_dir, local_files_only.
+            hub_options: revision, subfolder, token, cache_dir, local_files_only; `hub.HubOptions` says what they are.
 
         Raises:
-            GroundingFileError: no such adapter, or a damaged one.
+            GroundingFileError: no such adapter, or a damaged one, or one that names models that cannot be loaded.
             GroundingValueError: another format version, or an adapter for other widths, each named with both shapes.
+
+        Example:
+            >>> model = GroundedModel.from_pretrained("me/adapter")  # doctest: +SKIP
+            >>> model = GroundedModel.from_pretrained(lm, "me/adapter", revision="v2")  # doctest: +SKIP
         """
-        folder = fetch_adapter(adapter, **hub_options)
-        values = read_adapter_config(folder)
-        config, anchors = GroundingConfig.from_dict(values["config"]), Anchors.find(folder)
-        vision_encoder = vision_encoder if vision_encoder is not None else values["vision_encoder"]
-        if vision_encoder is None:
-            raise GroundingValueError(
-                "This adapter was trained with a vision encoder that no name can load. Pass vision_encoder=."
-            )
-        model = _assemble(lm, vision_encoder, tokenizer, image_processor, config)
+        options = HubOptions.of(hub_options)
+        given: str | nn.Module | None = lm
+        if adapter is None:
+            if not isinstance(lm, (str, os.PathLike)):
+                raise GroundingTypeError("Which adapter? Pass a local folder or a Hub id after the language model.")
+            given, adapter = None, lm
+        saved = SavedAdapter.find(adapter, options)
+        config, anchors = saved.record.config, Anchors.find(saved.folder)
+        parts = find_parts(
+            given, vision_encoder, tokenizer, image_processor, config, saved.record.names, options.for_models()
+        )
+        with torch.device("meta"):
+            saved.check_fits(new_adapter(config, parts.facts, parts.vision.feature_dim))
+        model = cls(parts.lm, parts.tokenizer, parts.vision, config, parts.facts, parts.names)
         try:
-            load_tensors_into(model.adapter, resolve(folder, WEIGHTS_FILE))
+            saved.load_into(model.adapter)
         except BaseException:
             model.unground()
             raise
-        model.anchors = anchors
+        model.record, model.anchors = saved.record, anchors
+        tell_differences(saved.record.fingerprint, parts.facts.fingerprint, saved.record.names.get(NAMES[0]))
         model.adapter.requires_grad_(is_trainable)
         return model.train(is_trainable)
 
@@ -242,12 +281,13 @@ class GroundedModel(GroundedReader):
 
 def ground(
     lm: str | nn.Module,
-    vision_encoder: Any,
+    vision_encoder: Any = None,
     tokenizer: Any = None,
     image_processor: Any = None,
     config: GroundingConfig | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> GroundedModel:
-    """Attach a new adapter between a causal LM and a vision encoder; both stay frozen.
+    """Attach an adapter between a causal LM and a vision encoder; both stay frozen.
 
     Args:
         lm: Hub id, local folder, or a loaded causal LM (also a `PeftModel`).
@@ -256,16 +296,27 @@ def ground(
         tokenizer: a tokenizer or its name; found by the LM's name where None.
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where None.
         config: the settings; `GroundingConfig()` where None.
+        adapter: local folder or Hub id of an adapter to start from, with its settings and, where none is passed, its
+            encoder; a new adapter where None.
 
     Returns:
-        The grounded model, whose adapter has its start values and is ready to be trained.
+        The grounded model, whose adapter is ready to be trained: with its start values, or those it was saved with.
 
     Raises:
         GroundingTypeError: not a causal LM, or not a vision encoder.
         GroundingValueError: no tokenizer, preprocessing or feature width can be found; the tokenizer has `[RET]`.
         GroundingStateError: the LM is grounded already.
+        GroundingFileError: no such adapter, or a damaged one.
     """
-    model = _assemble(lm, vision_encoder, tokenizer, image_processor, config or GroundingConfig())
+    if adapter is not None:
+        if config is not None:
+            raise GroundingValueError("A saved adapter has its own settings; pass config or adapter, not both.")
+        return GroundedModel.from_pretrained(lm, adapter, vision_encoder, tokenizer, image_processor, is_trainable=True)
+    if vision_encoder is None:
+        raise GroundingTypeError("ground needs a vision encoder, or an adapter that names one.")
+    config = GroundingConfig() if config is None else config
+    parts = find_parts(lm, vision_encoder, tokenizer, image_processor, config)
+    model = GroundedModel(parts.lm, parts.tokenizer, parts.vision, config, parts.facts, parts.names)
     facts = model.facts
     count = min(facts.vocabulary.num_rows, facts.vocabulary.num_tokens)
     with model.disable_adapter():
@@ -273,26 +324,3 @@ def ground(
         head = None if facts.tied else RowStatistics.of(head_rows(model.lm, count, facts.head_dim))
     model.adapter.start_from_lm(embedding, head)
     return model.train()
-
-
-def _assemble(
-    lm: str | nn.Module, vision_encoder: Any, tokenizer: Any, image_processor: Any, config: GroundingConfig
-) -> GroundedModel:
-    """Load and check the parts, then attach; whatever raises leaves the LM untouched."""
-    if not isinstance(config, GroundingConfig):
-        raise GroundingTypeError(f"config must be a GroundingConfig, got {type(config).__name__}.")
-    lm, tokenizer = load_language_model(lm, tokenizer)
-    if is_attached(lm):
-        raise GroundingStateError("This LM is grounded already. Call unground() on its GroundedModel first.")
-    if config.ret_token in tokenizer.get_vocab():
-        raise GroundingValueError(
-            f"The tokenizer has the token {config.ret_token!r} already. Choose another GroundingConfig.ret_token."
-        )
-    vision = load_vision(vision_encoder, image_processor)
-    names = {
-        "base_model_name_or_path": getattr(lm.config, "_name_or_path", None) or None,
-        "revision": getattr(lm.config, "_commit_hash", None),
-        "vision_encoder": vision.name,
-        "vision_revision": getattr(getattr(vision.model, "config", None), "_commit_hash", None),
-    }
-    return GroundedModel(lm, tokenizer, vision, config, read_facts(lm, tokenizer, config.text_layers), names)

@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from visual_ground.folders import replacing
 from visual_ground.images import to_rgb
-from visual_ground.saving import replacing
+from visual_ground.links import ImageLink
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class RetrievedImage:
     Args:
         id: its id in the index; None where there was no index to search.
         score: cosine with the model's `[RET]` state; None likewise.
-        image: a PIL image or a path, where the index knows one.
+        image: a PIL image, a path, or an `ImageLink` that was not opened, where the index knows one.
         metadata: what the index holds beside it.
     """
 
@@ -35,7 +36,9 @@ class RetrievedImage:
 
     @property
     def uri(self) -> str | None:
-        """The path of the image, where it is kept as one."""
+        """The path or address of the image, where it is kept as one."""
+        if isinstance(self.image, ImageLink):
+            return self.image.address
         return os.fspath(self.image) if isinstance(self.image, (str, os.PathLike)) else None
 
     def __str__(self) -> str:
@@ -88,12 +91,21 @@ def render_part(part: str | RetrievedImage, width: int = 192) -> str:
         return f'<span style="white-space:pre-wrap">{html.escape(part)}</span>'
     score = "" if part.score is None else f" ({part.score:.2f})"
     label = html.escape("no index" if part.id is None else f"{part.id}{score}")
-    if part.image is None:
+    if isinstance(part.image, ImageLink):
+        label += f": {_anchor(part.image)}"
+    if part.image is None or isinstance(part.image, ImageLink):
         return f'<figure style="display:inline-block"><figcaption>[{label}]</figcaption></figure>'
     return (
         f'<figure style="display:inline-block;margin:4px;text-align:center"><img src="{data_uri(part.image, width)}" '
         f'alt="{label}"><figcaption style="font-size:12px">{label}</figcaption></figure>'
     )
+
+
+def _anchor(link: ImageLink) -> str:
+    """Return HTML for an image that was not opened; a browser goes there only when it is clicked."""
+    text = html.escape(link.address)
+    is_page = link.address.startswith(("http://", "https://"))
+    return f'<a href="{text}" rel="noreferrer">{text}</a>' if is_page else text
 
 
 def data_uri(image: Image.Image | str | os.PathLike, width: int) -> str:

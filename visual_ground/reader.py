@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from visual_ground.adapter import Adapter
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.language import Frozen, LanguageFacts, core_of, embedding_device
+from visual_ground.parts import new_adapter
 from visual_ground.prompts import EncodedPrompt, PromptEncoder, as_batch, pad_batch
+from visual_ground.record import AdapterRecord, Report
 from visual_ground.virtual_rows import Call, VirtualRows
 from visual_ground.vision import VisionEncoder
 
@@ -35,10 +37,11 @@ class GroundedReader(nn.Module):
         vision: the encoder.
         config: the settings.
         facts: what was read of the LM.
-        names: `base_model_name_or_path`, `revision`, `vision_encoder`, as the adapter's file will say.
+        names: `base_model_name_or_path`, `revision`, `vision_encoder`, `vision_revision` of these parts.
 
     Attributes:
         lm, vision, adapter, tokenizer, image_processor, config, ret_token_id: the parts.
+        record: what the adapter's file says; after loading, of the parts that it was trained with.
     """
 
     def __init__(
@@ -53,9 +56,8 @@ class GroundedReader(nn.Module):
         super().__init__()
         self.lm, self.tokenizer, self.vision, self.config = lm, tokenizer, vision, config
         self.facts, self.names = facts, dict(names)
-        self.adapter = Adapter(
-            config, facts.embedding_dim, vision.feature_dim, facts.text_dims, facts.head_dim, facts.tied
-        ).to(embedding_device(lm))
+        self.record = AdapterRecord(config, self.names, facts.fingerprint)
+        self.adapter = new_adapter(config, facts, vision.feature_dim).to(embedding_device(lm))
         self.ret_token_id = facts.vocabulary.ret_token_id
         self.encoder = PromptEncoder(tokenizer, config, self.ret_token_id)
         core = core_of(lm)
@@ -68,6 +70,24 @@ class GroundedReader(nn.Module):
     def image_processor(self) -> Any:
         """Maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`."""
         return self.vision.image_processor
+
+    @property
+    def report(self) -> Report:
+        """How the adapter was made and what was measured; saved with it, and shown on its card."""
+        return self.record.report
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self.record = replace(self.record, report=report)
+
+    def record_training(self, settings: Mapping[str, Any]) -> None:
+        """Say that the adapter was trained here: from now on it is these parts' own.
+
+        Args:
+            settings: what it was trained with, by name; numbers, texts and the like.
+        """
+        report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
+        self.record = replace(self.record, names=self.names, fingerprint=self.facts.fingerprint, report=report)
 
     def train(self, mode: bool = True) -> Self:
         """Set the adapter's mode; the frozen parts stay in evaluation mode."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PrinterCallback
@@ -23,11 +22,12 @@ from visual_ground.adapter import Adapter
 from visual_ground.anchors import Anchors
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.hub import fetch_adapter
+from visual_ground.hub import HubOptions
 from visual_ground.language import embedding_device
 from visual_ground.model import GroundedModel, ground
 from visual_ground.ridge import LinearMap, fit_ridge
-from visual_ground.saving import WEIGHTS_FILE, read_adapter_config, resolve
+from visual_ground.saving import WEIGHTS_FILE, read_tensors
+from visual_ground.sharing import SavedAdapter
 from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
 from visual_ground.training.examples import ExampleDataset
 
@@ -91,16 +91,14 @@ class ImageSide:
         Raises:
             GroundingFileError: no such adapter, or a damaged one.
         """
-        folder = fetch_adapter(adapter, **hub_options)
-        values = read_adapter_config(folder)
-        path = resolve(folder, WEIGHTS_FILE)
-        try:
-            with safe_open(path, framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in SHARED}
-        except (SafetensorError, OSError) as error:
-            raise GroundingFileError(f"{path} is damaged: {error}. Fetch it again.") from error
-        config = GroundingConfig.from_dict(values["config"])
-        return cls(config, tensors, values["vision_encoder"], Anchors.find(folder))
+        saved = SavedAdapter.find(adapter, HubOptions.of(hub_options))
+        if missing := [name for name in SHARED if name not in saved.shapes]:
+            raise GroundingFileError(f"{str(adapter)!r} is no adapter: it has no tensors {missing}. Fetch it again.")
+        wanted = {name: torch.empty(shape, device="meta") for name, shape in saved.shapes.items()}
+        tensors = read_tensors(saved.folder / WEIGHTS_FILE, wanted)
+        vision = saved.record.names["vision_encoder"]
+        shared = {name: tensors[name] for name in SHARED}
+        return cls(saved.record.config, shared, vision, Anchors.find(saved.folder))
 
     def embed(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to unit vectors (n, q), as every model with this image side does."""

@@ -88,7 +88,7 @@ def pool(output: Any) -> Tensor:
 
 
 def load_vision(
-    vision_encoder: str | nn.Module, image_processor: Any = None, revision: str | None = None
+    vision_encoder: str | nn.Module, image_processor: Any = None, revision: str | None = None, **hub: Any
 ) -> VisionEncoder:
     """Load or wrap a vision encoder.
 
@@ -98,6 +98,7 @@ def load_vision(
             before its projection.
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
         revision: of a Hub id.
+        hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
         GroundingTypeError: neither a name nor a module.
@@ -107,7 +108,7 @@ def load_vision(
         return vision_encoder
     name = vision_encoder if isinstance(vision_encoder, str) else None
     if name is not None:
-        model, found = _load_by_name(name, revision)
+        model, found = _load_by_name(name, {"revision": revision, **hub})
     elif isinstance(vision_encoder, nn.Module):
         model, found = vision_encoder, None if image_processor is not None else _processor_of(vision_encoder)
     else:
@@ -115,7 +116,7 @@ def load_vision(
     return VisionEncoder(model.eval(), image_processor or found, name)
 
 
-def _load_by_name(name: str, revision: str | None) -> tuple[nn.Module, Any]:
+def _load_by_name(name: str, hub: dict[str, Any]) -> tuple[nn.Module, Any]:
     if name.startswith("open_clip:"):
         import open_clip
 
@@ -130,8 +131,9 @@ def _load_by_name(name: str, revision: str | None) -> tuple[nn.Module, Any]:
     from transformers import AutoImageProcessor, AutoModel
 
     whole, _, part = name.partition("#")
-    model = AutoModel.from_pretrained(whole, revision=revision)
-    processor = AutoImageProcessor.from_pretrained(whole, revision=revision)
+    options = {**hub, "trust_remote_code": False}
+    model = AutoModel.from_pretrained(whole, **options)
+    processor = AutoImageProcessor.from_pretrained(whole, **options)
     try:
         return model.get_submodule(part), processor
     except AttributeError as error:

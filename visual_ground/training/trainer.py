@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,24 @@ from visual_ground.training.examples import ExampleCollator, ExampleDataset, che
 from visual_ground.training.losses import GroundingLoss, GroundingObjective, choose_prefixes
 
 logger = logging.getLogger(__name__)
+
+# The arguments that an adapter's card shows.
+RECORDED = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "caption_loss_scale",
+    "retrieval_loss_scale",
+    "concat_captions_prob",
+    "captioning_fraction",
+    "max_caption_length",
+    "seed",
+)
 
 
 @dataclass
@@ -140,7 +159,14 @@ class GroundingTrainer(Trainer):
         """Train, as `Trainer.train` does; a new adapter first learns the spread of the image features."""
         self._standardise()
         self._choose_prefixes()
+        self.grounded.record_training(self._settings())
         return super().train(*args, **options)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what the adapter's card says of its training."""
+        settings = {name: getattr(self.args, name) for name in RECORDED}
+        pairs = len(self.train_dataset) if self.train_dataset is not None else 0
+        return {"pairs": pairs, "library_version": version("visual-ground"), **settings}
 
     @torch.no_grad()
     def _standardise(self) -> None:
