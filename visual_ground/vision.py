@@ -93,7 +93,9 @@ def load_vision(
     """Load or wrap a vision encoder.
 
     Args:
-        vision_encoder: a Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", or a loaded module.
+        vision_encoder: a Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", or a loaded module. A Hub
+            id or folder may end with "#SUBMODULE": "openai/clip-vit-large-patch14#vision_model" is CLIP's tower alone,
+            before its projection.
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
         revision: of a Hub id.
         hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
@@ -128,8 +130,15 @@ def _load_by_name(name: str, hub: dict[str, Any]) -> tuple[nn.Module, Any]:
         return model, _processor_of(model)
     from transformers import AutoImageProcessor, AutoModel
 
+    whole, _, part = name.partition("#")
     options = {**hub, "trust_remote_code": False}
-    return AutoModel.from_pretrained(name, **options), AutoImageProcessor.from_pretrained(name, **options)
+    model = AutoModel.from_pretrained(whole, **options)
+    processor = AutoImageProcessor.from_pretrained(whole, **options)
+    try:
+        return model.get_submodule(part), processor
+    except AttributeError as error:
+        inside = [child for child, _ in model.named_children()]
+        raise GroundingValueError(f"{whole!r} has no submodule {part!r}; it has {inside}.") from error
 
 
 def _processor_of(model: nn.Module) -> Any:
