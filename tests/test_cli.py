@@ -74,7 +74,7 @@ def test_push(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
         assert main(["push", str(folder), "me/adapter"]) == 2
 
 
-@pytest.mark.parametrize("command", ["train", "index", "chat", "eval", "push", "demo"])
+@pytest.mark.parametrize("command", ["train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from visual_ground.closed_form import ridge, shared_space
+from visual_ground.closed_form import PENALTIES, LinearMap, ridge, shared_space
 
 
 def numbers(*shape, seed=0):
@@ -35,3 +36,34 @@ def test_pairs_meet_in_the_shared_space_and_its_missing_dimensions_are_zero():
     assert not text.weight[6:].any() and not image.weight[6:].any()
     unit = [torch.nn.functional.normalize(found, dim=-1) for found in (text(texts[200:]), image(images[200:]))]
     assert float(((unit[0] @ unit[1].T).argmax(1) == torch.arange(100)).float().mean()) > 0.8
+
+
+@pytest.mark.parametrize("rows", [4, 40], ids=["fewer rows than columns", "more"])
+def test_the_gradient_of_the_penalised_loss_is_zero(rows):
+    inputs, targets = numbers(rows, 12).double() + 3, numbers(rows, 4, seed=1).double() - 2
+    found = ridge(inputs, targets, torch.zeros(rows))  # With one group nothing is held out: the smallest penalty.
+    weight, bias = found.weight.requires_grad_(), found.bias.requires_grad_()
+    loss = (inputs @ weight.T + bias - targets).square().sum() + PENALTIES[0] * rows * weight.square().sum()
+    loss.backward()
+    assert float(weight.grad.abs().max()) < 1e-9 and float(bias.grad.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize(("sign", "chosen"), [(1, max(PENALTIES)), (-1, min(PENALTIES))])
+def test_a_score_chooses_the_penalty_on_whole_groups_held_out(sign, chosen):
+    inputs, targets, groups, asked = numbers(30, 8), numbers(30, 3, seed=1), torch.arange(30) // 2, []
+
+    def score(fitted, held):
+        asked.append(held)
+        return -sign * float(fitted.weight.norm())
+
+    found = ridge(inputs, targets, groups, score)
+    own = inputs - inputs.mean(0)
+    exact = torch.linalg.solve(own.T @ own + chosen * 30 * torch.eye(8), own.T @ (targets - targets.mean(0))).T
+    assert torch.allclose(found.weight, exact, atol=1e-5)
+    assert all(torch.equal(held, groups % 5 == 4) for held in asked) and len(asked) == len(PENALTIES)
+
+
+def test_a_map_after_scaling_reads_inputs_as_they_are():
+    inputs, middle, spread = numbers(9, 4), numbers(4, seed=1), numbers(4, seed=2).exp()
+    scaled = LinearMap(numbers(2, 4, seed=3), numbers(2, seed=4))
+    assert torch.allclose(scaled.after(middle, spread)(inputs), scaled((inputs - middle) / spread), atol=1e-5)

@@ -112,7 +112,7 @@ class Adapter(nn.Module):
         return F.normalize(torch.stack(mapped).sum(0), dim=-1)
 
     def scale_states(self, states: list[Tensor]) -> list[Tensor]:
-        """Return the hidden states as the linear layers read them, in float32."""
+        """Return the hidden states at `[RET]`, one (n, width) per text layer, as the layers read them, in float32."""
         states = [state.float() for state in states]
         if self.config.units == "plain":
             return states

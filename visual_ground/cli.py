@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from visual_ground import commands as run
 from visual_ground.errors import GroundingError
-from visual_ground.prompts import IMAGE_SUFFIXES
 
 TRAIN = "Train an adapter. A run that was stopped goes on when the same command is given again."
 
@@ -35,6 +32,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="visual-ground", description="Give any language model eyes.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train, transfer = _add_train(commands), _add_transfer(commands)
+    index = commands.add_parser("index", help="embed images so that they can be found")
+    chat = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
+    evaluate = commands.add_parser("eval", help="recall both ways and caption pair accuracy, as JSON")
+    _add_push(commands)
+    _add_import(commands)
+    for command in (index, chat, evaluate):
+        command.add_argument("lm", help="Hub id or folder of the LM")
+        command.add_argument("adapter", help="Hub id or folder of the adapter")
+    index.add_argument("images", nargs="+", help="image files, or folders of them")
+    index.add_argument("--output", required=True, help="folder for the index")
+    chat.add_argument("--index", help="folder of an index")
+    chat.add_argument("--once", metavar="PROMPT", help="answer one prompt and stop")
+    chat.add_argument("--html", help="write the last answer as a page")
+    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.add_argument("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]")
+    chat.add_argument("--images", action="append", default=[], help="folder that the index's paths may lead into")
+    chat.add_argument("--host", action="append", default=[], help="host that the index's images may be fetched from")
+    evaluate.add_argument("--record", metavar="DATASET", help="write the results into the adapter's folder and card")
+    evaluate.add_argument("--dataset-revision", help="for --record: of the dataset")
+    for command in (train, evaluate):
+        command.add_argument("dataset", help="folder, file, pattern of files, or Hub id: see docs/training.md")
+    for command in (train, evaluate, transfer):
+        command.add_argument("--split", metavar="NAME", default="train", help="part of the dataset; train")
+        command.add_argument("--image-column", metavar="NAME", help="else found by its name")
+        command.add_argument("--caption-column", metavar="NAME", help="else found by its name")
+        command.add_argument("--image-folder", metavar="DIR", help="where relative paths start; else beside the table")
+    for command, function in ((index, run.index), (chat, run.chat), (evaluate, run.evaluate)):
+        command.set_defaults(run=function)
+    return parser
+
+
+def _add_train(commands: Any) -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train an adapter on image-caption pairs", description=TRAIN)
     train.add_argument("lm", help="Hub id or folder of a causal LM")
     train.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
@@ -51,24 +81,24 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--max-skipped", metavar="X", type=float, default=0.01, help="part that may be unreadable; 0.01")
     train.add_argument("--bf16", action="store_true", help="load the LM in bfloat16")
     train.add_argument("--seed", metavar="N", type=int, default=0, help="of start values and order; 0")
-    index = commands.add_parser("index", help="embed images so that they can be found")
-    chat = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
-    evaluate = commands.add_parser("eval", help="recall both ways and caption pair accuracy, as JSON")
+    train.set_defaults(run=run.train)
+    return train
+
+
+def _add_transfer(commands: Any) -> argparse.ArgumentParser:
+    transfer = commands.add_parser("transfer", help="move an adapter to another LM; its image indexes stay valid")
+    transfer.add_argument("adapter", help="Hub id or folder of the adapter")
+    transfer.add_argument("lm", help="Hub id or folder of the LM that it moves to")
+    transfer.add_argument("--output", required=True, help="folder for the new adapter")
+    transfer.add_argument("--dataset", help="image-caption pairs to fit with, instead of the adapter's anchors")
+    transfer.add_argument("--vision", help="the encoder, where the adapter names none")
+    transfer.add_argument("--steps", type=int, default=10, help="training steps after the closed form")
+    transfer.set_defaults(run=run.transfer)
+    return transfer
+
+
+def _add_push(commands: Any) -> None:
     push = commands.add_parser("push", help="upload a saved adapter or index to the Hub, as one commit")
-    for command in (index, chat, evaluate):
-        command.add_argument("lm", help="Hub id or folder of the LM")
-        command.add_argument("adapter", help="Hub id or folder of the adapter")
-    index.add_argument("images", nargs="+", help="image files, or folders of them")
-    index.add_argument("--output", required=True, help="folder for the index")
-    chat.add_argument("--index", help="folder of an index")
-    chat.add_argument("--once", metavar="PROMPT", help="answer one prompt and stop")
-    chat.add_argument("--html", help="write the last answer as a page")
-    chat.add_argument("--max-new-tokens", type=int, default=64)
-    chat.add_argument("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]")
-    chat.add_argument("--images", action="append", default=[], help="folder that the index's paths may lead into")
-    chat.add_argument("--host", action="append", default=[], help="host that the index's images may be fetched from")
-    evaluate.add_argument("--record", metavar="DATASET", help="write the results into the adapter's folder and card")
-    evaluate.add_argument("--dataset-revision", help="for --record: of the dataset")
     push.add_argument("folder", help="folder of the adapter or index")
     push.add_argument("repository", help="Hub id of the repository, made where it does not exist")
     push.add_argument("--private", action="store_true", default=None, help="a new repository is private")
@@ -76,173 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--message", help="first line of the commit")
     push.add_argument("--create-pr", action="store_true", help="open a pull request")
     push.add_argument("--copy-images", action="store_true", help="publish an index's local image files too")
-    for command in (train, evaluate):
-        command.add_argument("dataset", help="folder, file, pattern of files, or Hub id: see docs/training.md")
-        command.add_argument("--split", metavar="NAME", default="train", help="part of the dataset; train")
-        command.add_argument("--image-column", metavar="NAME", help="else found by its name")
-        command.add_argument("--caption-column", metavar="NAME", help="else found by its name")
-        command.add_argument("--image-folder", metavar="DIR", help="where relative paths start; else beside the table")
-    names = ((train, _train), (index, _index), (chat, _chat), (evaluate, _evaluate), (push, _push))
-    for command, run in names:
-        command.set_defaults(run=run)
-    return parser
+    push.set_defaults(run=run.push)
 
 
-def _train(options: argparse.Namespace) -> None:
-    from transformers import set_seed
-
-    from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ground
-    from visual_ground.training.sources import SHUFFLED, load_rows
-
-    rows = load_rows(options.dataset, options.split, options.streaming)
-    columns = _columns(options, rows)
-    validation = None if options.validation is None else load_rows(options.validation, options.split)
-    rows = rows.shuffle(seed=options.seed, buffer_size=SHUFFLED) if options.streaming else rows
-    most = 64 if options.streaming else max(2, min(64, len(rows) // int(os.environ.get("WORLD_SIZE", 1))))
-    args = GroundingTrainingArguments(
-        output_dir=options.output,
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size or most,
-        learning_rate=options.learning_rate,
-        save_steps=options.save_steps,
-        save_total_limit=2,
-        eval_strategy="no" if validation is None else "steps",
-        eval_steps=options.save_steps,
-        logging_steps=min(10, options.steps),
-        dataloader_num_workers=options.workers,
-        cache_features=not options.no_cache,
-        image_column=columns.image,
-        caption_column=columns.caption,
-        image_folder=columns.folder,
-        max_skipped=options.max_skipped,
-        seed=options.seed,
-    )
-    # The adapter's start values must be the same when a killed run starts again.
-    set_seed(options.seed)
-    config = GroundingConfig(num_visual_tokens=options.visual_tokens)
-    model = ground(_language_model(options), options.vision, config=config)
-    trainer = GroundingTrainer(model, args, rows, validation)
-    trainer.train(resume_from_checkpoint=True)
-    if trainer.args.should_save:
-        model.save_pretrained(options.output)
-
-
-def _language_model(options: argparse.Namespace) -> Any:
-    if not options.bf16:
-        return options.lm
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(options.lm, dtype=torch.bfloat16)
-
-
-def _columns(options: argparse.Namespace, rows: Any) -> Any:
-    """Find a dataset's columns, and where its paths start."""
-    from dataclasses import replace
-
-    from visual_ground.training.sources import column_names, find_columns, folder_of
-
-    columns = find_columns(list(column_names(rows)), options.image_column, options.caption_column)
-    return replace(columns, folder=options.image_folder or folder_of(options.dataset))
-
-
-def _index(options: argparse.Namespace) -> None:
-    from visual_ground import ImageIndex
-
-    found: list[str] = []
-    for name in options.images:
-        inside = sorted(str(p) for p in Path(name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        found += inside if os.path.isdir(name) else [name]
-    ImageIndex.build(_load(options), found, ids=found).save_pretrained(options.output)
-
-
-def _chat(options: argparse.Namespace) -> None:
-    from visual_ground import ImageIndex
-    from visual_ground.links import LinkRules
-
-    model = _load(options)
-    rules = LinkRules(hosts=tuple(options.host), folders=tuple(options.images))
-    index = None if options.index is None else ImageIndex.from_pretrained(options.index, rules)
-    messages: list[dict[str, Any]] = []
-    while line := options.once or input("> "):
-        parts = _parts(line)
-        prompt: Any = [parts]
-        if model.tokenizer.chat_template:
-            messages.append({"role": "user", "content": _content(parts)})
-            prompt = messages
-        answer = model.generate(prompt, index, options.max_new_tokens, ret_bias=options.ret_bias)[0]
-        messages.append({"role": "assistant", "content": answer.text})
-        print(answer)
-        if options.html:
-            answer.save(options.html)
-        if options.once:
-            return
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    import torch
-
-    from visual_ground.evaluation import caption_pair_accuracy, retrieval_recall
-    from visual_ground.training.sources import load_rows
-
-    rows = load_rows(options.dataset, options.split)
-    columns = _columns(options, rows)
-    model = _load(options)
-    captions = [columns.captions(row)[0] for row in rows]
-    parts = []
-    for start in range(0, len(rows), 32):
-        images = [columns.images(rows[i])[0] for i in range(start, min(start + 32, len(rows)))]
-        parts.append(model.vision(model.vision.preprocess(images)))
-    features = torch.cat(parts)
-    results = retrieval_recall(model, captions, features)
-    results["caption_pair_accuracy"] = caption_pair_accuracy(model, captions, features)
-    print(json.dumps({"pairs": len(rows), **results}, indent=2))
-    if options.record:
-        where = {"revision": options.dataset_revision, "split": options.split}
-        model.report = model.report.measured(options.record, results, len(rows), **where)
-        model.save_pretrained(options.adapter)
-
-
-def _push(options: argparse.Namespace) -> None:
-    """Push what the folder holds; no model is loaded."""
-    from visual_ground import ImageIndex
-    from visual_ground.hub import PushOptions
-    from visual_ground.index_folder import ENTRIES_FILE
-    from visual_ground.links import LinkRules
-    from visual_ground.sharing import push_saved
-
-    where = PushOptions(options.private, options.revision, None, options.message, options.create_pr)
-    if not Path(options.folder, ENTRIES_FILE).is_file():
-        print(push_saved(options.folder, options.repository, where))
-        return
-    # The folder is the user's own, and so are the images that it speaks of.
-    rules = LinkRules(folders=(Path(options.folder).absolute().anchor,)) if options.copy_images else None
-    index = ImageIndex.from_pretrained(options.folder, rules)
-    arguments = (where.private, where.revision, where.token, where.commit_message, where.create_pr)
-    print(index.push_to_hub(options.repository, *arguments, copy_images=options.copy_images))
-
-
-def _load(options: argparse.Namespace) -> Any:
-    from visual_ground import GroundedModel
-
-    return GroundedModel.from_pretrained(options.lm, options.adapter)
-
-
-def _parts(line: str) -> list[str]:
-    """Cut a line into texts and the paths of the images in it."""
-    parts = [""]
-    for word in line.split():
-        if Path(word).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(word):
-            parts += [word, ""]
-        else:
-            parts[-1] = f"{parts[-1]} {word}".strip()
-    return [part for part in parts if part]
-
-
-def _content(parts: Sequence[str]) -> list[dict[str, str]]:
-    return [
-        {"type": "image", "image": part} if os.path.isfile(part) else {"type": "text", "text": part} for part in parts
-    ]
+def _add_import(commands: Any) -> None:
+    official = commands.add_parser("import-fromage", help="turn an official FROMAGe checkpoint into an adapter")
+    official.add_argument("folder", help="holds model_args.json, the checkpoint and cc3m_embeddings*.pkl, if any")
+    official.add_argument("--output", required=True, help="folder for the adapter; an index goes into its index/")
+    official.add_argument("--checkpoint", help="where it is not pretrained_ckpt.pth.tar in the folder")
+    official.set_defaults(run=run.import_official)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +29,28 @@ class LinearMap:
         """Map inputs (n, a) to outputs (n, c)."""
         return inputs @ self.weight.T + self.bias
 
+    def after(self, middle: Tensor, spread: Tensor) -> LinearMap:
+        """Return the map of inputs as they are, where this one reads them less `middle` and divided by `spread`."""
+        weight = self.weight / spread
+        return LinearMap(weight, self.bias - weight @ middle)
 
-def ridge(inputs: Tensor, targets: Tensor, groups: Tensor | None = None) -> LinearMap:
+
+def ridge(
+    inputs: Tensor,
+    targets: Tensor,
+    groups: Tensor | None = None,
+    score: Callable[[LinearMap, Tensor], float] | None = None,
+) -> LinearMap:
     """Fit a linear map by ridge regression.
 
-    The penalty is the number of rows times the one of `PENALTIES` that predicts every fifth group best from the others.
+    The penalty is the number of rows times the one of `PENALTIES` that does best on every fifth group, when fitted to
+    the others.
 
     Args:
         inputs: (n, a), of a like spread in all columns.
         targets: (n, c).
         groups: (n,), equal where two rows are about the same thing; every row by itself where None.
+        score: how well a map does on the rows of a mask (n,) bool, more is better; minus the squared error where None.
 
     Example:
         >>> inputs = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
@@ -51,19 +63,26 @@ def ridge(inputs: Tensor, targets: Tensor, groups: Tensor | None = None) -> Line
     penalty = PENALTIES[0]
     if bool(held.any()):
         fitted = _fit(inputs[~held], targets[~held], PENALTIES)
-        errors = [float((one(inputs[held]) - targets[held]).square().mean()) for one in fitted]
-        penalty = PENALTIES[errors.index(min(errors))]
+        scores = [score(one, held) if score else -_squared_error(one, inputs[held], targets[held]) for one in fitted]
+        penalty = PENALTIES[scores.index(max(scores))]
     return _fit(inputs, targets, (penalty,))[0]
+
+
+def _squared_error(fitted: LinearMap, inputs: Tensor, targets: Tensor) -> float:
+    return float((fitted(inputs) - targets).square().mean())
 
 
 def _fit(inputs: Tensor, targets: Tensor, penalties: Sequence[float]) -> list[LinearMap]:
     centre, middle = inputs.mean(0), targets.mean(0)
-    own = inputs - centre
-    values, vectors = torch.linalg.eigh(own.T @ own)
-    products = vectors.T @ (own.T @ (targets - middle))
+    own, aims = inputs - centre, targets - middle
+    # As many equations as rows or as columns, whichever are fewer.
+    few = len(own) < own.shape[1]
+    values, vectors = torch.linalg.eigh(own @ own.T if few else own.T @ own)
+    products = vectors.T @ (aims if few else own.T @ aims)
     maps = []
     for penalty in penalties:
-        weight = (vectors @ (products / (values.clamp_min(0) + penalty * len(inputs))[:, None])).T
+        solution = vectors @ (products / (values.clamp_min(0) + penalty * len(inputs))[:, None])
+        weight = (own.T @ solution if few else solution).T
         maps.append(LinearMap(weight, middle - weight @ centre))
     return maps
 

@@ -116,6 +116,7 @@ def cached_commit(name: str, revision: str | None = None, cache_dir: str | Path 
         revision: likewise.
         cache_dir: likewise.
     """
+    name = name.partition("#")[0]  # What follows is a part inside the model, see `vision_loading.load_vision`.
     if ":" in name or os.path.exists(name) or not is_hub_name(name):
         return None
     from huggingface_hub import try_to_load_from_cache

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from visual_ground import lm_adapters
+from visual_ground.anchors import ANCHORS_FILE, Anchors
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.fingerprint import tell_differences
@@ -27,7 +28,12 @@ class GroundedModel(GroundedSpeaker):
     Example:
         >>> model = ground("HuggingFaceTB/SmolLM2-135M-Instruct", "openai/clip-vit-base-patch32")  # doctest: +SKIP
         >>> model.print_trainable_parameters()  # doctest: +SKIP
+
+    Attributes:
+        anchors: captions and image features that are saved with the adapter, so that it can move to another LM.
     """
+
+    anchors: Anchors | None = None
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -58,7 +64,7 @@ class GroundedModel(GroundedSpeaker):
     # On disk and on the Hub.
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the active adapter: adapter_config.json, adapter_model.safetensors, README.md; whole or not at all.
+        """Write the active adapter, whole or not at all: configuration, weights, README.md and anchors.
 
         With `train_lm_adapter`, what PEFT has put into the LM is written into a subfolder, `lm_adapter`.
 
@@ -67,7 +73,9 @@ class GroundedModel(GroundedSpeaker):
         self._save(folder, self.record)
 
     def _save(self, folder: str | os.PathLike, record: AdapterRecord, repo_id: str | None = None) -> None:
-        beside = lm_adapters.writers(self.lm) if self.config.train_lm_adapter else None
+        beside = lm_adapters.writers(self.lm) if self.config.train_lm_adapter else {}
+        if self.anchors is not None:
+            beside = {**beside, ANCHORS_FILE: self.anchors.write}
         save_adapter(folder, self.adapter.state_dict(), record, repo_id, beside=beside)
 
     def push_to_hub(
@@ -136,7 +144,7 @@ class GroundedModel(GroundedSpeaker):
                 raise GroundingTypeError("Which adapter? Pass a local folder or a Hub id after the language model.")
             given, adapter = None, lm
         saved = SavedAdapter.find(adapter, options)
-        config = saved.record.config
+        config, anchors = saved.record.config, Anchors.find(saved.folder)
         parts = find_parts(
             given, vision_encoder, tokenizer, image_processor, config, saved.record.names, options.for_models()
         )
@@ -149,12 +157,27 @@ class GroundedModel(GroundedSpeaker):
         except BaseException:
             model.unground()
             raise
-        model.record = saved.record
+        model.record, model.anchors = saved.record, anchors
         tell_differences(saved.record.fingerprint, parts.facts.fingerprint, saved.record.names.get(NAMES[0]))
         if not is_trainable:
             model.requires_grad_(False)
             model.trainable_adapters.clear()
         return model.train(is_trainable)
+
+    def transfer_to(
+        self, lm: str | nn.Module, tokenizer: Any = None, anchors: Anchors | None = None, **options: Any
+    ) -> GroundedModel:
+        """Move the adapter to another LM; image indexes of this model stay valid. See `transfer.transfer`.
+
+        Args:
+            lm: as in `ground`; another LM than this one.
+            tokenizer: as in `ground`.
+            anchors: what to fit with; those saved with this adapter where None.
+            options: `refinement`, and fields of the config that are to differ.
+        """
+        from visual_ground.transfer import ImageSide, transfer
+
+        return transfer(ImageSide.of(self), lm, tokenizer, self.anchors if anchors is None else anchors, **options)
 
 
 def ground(

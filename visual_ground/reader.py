@@ -182,6 +182,11 @@ class GroundedReader(GroundedParts):
         A plain string stands where a caption stands in training, after the sink token and `config.caption_prompt`;
         any other prompt is taken as it is.
         """
+        return self.adapter.embed_states(self.text_states(prompts))
+
+    @torch.no_grad()
+    def text_states(self, prompts: Any) -> list[Tensor]:
+        """Return the states that `embed_text` maps, one (n, width) per text layer."""
         encoded = []
         for prompt in as_batch(prompts):
             if isinstance(prompt, str):
@@ -194,7 +199,7 @@ class GroundedReader(GroundedParts):
         last = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         last[:, -1] = True
         rows = self.image_rows(batch.get("pixel_values"))
-        return self.embed(batch["input_ids"], batch["attention_mask"], last, rows)
+        return self.states_at(batch["input_ids"], batch["attention_mask"], last, rows)
 
     @torch.no_grad()
     def log_likelihood(self, prompts: Any, continuations: Sequence[str]) -> Tensor:
@@ -239,6 +244,12 @@ class GroundedReader(GroundedParts):
 
     def embed(self, input_ids: Tensor, mask: Tensor, positions: Tensor, image_rows: Tensor | None = None) -> Tensor:
         """Run the LM and map its states at `positions` (b, s) bool into the retrieval space, (r, q), unit length."""
+        return self.adapter.embed_states(self.states_at(input_ids, mask, positions, image_rows))
+
+    def states_at(
+        self, input_ids: Tensor, mask: Tensor, positions: Tensor, image_rows: Tensor | None = None
+    ) -> list[Tensor]:
+        """Run the LM and return its states at `positions` (b, s) bool, one (r, width) per text layer."""
         with self.bind(image_rows, positions) as call:
             output = self.run(input_ids, mask, use_cache=False, output_hidden_states=self.needs_hidden_states)
-        return self.ret_embeddings(call, output, positions)
+        return self.ret_states(call, output, positions)

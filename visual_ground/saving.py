@@ -94,7 +94,6 @@ def write_adapter(
             **(beside or {}),
             WEIGHTS_FILE: lambda path: write_tensors(path, tensors),
             CONFIG_FILE: lambda path: write_json(path, config),
-            **(beside or {}),
         },
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visual_ground.anchors import ANCHORS_FILE, Anchors
 from visual_ground.card import PICTURE_FILE, render_card
 from visual_ground.errors import GroundingFileError
 from visual_ground.hub import CARD_FILE, HubOptions, PushOptions, fetch_folder, is_hub_name, push_folder
@@ -32,7 +33,7 @@ from visual_ground.saving import (
 logger = logging.getLogger(__name__)
 
 # What may stand beside an adapter: anchors to move it with, and what PEFT has put into its LM.
-BESIDE = ("anchors.safetensors", "lm_adapter/adapter_config.json", "lm_adapter/adapter_model.safetensors")
+BESIDE = (ANCHORS_FILE, "lm_adapter/adapter_config.json", "lm_adapter/adapter_model.safetensors")
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PICTURE_FILE, *BESIDE)
 MOST_PICTURE_BYTES = 1 << 22
 
@@ -145,6 +146,7 @@ def push_saved(folder: str | os.PathLike, repo_id: str, options: PushOptions) ->
     saved = SavedAdapter.find(folder)
     wanted = {name: torch.empty(shape, device="meta") for name, shape in saved.shapes.items()}
     tensors, record = read_tensors(saved.folder / WEIGHTS_FILE, wanted), published(saved.record)
+    Anchors.find(saved.folder)  # Damaged ones are said here, and not to those who load what was pushed.
     pages, found = _cards_in(folder), {name: resolve(folder, name) for name in BESIDE}
     beside = {name: partial(_write_bytes, path.read_bytes()) for name, path in found.items() if path.is_file()}
     return push_folder(lambda to: save_adapter(to, tensors, record, repo_id, pages, beside), repo_id, options, FILES)

@@ -24,7 +24,8 @@ def load_vision(
 
     Args:
         vision_encoder: a Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded module, or a
-            `VisionEncoder` made by hand.
+            `VisionEncoder` made by hand. A Hub id or folder may end with "#SUBMODULE":
+            "openai/clip-vit-large-patch14#vision_model" is CLIP's tower alone, before its projection.
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
         revision: of a Hub id.
         num_patch_tokens: parts of the picture wanted besides the pooled features.
@@ -64,6 +65,7 @@ def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple
         return model, image_processor or processor_of(model), True
     from transformers import AutoModel
 
+    name, _, part = name.partition("#")
     model, loading = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **hub)
     missing = sorted(loading["missing_keys"])
     no_pooler = any("pooler" in key for key in missing)
@@ -75,7 +77,12 @@ def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple
         )
     if others := [key for key in missing if "pooler" not in key]:
         logger.warning("%s lacks weights, which are random now: %s.", name, ", ".join(others[:10]))
-    return model.eval(), image_processor or processor_of(model, name, **hub), not no_pooler
+    processor = image_processor or processor_of(model, name, **hub)
+    try:
+        return model.get_submodule(part).eval(), processor, not no_pooler
+    except AttributeError as error:
+        inside = [child for child, _ in model.named_children()]
+        raise GroundingValueError(f"{name!r} has no submodule {part!r}; it has {inside}.") from error
 
 
 def _load_open_clip(name: str) -> tuple[nn.Module, Any]:

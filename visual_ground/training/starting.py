@@ -114,7 +114,8 @@ def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) 
     """
     adapter = model.adapter
     fresh = not adapter.feature_mean.any() and bool((adapter.feature_std == 1).all())
-    if model.config.units != "lm" or not fresh:
+    # An image side that was brought from elsewhere is frozen, and stays as it is (`transfer`).
+    if model.config.units != "lm" or not fresh or not adapter.image_to_retrieval.weight.requires_grad:
         return False
     spread = getattr(examples.features, "spread", None)
     if spread is None:

@@ -252,8 +252,6 @@ class GroundingTrainer(Trainer):
             save_sheet(page, Path(self.args.output_dir) / "pictures" / f"{name}-{step:08d}.png")
             show_picture(self.callback_handler, f"{name}/pairs", np.asarray(page), step)
 
-    # Checkpoints, see `checkpoints`.
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run, writes, limit = Path(self._get_output_dir(trial)), self.args.should_save, self.args.save_total_limit
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

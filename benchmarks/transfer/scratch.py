@@ -1,0 +1,53 @@
+"""Train from scratch on one of the two language models, with the demo's settings, data and trainer.
+
+    python benchmarks/transfer/scratch.py smollm2
+    python benchmarks/transfer/scratch.py gemma3
+
+Leaves the adapter in demo/transfer/NAME and its recalls and cost in benchmarks/transfer/results/scratch_NAME.json.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from common import CACHE, OUT, Cost, Pairs, image_vectors, load_lm, recalls, text_vectors, write
+
+from visual_ground.demo.pieces import load_vision
+from visual_ground.demo.run import SETTINGS
+from visual_ground.model import ground
+from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+
+
+def main(name: str) -> None:
+    """Train, save, evaluate."""
+    lm, tokenizer = load_lm(name)
+    vision = load_vision()
+    pairs = Pairs(CACHE, vision, None)
+    torch.manual_seed(SETTINGS["seed"])
+    model = ground(lm, vision, tokenizer)
+    args = GroundingTrainingArguments(
+        output_dir=str(OUT / f"{name}-training"),
+        feature_cache=str(CACHE / "features"),
+        prefix_cache_gb=4,
+        concat_captions_prob=0.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        logging_steps=10,
+        save_strategy="no",
+        use_cpu=True,
+        **SETTINGS,
+    )
+    trainer, cost = GroundingTrainer(model, args, pairs.rows()), Cost(lm)
+    with cost.counting():
+        trainer.train()
+    model.save_pretrained(OUT / name)
+    found = {
+        split: recalls(text_vectors(model, pairs, split), image_vectors(model, pairs, split))
+        for split in ("test", "validation")
+    }
+    write(f"scratch_{name}", {"lm": name, "settings": SETTINGS, "recalls": found, "cost": cost.to_dict()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
