@@ -32,10 +32,10 @@ from visual_ground.saving import write_json
 from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
 
 SETTINGS: dict[str, Any] = {
-    "max_steps": 60,
+    "max_steps": 50,
     "per_device_train_batch_size": 128,
     "learning_rate": 3e-4,
-    "rows_learning_rate": 2e-4,
+    "rows_learning_rate": 3e-4,
     "captioning_fraction": 0.25,
     "seed": 0,
 }
