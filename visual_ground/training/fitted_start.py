@@ -162,7 +162,8 @@ class Imitation:
         if self._kept is None:
             ids = torch.cat([torch.tensor(self.before, dtype=torch.long).expand(len(ids), -1), ids], -1)
         else:
-            kept = [[tensor.expand(len(ids), -1, -1, -1) for tensor in layer] for layer in self._kept]
+            size = (len(ids), -1, -1, -1)
+            kept = [(keys.expand(size), values.expand(size)) for keys, values in self._kept]
             past = {"past_key_values": fixed_cache(kept)}
         return self._run(ids, mask, rows, use_cache=bool(past), **past)[:, -(mask.shape[1] - count) :].float()
 

@@ -87,7 +87,7 @@ def text_vectors(model: GroundedModel, captions: Sequence[str]) -> tuple[Tensor,
     encoder, device = model.encoder, model.adapter.logit_scale.device
     lead = encoder.caption_lead(image=False)
     prompts = [EncodedPrompt((*lead, *encoder.encode_caption(text), model.ret_token_id), ()) for text in captions]
-    model.check_length(max(len(prompt.ids) for prompt in prompts))
+    model.check_ids(prompts)
     ids, mask = pad_batch(prompts, model.facts.vocabulary.first_image_id, model.pad_id, "left")
     said = torch.zeros_like(ids, dtype=torch.bool)
     said[:, -1] = True
