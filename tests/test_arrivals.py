@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests.tiny import Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, GroundingError, ImageIndex, ground
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
+from visual_ground.sharing import SavedAdapter
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
 PROMPTS = ["w4 w5 w6", ["w9", picture(0), "w5", picture(1)]]
@@ -174,8 +176,10 @@ def test_a_lora_is_trained_with_the_adapter_where_asked_and_saved_beside(tmp_pat
 
     from visual_ground import GroundingTrainer, GroundingTrainingArguments
 
+    plain = build("llama_untied").requires_grad_(True)
     with pytest.raises(GroundingValueError, match="get_peft_model"):
-        grounded("llama_untied", train_lm_adapter=True)
+        grounded(lm=plain, train_lm_adapter=True)
+    assert all(p.requires_grad for p in plain.parameters())
     lm = get_peft_model(build("llama_untied"), LoraConfig(r=2, target_modules=["q_proj"]))
     before = {name: value.clone() for name, value in lm.state_dict().items()}
     model = grounded(lm=lm, train_lm_adapter=True)
@@ -194,6 +198,13 @@ def test_a_lora_is_trained_with_the_adapter_where_asked_and_saved_beside(tmp_pat
     inputs = model.prepare(PROMPTS)
     assert torch.allclose(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5)
     assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.record.fingerprint == loaded.facts.fingerprint  # It is of the LM without what PEFT put there.
+    (tmp_path / "adapter" / "lm_adapter" / "adapter_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(GroundingError, match="damaged"):
+        model.load_weights(tmp_path / "adapter")
+    (tmp_path / "adapter" / "lm_adapter" / "adapter_config.json").unlink()
+    with pytest.raises(GroundingError, match="are missing"):
+        GroundedModel.from_pretrained(build("llama_untied"), tmp_path / "adapter", model.vision, tokenizer())
 
 
 @quiet
@@ -230,11 +241,15 @@ def test_adapters_are_switched_by_name(tmp_path):
     assert model.prepare(PROMPTS)["input_ids"].shape[1] == inputs["input_ids"].shape[1] + 2
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(name.startswith("adapters.new.") for name in trained)
+    model.record_training({"steps": 2})
     model.save_pretrained(tmp_path / "two")
+    saved = SavedAdapter.find(tmp_path / "two")
     model.set_adapter("default")
+    assert model.report.training == {}
     assert torch.equal(model(**inputs).logits, first)
     model.load_adapter(tmp_path / "two", "again")
     model.set_adapter("again")
+    assert model.record.names == saved.record.names and model.report.training == {"steps": 2}
     assert model.config.num_visual_tokens == 2 and not any(p.requires_grad for p in model.parameters())
     other = GroundedModel.from_pretrained(build("llama_untied"), tmp_path / "two", model.vision, tokenizer())
     assert torch.equal(model.embed_images([picture()]), other.embed_images([picture()]))
@@ -247,6 +262,10 @@ def test_adapters_are_switched_by_name(tmp_path):
     ):
         with pytest.raises(GroundingError):
             call()
+    narrow = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(GroundingValueError, match="this model needs"):
+        model.load_adapter(tmp_path / "two", "x", narrow, image_processor)
+    assert list(model.adapters) == list(model.visions) == ["default", "new", "again"]
     with pytest.raises(GroundingStateError, match="active"):
         model.delete_adapter("again")
     model.set_adapter("default")

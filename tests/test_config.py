@@ -10,7 +10,16 @@ def test_dict_round_trip():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"num_visual_tokens": 0}, {"retrieval_dim": 1.5}, {"text_layers": ()}, {"text_layers": (1, 1)}, {"units": "x"}],
+    [
+        {"num_visual_tokens": 0},
+        {"retrieval_dim": 1.5},
+        {"text_layers": ()},
+        {"text_layers": (1, 1)},
+        {"units": "x"},
+        {"visual_tokens_from": "x"},
+        {"visual_tokens_from": ["pooled"]},
+        {"train_lm_adapter": 1},
+    ],
 )
 def test_values_out_of_range_name_the_field(bad):
     with pytest.raises(GroundingError, match=next(iter(bad))):

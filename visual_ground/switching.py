@@ -20,7 +20,7 @@ from visual_ground.language_weights import embedding_rows, head_rows
 from visual_ground.parts import find_vision, new_adapter
 from visual_ground.reader import GroundedReader
 from visual_ground.record import NAMES
-from visual_ground.saving import WEIGHTS_FILE, load_tensors_into
+from visual_ground.saving import WEIGHTS_FILE, read_tensors
 from visual_ground.sharing import SavedAdapter
 from visual_ground.vision import VisionEncoder
 
@@ -135,12 +135,13 @@ class SwitchingReader(GroundedReader):
         """Load saved tensors into the active adapter, and into the LM's PEFT adapter where it is trained beside.
 
         Raises:
-            GroundingFileError: missing or damaged.
-            GroundingValueError: other names or shapes; each is listed.
+            GroundingFileError: missing or damaged; nothing has changed then.
+            GroundingValueError: other names, shapes or dtypes; each is listed, and nothing has changed.
         """
-        load_tensors_into(self.adapter, Path(folder) / WEIGHTS_FILE)
+        tensors = read_tensors(Path(folder) / WEIGHTS_FILE, self.adapter.state_dict())
         if self.config.train_lm_adapter:
             lm_adapters.load_into(self.lm, folder)
+        self.adapter.load_state_dict(tensors)
 
     def _check_new(self, name: str, config: GroundingConfig) -> None:
         """Raise where an adapter of this name and these settings cannot be put beside the others."""
