@@ -16,9 +16,11 @@ from tests.golden_parts import GOLDEN
 from tests.hub_client import hub  # noqa: F401
 from tests.tiny import Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, ground
+from visual_ground.anchors import ANCHORS_FILE, Anchors
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
-from visual_ground.hub import is_hub_name
+from visual_ground.hub import PushOptions, cached_commit, is_hub_name
 from visual_ground.saving import CONFIG_FILE, WEIGHTS_FILE
+from visual_ground.sharing import push_saved
 
 # huggingface_hub's own call of its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -70,6 +72,31 @@ def test_pushed_pulled_into_an_empty_cache_is_the_same_byte_for_byte(hub, tmp_pa
     again.save_pretrained(tmp_path / "saved")
     saved = files_in(tmp_path / "saved")
     assert all(saved[name] == pushed[name] for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def test_anchors_are_pushed_and_pulled_with_their_adapter_and_damaged_ones_are_not(hub, tmp_path):  # noqa: F811
+    model = grounded("llama_untied")
+    model.anchors = Anchors([["w9"], ["w5", "w6 w7"]], torch.arange(24.0).view(2, 12))
+    model.push_to_hub("me/adapter", token="writer")
+    loaded = GroundedModel.from_pretrained(build("llama_untied"), "me/adapter", model.vision, tokenizer())
+    assert loaded.anchors.captions == model.anchors.captions
+    assert torch.equal(loaded.anchors.features, model.anchors.features)
+    loaded.save_pretrained(tmp_path)
+    push_saved(tmp_path, "me/again", PushOptions(token="writer"))
+    assert hub.files("me/again")[ANCHORS_FILE] == hub.files("me/adapter")[ANCHORS_FILE]
+    (tmp_path / ANCHORS_FILE).write_bytes(b"nothing")
+    with pytest.raises(GroundingFileError, match="damaged"):
+        push_saved(tmp_path, "me/third", PushOptions(token="writer"))
+    assert ("models", "me/third") not in hub.repos
+
+
+def test_a_part_inside_a_model_has_the_models_commit(tmp_path):
+    snapshot = tmp_path / "models--me--clip" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    assert cached_commit("me/clip#vision_model", cache_dir=tmp_path) == "abc"
 
 
 def test_what_is_pushed_is_little_more_than_the_weights(hub):  # noqa: F811

@@ -64,7 +64,7 @@ def test_the_closed_form_finds_images_of_captions_that_are_no_anchors(units):
     anchors = Anchors([[text] for text in texts[:80]], features[:80])
     torch.manual_seed(0)
     new = source(units).transfer_to(lm, tokenizer(), anchors, refinement=Refinement(steps=0))
-    assert retrieval_recall(new, texts[80:], features[80:])["text_to_image"]["r5"] > 60  # chance is 12
+    assert retrieval_recall(new, texts[80:], features[80:])["text_to_image"]["r5"] > 90  # chance is 12
 
 
 def test_several_text_layers_are_fitted_together():
