@@ -70,8 +70,8 @@ def patches(output: Any, count: int, num_prefix_tokens: int | None = None) -> Te
         GroundingValueError: pooled features only, or fewer patches than k.
 
     Example:
-        >>> patches(torch.arange(5.0).view(1, 5, 1), 2).flatten().tolist()  # one class token, a grid of 2 x 2
-        [1.5, 3.5]
+        >>> patches(torch.arange(5.0).view(1, 5, 1), 2).flatten().tolist()  # a class token; left and right of 2 x 2
+        [2.0, 3.0]
     """
     tokens = output if isinstance(output, Tensor) else _first(output, ["last_hidden_state"])
     tokens = _last_map(output) if tokens is None else tokens

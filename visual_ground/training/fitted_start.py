@@ -114,11 +114,11 @@ def start_rows(model: GroundedModel, captions: Sequence[str], features: Tensor, 
     for _ in range(STEPS):
         chosen = torch.randint(len(captions), (min(BATCH, len(captions)),), generator=order)
         loss = ((imitation.image_states(features[chosen]) - wanted[chosen]) / spread).square().mean()
-        model.adapter.zero_grad()
+        model.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    model.adapter.zero_grad()
+    model.zero_grad()
 
 
 def _within_a_sentence(caption: str) -> str:
