@@ -42,6 +42,15 @@ def test_training_pairs_find_each_other_from_the_start(config):
     assert all(bool(layer.weight.any(-1).all()) for layer in model.adapter.text_to_retrieval)
 
 
+def test_requests_leave_the_retrieval_layers_as_they_were():
+    model = grounded("llama_untied")
+    before = model.adapter.image_to_retrieval.weight.detach().clone()
+    examples = ExampleDataset([*ROWS[:-1], {**ROWS[-1], "request": "w40 w41"}])
+    standardise(model, examples)
+    fit_start(GroundingObjective(model), examples, ExampleCollator(model, concat_captions_prob=0.0))
+    assert torch.equal(model.adapter.image_to_retrieval.weight, before)
+
+
 def test_rows_learn_to_do_what_captions_do():
     model = grounded("llama_untied", num_visual_tokens=2)
     imitation = Imitation(model, layer_at(model, fitted_start.DEPTH))
