@@ -352,7 +352,8 @@ def test_a_push_that_is_killed_leaves_the_revision_that_was(hub):  # noqa: F811
     model = grounded("llama_untied")
     model.push_to_hub("me/adapter", token="writer")
     before = hub.files("me/adapter")
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": os.getcwd()}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with subprocess.Popen([sys.executable, "-c", PUSHES], env=environment, **pipes) as process:
         for method, pattern in [("PUT", "/lfs/"), ("POST", "/commit/main")]:
