@@ -184,21 +184,21 @@ class Adapter(nn.Module):
         text, image = shared_space(texts, pooled, self.config.retrieval_dim, groups)
         widths = [layer.in_features for layer in self.text_to_retrieval]
         for i, (layer, weight) in enumerate(zip(self.text_to_retrieval, text.weight.split(widths, -1), strict=True)):
-            # Where the shared space is narrower than q, the other dimensions keep a little of their random start.
-            blank = ~weight.any(-1, keepdim=True)
-            layer.weight.copy_(torch.where(blank, layer.weight * weight.std(), weight))
-            layer.bias.copy_(text.bias if i == 0 else torch.zeros_like(text.bias))
-        blank = ~image.weight.any(-1, keepdim=True)
-        self.image_to_retrieval.weight.copy_(
-            torch.where(blank, self.image_to_retrieval.weight * image.weight.std(), image.weight)
-        )
-        self.image_to_retrieval.bias.copy_(image.bias)
+            _start_layer(layer, weight, text.bias if i == 0 else torch.zeros_like(text.bias))
+        _start_layer(self.image_to_retrieval, image.weight, image.bias)
 
     @torch.no_grad()
     def renormalise_ret(self) -> None:
         """Scale `[RET]`'s rows to the mean norm of the LM's own rows, as after every published training step."""
         for row, norm in zip(self.ret_rows()[: 1 if self.tied else 2], self.ret_norms, strict=False):
             row.mul_(norm / row.norm().clamp_min(1e-12))
+
+
+def _start_layer(layer: Any, weight: Tensor, bias: Tensor) -> None:
+    """Write start values; dimensions that the shared space lacks keep a little of the layer's random start."""
+    blank = ~weight.any(-1, keepdim=True)
+    layer.weight.copy_(torch.where(blank, layer.weight * weight.std(), weight))
+    layer.bias.copy_(bias)
 
 
 class RowStatistics:
