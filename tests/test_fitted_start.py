@@ -5,7 +5,7 @@ import torch
 
 from tests.tiny import FAMILIES, build, grounded, picture
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective, fitted_start
-from visual_ground.training.fitted_start import Imitation, fit_start, layer_at
+from visual_ground.training.fitted_start import Imitation, fit_start, layer_at, told_states
 from visual_ground.training.starting import standardise
 
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i}"} for i in range(12)]
@@ -54,16 +54,16 @@ def test_requests_leave_the_retrieval_layers_as_they_were():
 def test_rows_learn_to_do_what_captions_do():
     model = grounded("llama_untied", num_visual_tokens=2)
     imitation = Imitation(model, layer_at(model, fitted_start.DEPTH))
-    texts = [model.encoder.encode_text(row["caption"]) for row in ROWS]
     features = model.vision(model.vision.preprocess([row["image"] for row in ROWS]))
-    wanted = imitation.text_states(texts)
+    pairs = [{"caption": row["caption"], "group": i} for i, row in enumerate(ROWS)]
+    wanted = told_states(imitation, pairs)
 
     def distance():
         with torch.no_grad():
             return float((imitation.image_states(features) - wanted).square().mean())
 
     before = distance()
-    fitted_start.start_rows(model, [row["caption"] for row in ROWS], features)
+    fitted_start.start_rows(model, pairs, features)
     assert distance() < 0.5 * before
 
 
@@ -81,4 +81,29 @@ def test_states_are_those_of_the_layer_with_the_lead_before_them(family):
         model(torch.tensor([[*short.before, 10, 11, 12]]))
     hook.remove()
     states = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    assert torch.allclose(short.text_states([[10, 11, 12], [13]])[0], states[0, -1], atol=1e-4)
+    found = short.text_states([[10, 11, 12], [13]], [[0.5, 1.0, 2.0], [1.0]])
+    assert torch.allclose(found[0], torch.tensor([0.5, 1.0, 2.0]) @ states[0, -3:], atol=1e-4)
+
+
+def test_words_that_all_captions_share_do_not_count():
+    model = grounded("llama_untied")
+    imitation = Imitation(model, layer_at(model, 0.5))
+    pairs = [{"caption": "w10 w11", "group": 7}, {"caption": "w10 w12", "group": 3}, {"caption": "w12", "group": 3}]
+    one, other, again = told_states(imitation, pairs)
+
+    def state(text, at):
+        weights = [[float(i == at) + 1e-9 for i in range(len(text))]]
+        return imitation.text_states([text], weights)[0]
+
+    ten, eleven, twelve = (model.encoder.encode_text(f" w{i}") for i in (10, 11, 12))
+    assert torch.allclose(one, state([*ten, *eleven], 1), atol=1e-4)
+    assert torch.equal(other, again)
+    assert torch.allclose(other, (state([*ten, *twelve], 1) + state(twelve, 0)) / 2, atol=1e-4)
+
+
+def test_captions_that_are_all_the_same_still_give_a_start():
+    model = grounded("llama_untied")
+    imitation = Imitation(model, layer_at(model, 0.5))
+    pairs = [{"caption": "w10 w11", "group": group} for group in range(3)]
+    states = told_states(imitation, pairs)
+    assert bool(torch.isfinite(states).all()) and torch.equal(states[0], states[2])

@@ -58,7 +58,7 @@ def ridge(
         [2.0, 2.0, 2.0]
     """
     groups = torch.arange(len(inputs)) if groups is None else groups.cpu()
-    number = torch.unique(groups, return_inverse=True)[1]
+    number = _by_appearance(groups)
     held = (number % HELD_OUT == HELD_OUT - 1).to(inputs.device)
     penalty = PENALTIES[0]
     if bool(held.any()):
@@ -66,6 +66,14 @@ def ridge(
         scores = [score(one, held) if score else -_squared_error(one, inputs[held], targets[held]) for one in fitted]
         penalty = PENALTIES[scores.index(max(scores))]
     return _fit(inputs, targets, (penalty,))[0]
+
+
+def _by_appearance(groups: Tensor) -> Tensor:
+    """Number groups in the order in which they come, for their own numbers may tell where files lie."""
+    number = torch.unique(groups, return_inverse=True)[1]
+    places = torch.arange(len(groups))
+    first = torch.full((int(number.max()) + 1,), len(groups)).scatter_reduce(0, number, places, "amin")
+    return first.argsort().argsort()[number]
 
 
 def _squared_error(fitted: LinearMap, inputs: Tensor, targets: Tensor) -> float:
@@ -104,8 +112,21 @@ def shared_space(
     middle, spread = texts.mean(0), texts.std(0, correction=0) + 1e-6
     found = ridge(images, (texts - middle) / spread, groups)
     predicted = found(images)
-    directions = torch.linalg.eigh(predicted.T @ predicted)[1].flip(1)[:, :width].T
+    directions = _principal(predicted.T @ predicted)[:width]
     if missing := width - len(directions):
         directions = torch.cat([directions, directions.new_zeros(missing, directions.shape[1])])
     text_map = LinearMap(directions / spread, -(directions / spread) @ middle)
     return text_map, LinearMap(directions @ found.weight, directions @ found.bias)
+
+
+def _principal(products: Tensor) -> Tensor:
+    """Return the eigenvectors of a symmetric matrix as rows, the largest first.
+
+    Each looks to where its largest entry is positive, and those that rounding alone tells from others are zero, so
+    that rounding does not decide which of many spaces equally good is found.
+    """
+    values, vectors = torch.linalg.eigh(products.double())
+    found = vectors.flip(1).T
+    largest = found.gather(1, found.abs().argmax(1, keepdim=True))
+    told = values.flip(0) > 1e-6 * values[-1]
+    return (found * largest.sign() * told[:, None]).to(products)

@@ -1,14 +1,17 @@
 """Start values fitted to the training pairs, before the first step.
 
 Text and image layers of the retrieval space start in closed form. The layer from images to input rows starts by
-imitation: an image's row should leave the LM in the state that the caption's own words would leave it in. Both take
+imitation: an image's row should leave the LM in the state that the words of its captions would leave it in. Both take
 seconds, where the losses would take epochs to find as much.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,7 +56,7 @@ def fit_start(
     if not any("request" in pair for pair in pairs):
         # Requests leave the LM in states of another kind than captions do, and one closed form does not fit both.
         start_retrieval(objective, [collate(rows) for rows in batches], features)
-    start_rows(objective.model, _shortest_captions(pairs), features)
+    start_rows(objective.model, pairs, features)
 
 
 def _spread_out(examples: ExampleDataset | ExampleStream) -> list[dict[str, Any]]:
@@ -62,15 +65,6 @@ def _spread_out(examples: ExampleDataset | ExampleStream) -> list[dict[str, Any]
         return examples.some(PAIRS)
     count = 2 * len(examples)
     return [examples[i] for i in range(0, count, -(-count // PAIRS))]
-
-
-def _shortest_captions(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return for each pair the shortest caption of its group: the fewer words, the more of them are about the image."""
-    shortest: dict[int, str] = {}
-    for pair in pairs:
-        known = shortest.setdefault(pair["group"], pair["caption"])
-        shortest[pair["group"]] = min(known, pair["caption"], key=len)
-    return [shortest[pair["group"]] for pair in pairs]
 
 
 @torch.no_grad()
@@ -89,12 +83,12 @@ def start_retrieval(objective: GroundingObjective, batches: Sequence[Mapping[str
     model.adapter.start_retrieval(layers, features, torch.cat([batch["groups"] for batch in batches]))
 
 
-def start_rows(model: GroundedModel, captions: Sequence[str], features: Tensor, seed: int = 0) -> None:
+def start_rows(model: GroundedModel, pairs: Sequence[Mapping[str, Any]], features: Tensor, seed: int = 0) -> None:
     """Start the layer from images to input rows by imitation of the captions.
 
     Args:
         model: the grounded model.
-        captions: n captions.
+        pairs: n examples; those of one `group` are about the same thing.
         features: (n, f), of their images.
         seed: of the order.
     """
@@ -103,24 +97,50 @@ def start_rows(model: GroundedModel, captions: Sequence[str], features: Tensor, 
         logger.info("%s shows no layers, so image rows start near the mean embedding.", type(model.lm).__name__)
         return
     imitation = Imitation(model, layer)
-    known = sorted(set(captions), key=len)
-    texts = [model.encoder.encode_text(" " + _within_a_sentence(caption)) for caption in known]
-    states = torch.cat([imitation.text_states(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
-    number = {caption: i for i, caption in enumerate(known)}
-    wanted = states[[number[caption] for caption in captions]]
+    wanted = told_states(imitation, pairs)
     spread = wanted.std(0, correction=0) + 1e-6
     rate = STEP / model.adapter.feature_dim
     optimizer = torch.optim.AdamW(model.adapter.row_groups(rate), betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     order = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
-        chosen = torch.randint(len(captions), (min(BATCH, len(captions)),), generator=order)
+        chosen = torch.randint(len(pairs), (min(BATCH, len(pairs)),), generator=order)
         loss = ((imitation.image_states(features[chosen]) - wanted[chosen]) / spread).square().mean()
         model.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     model.zero_grad()
+
+
+def told_states(imitation: Imitation, pairs: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return for each of n pairs the mean state (n, width) of all words of its group's captions.
+
+    A word weighs the logarithm of the groups per group that has it: what most captions say tells no image from others,
+    and the more words tell of an image, the less the peculiarities of one of them are imitated
+    (benchmarks/start_values.py).
+
+    Args:
+        imitation: gives the states.
+        pairs: examples with a `caption` and a `group`.
+    """
+    encode = imitation.model.encoder.encode_text
+    said: dict[int, dict[tuple[int, ...], None]] = {}
+    for pair in pairs:
+        said.setdefault(pair["group"], {})[tuple(encode(" " + _within_a_sentence(pair["caption"])))] = None
+    having = Counter(token for texts in said.values() for token in set(chain(*texts)))
+    # Where all captions are the same, all words weigh the same.
+    weight = {token: math.log(len(said) / count) + 1e-6 for token, count in having.items()}
+    texts = sorted(set(chain(*said.values())), key=len)
+    weights = [[weight[token] for token in text] for text in texts]
+    starts = range(0, len(texts), BATCH)
+    sums = torch.cat([imitation.text_states(texts[i : i + BATCH], weights[i : i + BATCH]) for i in starts])
+    place = {text: i for i, text in enumerate(texts)}
+    means = {}
+    for group, own in said.items():
+        places = [place[text] for text in own]
+        means[group] = sums[places].sum(0) / sum(sum(weights[i]) for i in places)
+    return torch.stack([means[pair["group"]] for pair in pairs])
 
 
 def _within_a_sentence(caption: str) -> str:
@@ -158,14 +178,13 @@ class Imitation:
             return None
 
     @torch.no_grad()
-    def text_states(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the states (b, width) at the last token of each text."""
-        lengths = torch.tensor([len(text) for text in texts])
-        ids = torch.full((len(texts), int(lengths.max())), self.model.pad_id)
-        for row, text in zip(ids, texts, strict=True):
-            row[: len(text)] = torch.tensor(text)
-        states = self._states(ids, torch.arange(ids.shape[1]) < lengths[:, None], None)
-        return states[torch.arange(len(texts)), lengths - 1]
+    def text_states(self, texts: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> Tensor:
+        """Return the sums (b, width) of the states at each text's tokens, each state times its token's weight."""
+        length = max(map(len, texts))
+        ids = torch.tensor([[*text, *[self.model.pad_id] * (length - len(text))] for text in texts])
+        weight = torch.tensor([[*some, *[0.0] * (length - len(some))] for some in weights])
+        states = self._states(ids, weight > 0, None)
+        return torch.einsum("bsd,bs->bd", states, weight.to(states))
 
     def image_states(self, features: Tensor) -> Tensor:
         """Return the states (b, width) at the last row of each image."""
