@@ -5,9 +5,6 @@
 Prompts: with the mean embedding of a name's tokens in the image's place, in how many percent of 100 validation
 concepts is the right caption likelier than with the next concept's embedding? Spread: the captioning loss of the last
 ten of 30 steps of 32 name captions, with image rows that start at the mean embedding plus that part of the spread.
-Depth: how well do the states of a caption's last word, that deep in the LM, follow from image features by ridge
-regression? Recall at 10, in percent, among 100 validation concepts. Fitted: recall at 10 and caption pair accuracy on
-the validation concepts with the start values alone, and after the fit of `training.fitted_start`, before any step.
 """
 
 from __future__ import annotations
@@ -18,20 +15,16 @@ import torch
 from measure import write
 
 from visual_ground import GroundedModel, ground
-from visual_ground.closed_form import ridge
 from visual_ground.demo import emoji
 from visual_ground.demo.pieces import load_language_model, load_vision
 from visual_ground.demo.run import Pairs
-from visual_ground.evaluation import caption_pair_accuracy, recall_at, retrieval_recall
 from visual_ground.prompts import EncodedPrompt
-from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective, fitted_start
+from visual_ground.training import ExampleCollator
 from visual_ground.training.captions import captioning_loss
-from visual_ground.training.starting import standardise
 
 CACHE = Path("demo/cache")
 PROMPTS = ("{image}Image:", "Image:{image}", "Image:{image}\nCaption:", "Image of {image}:")
 SPREADS = (0.0, 0.1, 1.0)
-DEPTHS = (0.03, 0.13, 0.27, 0.4, 0.6, 0.8, 1.0)
 
 
 @torch.no_grad()
@@ -82,47 +75,6 @@ def loss_with_spread(model: GroundedModel, pairs: Pairs, spread: float, steps: i
     return round(sum(losses[-10:]) / 10, 3)
 
 
-@torch.no_grad()
-def recall_by_depth(model: GroundedModel, pairs: Pairs) -> dict[str, float]:
-    """Return how well states of each of `DEPTHS` follow from image features, as recall at 10 in percent."""
-    trained, held_out = pairs.numbers("train"), pairs.numbers("validation")
-    texts = [model.encoder.encode_text(" " + pairs.concepts[i].phrase) for i in trained + held_out]
-    groups = torch.arange(len(trained)).repeat_interleave(2)
-    images = model.adapter.standardise(pairs.features[trained].flatten(0, 1))
-    queries = model.adapter.standardise(pairs.features[held_out, 0])
-    found = {}
-    for depth in DEPTHS:
-        imitation = fitted_start.Imitation(model, fitted_start.layer_at(model, depth))
-        states = torch.cat([imitation.text_states(texts[i : i + 64]) for i in range(0, len(texts), 64)])
-        known, asked = states[: len(trained)], states[len(trained) :]
-        known, asked = ((part - known.mean(0)) / (known.std(0) + 1e-6) for part in (known, asked))
-        predicted = ridge(images, known.repeat_interleave(2, 0), groups)(queries)
-        unit = [torch.nn.functional.normalize(part, dim=-1) for part in (predicted, asked)]
-        found[str(depth)] = round(recall_at(unit[1] @ unit[0].T)["r10"], 1)
-    return found
-
-
-def fitted(lm: torch.nn.Module, tokenizer: object, vision: torch.nn.Module, pairs: Pairs) -> dict[str, dict]:
-    """Return figures on the validation concepts before and after the fit of the start values."""
-    figures = {}
-    for name in ("start", "fitted"):
-        torch.manual_seed(0)
-        model = ground(lm, vision, tokenizer)
-        examples = ExampleDataset(pairs.rows(), features=pairs.row_features())
-        standardise(model, examples)
-        if name == "fitted":
-            collate = ExampleCollator(model, concat_captions_prob=0.0)
-            fitted_start.fit_start(GroundingObjective(model), examples, collate)
-        texts, features = pairs.pairs(pairs.numbers("validation"))
-        recalls = retrieval_recall(model.eval(), texts, features)
-        figures[name] = {
-            "text_to_image_r10": recalls["text_to_image"]["r10"],
-            "caption_pair_accuracy": round(caption_pair_accuracy(model, texts, features), 1),
-        }
-        model.unground()
-    return figures
-
-
 if __name__ == "__main__":
     lm, tokenizer = load_language_model(CACHE)
     vision = load_vision()
@@ -130,14 +82,10 @@ if __name__ == "__main__":
     held_out = [pairs.concepts[i] for i in pairs.numbers("validation")]
     accuracies = {prompt: prompt_accuracy(model, held_out, prompt) for prompt in PROMPTS}
     losses = {str(spread): loss_with_spread(model, pairs, spread) for spread in SPREADS}
-    depths = recall_by_depth(model, pairs)
-    model.unground()
     write(
         "start_values",
         {
             "prompt_pair_accuracy": accuracies,
             "captioning_loss_by_spread": losses,
-            "state_recall_by_depth": depths,
-            "validation": fitted(lm, tokenizer, vision, pairs),
         },
     )

@@ -43,6 +43,20 @@ def test_what_is_said_names_the_concept():
 
 
 @needs_pieces
+def test_sentences_agree_with_what_they_are_about():
+    from visual_ground.demo.emoji import KINDS, concepts
+
+    found = concepts()
+    assert set(KINDS) <= {concept.name for concept in found}
+    assert {concept.kind for concept in found} == set(KINDS.values())
+    said = {concept.name: concept.say("{this} {kinds} {be} {np}, {a_kind}.") for concept in found}
+    assert said["tiger"] == "This animal is a tiger, an animal."
+    assert said["cherries"] == "These fruits are some cherries, a fruit."
+    assert said["people with bunny ears"].startswith("These people are some people with")
+    assert said["face holding back tears"].startswith("This face is a face holding")
+
+
+@needs_pieces
 def test_both_styles_draw_square_pictures(tmp_path):
     from visual_ground.demo.emoji import STYLES, concepts, render
 

@@ -24,38 +24,100 @@ LIGHT_WORDS = frozenset(
     "a an and of on in with the face person man woman men women boy girl people old new up down open closed small "
     "large medium left right showing symbol light dark pair".split()
 )
+# What follows the noun that a name is about.
+AFTER_HEAD = frozenset("with of in without and showing holding savoring".split())
 UNCOUNTABLE = frozenset(
     "bread rice bacon honey sushi salt butter cheese fire fog money garlic ginger broccoli corn rain snow meat "
-    "milk soap sake tea wine beer ice lipstick clothing poo luggage seaweed bamboo hockey golf water".split()
+    "milk soap sake tea wine beer ice wood lipstick clothing poo luggage seaweed bamboo hockey golf water".split()
 )
-# The first concept of each kind, in Unicode's order.
+# The first concept of each kind, in Unicode's order and after its subgroups.
 KINDS = {
     "grinning face": "face",
-    "waving hand": "person",
+    "grinning cat": "cat face",
+    "see no evil monkey": "monkey",
+    "love letter": "heart",
+    "kiss mark": "symbol",
+    "waving hand": "hand",
+    "flexed biceps": "body part",
+    "baby": "person",
     "monkey face": "animal",
-    "bouquet": "plant",
-    "grapes": "food",
-    "globe showing Europe Africa": "place",
+    "turkey": "bird",
+    "frog": "reptile",
+    "spouting whale": "sea animal",
+    "snail": "insect",
+    "bouquet": "flower",
+    "seedling": "plant",
+    "empty nest": "nest",
+    "mushroom": "plant",
+    "grapes": "fruit",
+    "avocado": "vegetable",
+    "bread": "food",
+    "crab": "sea animal",
+    "soft ice cream": "dessert",
+    "baby bottle": "drink",
+    "chopsticks": "kitchen item",
+    "globe showing Europe Africa": "map",
+    "snow capped mountain": "landscape",
+    "stadium": "building",
+    "fountain": "place",
     "locomotive": "vehicle",
-    "new moon": "weather",
-    "jack o lantern": "activity",
-    "glasses": "object",
+    "bus stop": "road object",
+    "sailboat": "boat",
+    "airplane": "aircraft",
+    "bellhop bell": "object",
+    "hourglass done": "clock",
+    "new moon": "moon",
+    "thermometer": "phenomenon",
+    "jack o lantern": "decoration",
+    "military medal": "award",
+    "soccer ball": "sports item",
+    "bullseye": "toy",
+    "spade suit": "game piece",
+    "performing arts": "craft item",
+    "glasses": "piece of clothing",
+    "prayer beads": "object",
+    "ring": "jewel",
+    "muted speaker": "sound device",
+    "musical score": "musical symbol",
+    "studio microphone": "sound device",
+    "saxophone": "musical instrument",
+    "mobile phone": "electronic device",
+    "magnifying glass tilted left": "object",
+    "candle": "lamp",
+    "notebook with decorative cover": "book",
+    "page with curl": "document",
+    "money bag": "valuable",
+    "envelope": "mail item",
+    "pencil": "writing tool",
+    "briefcase": "office item",
+    "locked": "lock",
+    "hammer": "tool",
+    "alembic": "scientific instrument",
+    "syringe": "medical item",
+    "door": "household item",
+    "cigarette": "object",
+}
+PLURALS = {
+    "person": "people",
+    "phenomenon": "phenomena",
+    "aircraft": "aircraft",
+    "piece of clothing": "pieces of clothing",
 }
 SENTENCES = (
     "This is a picture of {np}.",
-    "The {kind} in this picture {be} {np}.",
-    "This {kind} {be} {np}.",
+    "The {kinds} in this picture {be} {np}.",
+    "{this} {kinds} {be} {np}.",
     "A colourful drawing of {np}.",
-    "You can see a {kind} here, {np}.",
+    "You can see {a_kind} here, {np}.",
     "There {be} {np} in this picture.",
-    "The {kind} that you see {be} {np}.",
+    "The {kinds} that you see {be} {np}.",
     "Look at {np}.",
-    "Which {kind} is it? It {be} {np}.",
+    "Which {kind} is it? It is {np}.",
     "Someone drew this {kind}, {np}.",
     "An illustration of {np}.",
     "Today we found a new {kind}, {np}.",
-    "My favourite {kind} {be} {np}.",
-    "This {kind}, drawn in bright colours, {be} {np}.",
+    "My favourite {kinds} {be} {np}.",
+    "{this} {kinds}, drawn in bright colours, {be} {np}.",
 )
 REQUESTS = (
     "Show me {np}.",
@@ -105,28 +167,37 @@ class Concept:
             return self.name
         if self.plural:
             return f"some {self.name}"
-        vowel = self.name[0].lower() in "aeio" or self.name.startswith(("um", "up"))
-        return f"{'an' if vowel else 'a'} {self.name}"
+        return _with_article(self.name)
 
     @property
     def plural(self) -> bool:
         """Whether the name stands for several things."""
-        return self._head.endswith("s") and not self._head.endswith(("ss", "us", "is"))
+        return self._head == "people" or (
+            self._head.endswith("s") and not self._head.endswith(("ss", "us", "is", "os"))
+        )
 
     @property
     def _head(self) -> str:
         """The noun that the name is about: "face" in "face with crossed out eyes"."""
         words = self.name.lower().split()
-        end = next((i for i, word in enumerate(words) if i and word in ("with", "of", "in", "without", "and")), None)
+        end = next((i for i, word in enumerate(words) if i and word in AFTER_HEAD), None)
         return words[:end][-1]
 
     def say(self, template: str) -> str:
-        """Fill a template's `{np}` with the phrase and its `{be}` with is or are."""
-        return template.format(np=self.phrase, kind=self.kind, be="are" if self.plural else "is")
+        """Fill a template: `{np}` is the phrase, `{kind}` what sort of thing, the rest agrees with one of these."""
+        many = PLURALS.get(self.kind, f"{self.kind}s")
+        number = {"this": "These", "kinds": many, "be": "are"} if self.plural else {}
+        words = {"this": "This", "kinds": self.kind, "be": "is", **number}
+        return template.format(np=self.phrase, kind=self.kind, a_kind=_with_article(self.kind), **words)
 
     def pick(self, options: tuple[str, ...], salt: str = "") -> str:
         """Choose one of the options, always the same for this concept."""
         return options[stable_number(self.code + salt) % len(options)]
+
+
+def _with_article(noun: str) -> str:
+    vowel = noun[0].lower() in "aeio" or noun.startswith(("um", "up"))
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def stable_number(text: str) -> int:

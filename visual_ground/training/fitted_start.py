@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 PAIRS = 4096
 # How deep the imitated state is, in parts of the LM's layers: deep enough for words to have a meaning that similar
-# words share, not so deep that it is only about the next word (benchmarks/start_values.py).
+# words share, not so deep that it is only about the next word (benchmarks/fitted_start.py).
 DEPTH = 0.27
 STEPS, BATCH = 200, 128
 # A step of the optimizer moves a row by about this part of the embedding's spread, whatever the features' width.
@@ -118,7 +118,7 @@ def told_states(imitation: Imitation, pairs: Sequence[Mapping[str, Any]]) -> Ten
 
     A word weighs the logarithm of the groups per group that has it: what most captions say tells no image from others,
     and the more words tell of an image, the less the peculiarities of one of them are imitated
-    (benchmarks/start_values.py).
+    (benchmarks/fitted_start.py).
 
     Args:
         imitation: gives the states.

@@ -1,6 +1,5 @@
-"""Each line of docs/language_models.md runs, with names of what is on this disk in the place of names on the Hub."""
+"""Each of the README's lines on how an LM arrives runs, with what is on this disk in the place of Hub names."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tests.golden_parts import GOLDEN
 from tests.tiny import Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundingError, ground
 
-PAGE = Path(__file__).parent.parent / "docs" / "language_models.md"
+PAGE = Path(__file__).parent.parent / "README.md"
 LM, VISION = str(GOLDEN / "lm"), str(GOLDEN / "vision")
 NAMES = {
     "meta-llama/Llama-3.1-8B": LM,
@@ -24,22 +23,21 @@ NAMES = {
 pytestmark = pytest.mark.filterwarnings("ignore")  # Those of the libraries that load.
 
 
-def lines():
-    """Return the page's lines of code by the comment before each, and the imports before all."""
-    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
-    imports, *rest = re.split(r"^# (.*)\n", code, flags=re.MULTILINE)
-    return imports, dict(zip(rest[::2], rest[1::2], strict=True))
-
-
 def run(what, names=None, **variables):
-    imports, code = lines()
-    line = next(code for comment, code in code.items() if comment.startswith(what))
-    assert len(ast.parse(line).body) == 1, "one statement"
+    """Run the block's imports and names, and the line that is about this."""
+    block = next(code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "4-bit" in code)
+    before, _, lines = block.rpartition("\n\n")
+    (line,) = (line for line in lines.splitlines() if line.endswith(f"  # {what}"))
+    scope = {"ground": ground, **variables}
+    exec(_here(before, names), scope)
+    exec(_here(line, names), scope)
+    return scope
+
+
+def _here(code, names):
     for name, here in {**NAMES, **(names or {})}.items():
-        line = line.replace(f'"{name}"', repr(here))
-    exec(imports, variables)
-    exec(line, variables)
-    return variables
+        code = code.replace(f'"{name}"', repr(here))
+    return code
 
 
 def speaks(model):

@@ -1,0 +1,89 @@
+"""What image rows should imitate, and how deep in the LM, on the demo's weights and pictures (run `make demo` first).
+
+    python benchmarks/fitted_start.py
+
+Caption pair accuracy in percent on the validation concepts (eight wrong images a caption), with start values alone and
+after `training.fitted_start.start_rows`, before any step of training: with every word of an image's captions weighted
+by its rarity as there, with all words weighted alike, and with the last word of the shortest caption alone; and the
+first of these at several depths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import write
+from torch import Tensor
+
+from visual_ground import GroundedModel, ground
+from visual_ground.demo.pieces import load_language_model, load_vision
+from visual_ground.demo.run import Pairs
+from visual_ground.evaluation import caption_pair_accuracy
+from visual_ground.training import ExampleDataset, fitted_start
+from visual_ground.training.starting import standardise
+from visual_ground.training.validation import image_features
+
+CACHE = Path("demo/cache")
+DEPTHS = (0.13, 0.2, fitted_start.DEPTH, 0.35, 0.5)
+Told = Callable[[fitted_start.Imitation, Sequence[Mapping[str, Any]]], Tensor]
+rare_words_more = fitted_start.told_states
+
+
+def all_words_alike(imitation: fitted_start.Imitation, pairs: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return each pair's own caption's mean state."""
+    return _states(imitation, [pair["caption"] for pair in pairs], lambda count: [1 / count] * count)
+
+
+def last_word_of_the_shortest(imitation: fitted_start.Imitation, pairs: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return the state at the last token of the shortest caption of each pair's group."""
+    shortest: dict[int, str] = {}
+    for pair in pairs:
+        shortest[pair["group"]] = min(shortest.get(pair["group"], pair["caption"]), pair["caption"], key=len)
+    return _states(imitation, [shortest[pair["group"]] for pair in pairs], lambda count: [1e-9] * (count - 1) + [1.0])
+
+
+def _states(imitation: fitted_start.Imitation, captions: list[str], weigh: Callable[[int], list[float]]) -> Tensor:
+    texts = [imitation.model.encoder.encode_text(" " + fitted_start._within_a_sentence(text)) for text in captions]
+    parts = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+    return torch.cat([imitation.text_states(part, [weigh(len(text)) for text in part]) for part in parts])
+
+
+def accuracy(model: GroundedModel, pairs: Pairs, told: Told | None, depth: float = fitted_start.DEPTH) -> float:
+    """Start the image rows anew, fit them if told what to imitate, and return the caption pair accuracy."""
+    layer = model.adapter.image_to_rows
+    torch.manual_seed(0)
+    torch.nn.init.normal_(layer.weight, std=0.1 / math.sqrt(layer.in_features))
+    torch.nn.init.zeros_(layer.bias)
+    if told is not None:
+        fitted_start.told_states, fitted_start.DEPTH = told, depth
+        rows = pairs.rows()
+        examples = ExampleDataset(rows, features=pairs.row_features())
+        taken = fitted_start._spread_out(examples)
+        features = torch.cat([image_features(model, taken[i : i + 128]) for i in range(0, len(taken), 128)])
+        fitted_start.start_rows(model, taken, features)
+    texts, features = pairs.pairs(pairs.numbers("validation"))
+    return round(caption_pair_accuracy(model, texts, features, wrong_images=8), 1)
+
+
+def main() -> None:
+    """Measure, print and write results/fitted_start.json."""
+    lm, tokenizer = load_language_model(CACHE)
+    vision = load_vision()
+    pairs = Pairs(CACHE, vision, None)
+    model = ground(lm, vision, tokenizer).eval()
+    standardise(model, ExampleDataset(pairs.rows(), features=pairs.row_features()))
+    figures = {"not fitted": accuracy(model, pairs, None)}
+    for told in (rare_words_more, all_words_alike, last_word_of_the_shortest):
+        figures[told.__name__.replace("told_states", "rare_words_more").replace("_", " ")] = accuracy(
+            model, pairs, told
+        )
+    by_depth = {str(depth): accuracy(model, pairs, rare_words_more, depth) for depth in DEPTHS}
+    write("fitted_start", {"caption_pair_accuracy": figures, "by_depth": by_depth})
+
+
+if __name__ == "__main__":
+    main()
