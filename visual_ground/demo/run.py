@@ -32,10 +32,10 @@ from visual_ground.saving import write_json
 from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
 
 SETTINGS: dict[str, Any] = {
-    "max_steps": 100,
+    "max_steps": 90,
     "per_device_train_batch_size": 128,
     "learning_rate": 1e-3,
-    "rows_learning_rate": 2e-5,
+    "rows_learning_rate": 1e-5,
     "captioning_fraction": 0.0625,
     "seed": 0,
 }
