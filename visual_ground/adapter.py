@@ -112,8 +112,8 @@ class Adapter(nn.Module):
         return F.normalize(torch.stack(mapped).sum(0), dim=-1)
 
     def scale_states(self, states: list[Tensor]) -> list[Tensor]:
-        """Return the hidden states at `[RET]`, one (n, width) per text layer, as the layers read them, in float32."""
-        states = [state.float() for state in states]
+        """Return the hidden states at `[RET]`, one (n, width) per text layer, as the layers read them, in their dtype."""
+        states = [state.to(self.logit_scale.dtype) for state in states]
         if self.config.units == "plain":
             return states
         return [state * torch.rsqrt(state.square().mean(-1, keepdim=True) + 1e-6) for state in states]
@@ -123,8 +123,8 @@ class Adapter(nn.Module):
         return self.ret_input, self.ret_input if self.tied else self.ret_output
 
     def standardise(self, features: Tensor) -> Tensor:
-        """Return image features (n, f) as the linear layers read them, in float32."""
-        return (features.float() - self.feature_mean) / self.feature_std
+        """Return image features (n, f) as the linear layers read them, in their dtype."""
+        return (features.to(self.feature_mean.dtype) - self.feature_mean) / self.feature_std
 
     def row_groups(self, rate: float) -> list[dict[str, Any]]:
         """Return an optimizer's parameter groups for the layer from images to input rows.
