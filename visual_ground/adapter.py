@@ -112,7 +112,7 @@ class Adapter(nn.Module):
         return F.normalize(torch.stack(mapped).sum(0), dim=-1)
 
     def scale_states(self, states: list[Tensor]) -> list[Tensor]:
-        """Return the hidden states at `[RET]`, one (n, width) per text layer, as the layers read them, in their dtype."""
+        """Return the hidden states at `[RET]`, one (n, width) per layer, as the layers read them, in their dtype."""
         states = [state.to(self.logit_scale.dtype) for state in states]
         if self.config.units == "plain":
             return states
