@@ -1,6 +1,10 @@
 """The main job, end to end: ground, train, evaluate, converse, save, load again.
 
-make demo
+    make demo
+    python -m visual_ground.demo.run --choose
+
+The second is for choosing settings: it trains without the validation concepts and reports on them, where the first
+trains with them and reports on the test concepts.
 """
 
 from __future__ import annotations
@@ -32,10 +36,10 @@ from visual_ground.saving import write_json
 from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
 
 SETTINGS: dict[str, Any] = {
-    "max_steps": 90,
+    "max_steps": 100,
     "per_device_train_batch_size": 128,
     "learning_rate": 1e-3,
-    "rows_learning_rate": 1e-5,
+    "rows_learning_rate": 2e-5,
     "captioning_fraction": 0.0625,
     "seed": 0,
 }
@@ -65,10 +69,19 @@ class Clock:
 
 
 class Pairs:
-    """The concepts, their pictures in every style, and the pictures' features (concepts, styles, f)."""
+    """The concepts, their pictures in every style, and the pictures' features (concepts, styles, f).
 
-    def __init__(self, cache: Path, vision: Any, limit: int | None) -> None:
-        found = emoji.concepts()
+    Args:
+        cache: folder of drawings and features.
+        vision: the vision encoder.
+        limit: concepts per split; all where None.
+        trained_on: the splits whose concepts are trained on.
+    """
+
+    def __init__(
+        self, cache: Path, vision: Any, limit: int | None, trained_on: Sequence[str] = ("train", "validation")
+    ) -> None:
+        found, self.trained_on = emoji.concepts(), trained_on
         self.concepts = found if limit is None else _few(found, limit)
         self.paths = [[str(emoji.render(c, s, cache / "emoji")) for s in emoji.STYLES] for c in self.concepts]
         features = FeatureCache(cache / "features", vision)
@@ -79,10 +92,14 @@ class Pairs:
         """Return the positions of a split's concepts."""
         return [i for i, concept in enumerate(self.concepts) if concept.split == split]
 
+    def trained(self) -> list[int]:
+        """Return the positions of the concepts that are trained on."""
+        return [i for i, concept in enumerate(self.concepts) if concept.split in self.trained_on]
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the training rows: every caption by itself, and for some concepts a turn of a chat."""
         rows = []
-        for i in self.numbers("train"):
+        for i in self.trained():
             concept = self.concepts[i]
             own = {"image": self.paths[i], "group": concept.code}
             number = emoji.stable_number(concept.code)
@@ -132,24 +149,22 @@ def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path, settings: 
     GroundingTrainer(model, args, pairs.rows()).train()
 
 
-def evaluate(model: GroundedModel, pairs: Pairs) -> dict[str, Any]:
-    """Return the recalls on concepts never seen and seen in training, and the baselines' on the former."""
-    numbers = {split: pairs.numbers(split)[: emoji.TEST] for split in ("test", "validation", "train")}
-    recalls = {split: retrieval_recall(model, *pairs.pairs(chosen)) for split, chosen in numbers.items()}
-    trained = pairs.numbers("train")
+def evaluate(model: GroundedModel, pairs: Pairs, reported: str) -> dict[str, Any]:
+    """Return the recalls on concepts never seen, those of one split, and on seen ones, and the baselines'."""
+    unseen = pairs.pairs(pairs.numbers(reported))
+    trained = pairs.trained()
     texts = [text for i in trained for text in emoji.captions(pairs.concepts[i])]
     features = pairs.features[trained].mean(1).repeat_interleave(len(texts) // len(trained), 0)
-    scores = bag_of_words_ridge(texts, features, *pairs.pairs(numbers["test"]))
-    guess = chance(len(numbers["test"]))
+    scores = bag_of_words_ridge(texts, features, *unseen)
+    guess = chance(len(unseen[0]))
     return {
-        "unseen": recalls["test"],
-        "seen": recalls["train"],
-        "validation": recalls["validation"],
+        "unseen": retrieval_recall(model, *unseen),
+        "seen": retrieval_recall(model, *pairs.pairs(trained[: len(unseen[0])])),
         "baselines": {
             "bag_of_words_ridge": {"text_to_image": recall_at(scores), "image_to_text": recall_at(scores.T)},
             "chance": {"text_to_image": guess, "image_to_text": guess},
         },
-        "caption_pair_accuracy": caption_pair_accuracy(model, *pairs.pairs(numbers["test"])),
+        "caption_pair_accuracy": caption_pair_accuracy(model, *unseen),
     }
 
 
@@ -177,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the page and the results")
     parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="folder for weights and features")
     parser.add_argument("--short", action="store_true", help="few concepts, few steps: only to see that it runs")
+    parser.add_argument("--choose", action="store_true", help="hold the validation concepts out, and report on them")
     options = parser.parse_args(argv)
     settings = {**SETTINGS, **({"max_steps": 3, "per_device_train_batch_size": 16} if options.short else {})}
     clock = Clock()
@@ -184,14 +200,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         lm, tokenizer = load_language_model(options.cache)
         vision = load_vision()
     with clock.step("draw the pictures and compute their features"):
-        pairs = Pairs(options.cache, vision, 20 if options.short else None)
+        trained_on = ("train",) if options.choose else ("train", "validation")
+        pairs = Pairs(options.cache, vision, 20 if options.short else None, trained_on)
     torch.manual_seed(settings["seed"])
     model = ground(lm, vision, tokenizer)
     model.print_trainable_parameters()
     with clock.step("train the adapter"):
         train(model, pairs, options.out, options.cache, settings)
     with clock.step("evaluate"):
-        results = evaluate(model, pairs)
+        results = evaluate(model, pairs, "validation" if options.choose else "test")
     with clock.step("converse"):
         biases = find_biases(model, pairs)
         held = converse_all(model, pairs, biases)

@@ -29,7 +29,7 @@ from visual_ground.training.validation import image_features
 
 logger = logging.getLogger(__name__)
 
-PAIRS = 4096
+PAIRS = 6144
 # How deep the imitated state is, in parts of the LM's layers: deep enough for words to have a meaning that similar
 # words share, not so deep that it is only about the next word (benchmarks/fitted_start.py).
 DEPTH = 0.27
