@@ -73,7 +73,7 @@ def main() -> None:
     """Measure, print and write results/fitted_start.json."""
     lm, tokenizer = load_language_model(CACHE)
     vision = load_vision()
-    pairs = Pairs(CACHE, vision, None, ("train",))
+    pairs = Pairs(CACHE, vision, None)
     model = ground(lm, vision, tokenizer).eval()
     standardise(model, ExampleDataset(pairs.rows(), features=pairs.row_features()))
     figures = {"not fitted": accuracy(model, pairs, None)}

@@ -39,7 +39,7 @@ def write_index(side: ImageSide, pairs: Pairs, name: str) -> None:
 
 def main(source: str, target: str) -> None:
     """Transfer in closed form, then with refinement; write both."""
-    pairs = Pairs(CACHE, load_vision(), None, ("train",))
+    pairs = Pairs(CACHE, load_vision(), None)
     side = ImageSide.load(OUT / source)
     write_index(side, pairs, source)
     images = ImageIndex.from_pretrained(OUT / f"{source}-index").vectors.unflatten(0, (-1, len(emoji.STYLES)))

@@ -23,7 +23,7 @@ def main(name: str) -> None:
     """Train, save, evaluate."""
     lm, tokenizer = load_lm(name)
     vision = load_vision()
-    pairs = Pairs(CACHE, vision, None, ("train",))
+    pairs = Pairs(CACHE, vision, None)
     torch.manual_seed(SETTINGS["seed"])
     model = ground(lm, vision, tokenizer)
     args = GroundingTrainingArguments(

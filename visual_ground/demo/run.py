@@ -3,8 +3,8 @@
     make demo
     python -m visual_ground.demo.run --choose
 
-The second is for choosing settings: it trains without the validation concepts and reports on them, where the first
-trains with them and reports on the test concepts.
+The second is for choosing settings: it reports on the validation concepts, where the first reports on the test
+concepts.
 """
 
 from __future__ import annotations
@@ -69,19 +69,10 @@ class Clock:
 
 
 class Pairs:
-    """The concepts, their pictures in every style, and the pictures' features (concepts, styles, f).
+    """The concepts, their pictures in every style, and the pictures' features (concepts, styles, f)."""
 
-    Args:
-        cache: folder of drawings and features.
-        vision: the vision encoder.
-        limit: concepts per split; all where None.
-        trained_on: the splits whose concepts are trained on.
-    """
-
-    def __init__(
-        self, cache: Path, vision: Any, limit: int | None, trained_on: Sequence[str] = ("train", "validation")
-    ) -> None:
-        found, self.trained_on = emoji.concepts(), trained_on
+    def __init__(self, cache: Path, vision: Any, limit: int | None) -> None:
+        found = emoji.concepts()
         self.concepts = found if limit is None else _few(found, limit)
         self.paths = [[str(emoji.render(c, s, cache / "emoji")) for s in emoji.STYLES] for c in self.concepts]
         features = FeatureCache(cache / "features", vision)
@@ -92,14 +83,10 @@ class Pairs:
         """Return the positions of a split's concepts."""
         return [i for i, concept in enumerate(self.concepts) if concept.split == split]
 
-    def trained(self) -> list[int]:
-        """Return the positions of the concepts that are trained on."""
-        return [i for i, concept in enumerate(self.concepts) if concept.split in self.trained_on]
-
     def rows(self) -> list[dict[str, Any]]:
         """Return the training rows: every caption by itself, and for some concepts a turn of a chat."""
         rows = []
-        for i in self.trained():
+        for i in self.numbers("train"):
             concept = self.concepts[i]
             own = {"image": self.paths[i], "group": concept.code}
             number = emoji.stable_number(concept.code)
@@ -152,7 +139,7 @@ def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path, settings: 
 def evaluate(model: GroundedModel, pairs: Pairs, reported: str) -> dict[str, Any]:
     """Return the recalls on concepts never seen, those of one split, and on seen ones, and the baselines'."""
     unseen = pairs.pairs(pairs.numbers(reported))
-    trained = pairs.trained()
+    trained = pairs.numbers("train")
     texts = [text for i in trained for text in emoji.captions(pairs.concepts[i])]
     features = pairs.features[trained].mean(1).repeat_interleave(len(texts) // len(trained), 0)
     scores = bag_of_words_ridge(texts, features, *unseen)
@@ -192,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the page and the results")
     parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="folder for weights and features")
     parser.add_argument("--short", action="store_true", help="few concepts, few steps: only to see that it runs")
-    parser.add_argument("--choose", action="store_true", help="hold the validation concepts out, and report on them")
+    parser.add_argument("--choose", action="store_true", help="report on the validation concepts")
     options = parser.parse_args(argv)
     settings = {**SETTINGS, **({"max_steps": 3, "per_device_train_batch_size": 16} if options.short else {})}
     clock = Clock()
@@ -200,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lm, tokenizer = load_language_model(options.cache)
         vision = load_vision()
     with clock.step("draw the pictures and compute their features"):
-        trained_on = ("train",) if options.choose else ("train", "validation")
-        pairs = Pairs(options.cache, vision, 20 if options.short else None, trained_on)
+        pairs = Pairs(options.cache, vision, 20 if options.short else None)
     torch.manual_seed(settings["seed"])
     model = ground(lm, vision, tokenizer)
     model.print_trainable_parameters()
