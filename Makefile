@@ -23,8 +23,9 @@ test-vision: $(VENV)/demo-installed $(VENV)/dev-installed
 test-real: $(VENV)/demo-installed $(VENV)/dev-installed
 	$(PY) -m pytest -m real
 
+# Really killed runs, several processes, ten thousand pairs.
 test-slow: $(VENV)/dev-installed
-	$(PY) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
 
 # Law i over every causal-LM architecture of the installed transformers; writes docs/support.json and docs/support.md.
 test-architectures: $(VENV)/dev-installed

@@ -27,6 +27,6 @@ def pytest_terminal_summary(terminalreporter, config):
     kept = before["architectures"] if before["versions"] == versions() else {}
     merged = {m: found.get(m) or kept[m] for m in ARCHITECTURES if m in found or m in kept}
     if len(merged) == len(ARCHITECTURES):
-        results = {"versions": versions(), "architectures": merged}
+        results = {"versions": versions(), "of_one_run": found.keys() == merged.keys(), "architectures": merged}
         RESULTS.write_text(dump(results))
         PAGE.write_text(render(results))

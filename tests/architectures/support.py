@@ -52,8 +52,8 @@ def render(results: dict[str, Any]) -> str:
             "",
             "Written by `make test-architectures`, not by hand: a tiny random model of every entry of transformers'",
             f"causal-LM mapping ({made}), in float32 on a CPU, with nothing but its own config class.",
-            f"**{good} of {all_of_them}** language models do, grounded, all that their base does. A row is",
-            "from the last run of its own architecture, and not all rows are from one run.",
+            f"**{good} of {all_of_them}** language models do, grounded, all that their base does. "
+            + ("All rows are of one run." if results["of_one_run"] else "A row is of its architecture's last run."),
             "",
             "✓ holds; *base* means that the plain model, with nothing attached, fails the same check beside it.",
             "",
