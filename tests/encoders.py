@@ -31,8 +31,11 @@ WHOLE_AND_TOWERS = (
     "siglip2_vision_model tipsv2 videoprism xclip"
 ).split()
 # Default configs that do not fit themselves, and the name that a config of timm's leaves open.
-SETTINGS = {"llama4": {"intermediate_size": 3072}, "timm_backbone": {"backbone": "resnet18"}}
-# transformers pairs no image processor with these, or one that is made from a checkpoint.
+SETTINGS = {
+    "llama4": {"intermediate_size": 3072},
+    "swin2sr": {"depths": [1, 1], "num_heads": [6, 6]},
+    "timm_backbone": {"backbone": "resnet18"},
+}
 SMALL_WORDS = (
     "test_ atto femto pico nano xxt _xt tiny mini micro xxs _xs small _s _t 050 _0 18 lite _b0 b1 base _b".split()
 )
@@ -147,7 +150,9 @@ def build_open_clip(name):
         path = Path(folder) / f"walk_{name}.json"
         path.write_text(json.dumps(config))
         open_clip.add_model_config(path)
-        return open_clip.create_model(f"walk_{name}", pretrained=None), None
+        model = open_clip.create_model(f"walk_{name}", pretrained=None)
+    model.walk_config = config
+    return model, None
 
 
 def build_timm(name):
@@ -161,6 +166,12 @@ def known_widths(model):
         return {model.visual.output_dim} if hasattr(model.visual, "output_dim") else _numbers(model.walk_config)
     if hasattr(model, "pretrained_cfg"):
         return {getattr(model, "head_hidden_size", None) or model.num_features}
+    if (timms := getattr(model, "timm_model", None)) is not None:
+        return {timms.num_features}
+    if (timms := getattr(model, "_backbone", None)) is not None:
+        return set(timms.feature_info.channels())
+    if hasattr(model.config, "depth_multiplier"):  # A thin network's widths are in no setting.
+        return {part.num_features for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)}
     return _numbers(model.config.to_dict())
 
 
