@@ -1,5 +1,6 @@
 """Every kind of image encoder that can be built here without weights, at its own width but few layers."""
 
+import importlib
 import json
 import re
 import tempfile
@@ -79,12 +80,19 @@ def build_transformers(name):
         setattr(getattr(config, "vision_config", config), key, value)
     mapping = modeling_auto.MODEL_FOR_IMAGE_MAPPING
     mapping = mapping if name in modeling_auto.MODEL_FOR_IMAGE_MAPPING_NAMES else modeling_auto.MODEL_MAPPING
-    kind = mapping[type(config)]
+    kind = mapping[type(config)] if type(config) in mapping else _class_of(config)
     kind = kind[0] if isinstance(kind, tuple) else kind
     if kind.config_class is not type(config):
         config = config.vision_config
     model = kind._from_config(config)
     return model, _processor(model, config)
+
+
+def _class_of(config):
+    """Return the model class of a tower that no mapping names."""
+    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    classes = [kind for kind in vars(module).values() if getattr(kind, "config_class", None) is type(config)]
+    return next(kind for kind in classes if not kind.__name__.endswith("PreTrainedModel"))
 
 
 def _processor(model, config):
@@ -170,7 +178,8 @@ def known_widths(model):
         return {timms.num_features}
     if (timms := getattr(model, "_backbone", None)) is not None:
         return set(timms.feature_info.channels())
-    if hasattr(model.config, "depth_multiplier"):  # A thin network's widths are in no setting.
+    if hasattr(model.config, "depth_multiplier") or hasattr(model.config, "width_coefficient"):
+        # Multiplied widths are in no setting.
         return {part.num_features for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)}
     return _numbers(model.config.to_dict())
 
@@ -207,6 +216,8 @@ def walk(build, name):
     row["model"] = type(model).__name__
     try:
         vision = load_vision(model, processor, num_patch_tokens=PARTS)
+    except ImportError as error:
+        return {**row, "reason": " ".join(str(error).split())[:160]}
     except GroundingError as error:
         row["no_patches"] = str(error)
         try:
