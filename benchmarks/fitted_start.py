@@ -5,7 +5,7 @@
 Caption pair accuracy in percent on the validation concepts (eight wrong images a caption), with start values alone and
 after `training.fitted_start.start_rows`, before any step of training: with every word of an image's captions weighted
 by its rarity as there, with all words weighted alike, and with the last word of the shortest caption alone; and the
-first of these at several depths.
+first of these at other depths.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from visual_ground.training.starting import standardise
 from visual_ground.training.validation import image_features
 
 CACHE = Path("demo/cache")
-DEPTHS = (0.13, 0.2, fitted_start.DEPTH, 0.35, 0.5)
+OTHER_DEPTHS = (0.13, 0.2, 0.35, 0.5)
 Told = Callable[[fitted_start.Imitation, Sequence[Mapping[str, Any]]], Tensor]
 rare_words_more = fitted_start.told_states
 
@@ -77,11 +77,13 @@ def main() -> None:
     model = ground(lm, vision, tokenizer).eval()
     standardise(model, ExampleDataset(pairs.rows(), features=pairs.row_features()))
     figures = {"not fitted": accuracy(model, pairs, None)}
-    for told in (rare_words_more, all_words_alike, last_word_of_the_shortest):
-        figures[told.__name__.replace("told_states", "rare_words_more").replace("_", " ")] = accuracy(
-            model, pairs, told
-        )
-    by_depth = {str(depth): accuracy(model, pairs, rare_words_more, depth) for depth in DEPTHS}
+    ways = {
+        "rare words more": rare_words_more,
+        "all words alike": all_words_alike,
+        "last word of the shortest": last_word_of_the_shortest,
+    }
+    figures |= {name: accuracy(model, pairs, told) for name, told in ways.items()}
+    by_depth = {str(depth): accuracy(model, pairs, rare_words_more, depth) for depth in OTHER_DEPTHS}
     write("fitted_start", {"caption_pair_accuracy": figures, "by_depth": by_depth})
 
 

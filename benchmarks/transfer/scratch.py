@@ -14,9 +14,9 @@ import torch
 from common import CACHE, OUT, Cost, Pairs, image_vectors, load_lm, recalls, text_vectors, write
 
 from visual_ground.demo.pieces import load_vision
-from visual_ground.demo.run import SETTINGS
+from visual_ground.demo.run import SETTINGS, training_arguments
 from visual_ground.model import ground
-from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+from visual_ground.training import GroundingTrainer
 
 
 def main(name: str) -> None:
@@ -26,18 +26,7 @@ def main(name: str) -> None:
     pairs = Pairs(CACHE, vision, None)
     torch.manual_seed(SETTINGS["seed"])
     model = ground(lm, vision, tokenizer)
-    args = GroundingTrainingArguments(
-        output_dir=str(OUT / f"{name}-training"),
-        feature_cache=str(CACHE / "features"),
-        prefix_cache_gb=4,
-        concat_captions_prob=0.0,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        logging_steps=10,
-        save_strategy="no",
-        use_cpu=True,
-        **SETTINGS,
-    )
+    args = training_arguments(OUT / f"{name}-training", CACHE, SETTINGS)
     trainer, cost = GroundingTrainer(model, args, pairs.rows()), Cost(lm)
     with cost.counting():
         trainer.train()

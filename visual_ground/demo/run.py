@@ -119,10 +119,10 @@ def _few(found: Sequence[emoji.Concept], limit: int) -> list[emoji.Concept]:
     return few
 
 
-def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path, settings: dict[str, Any]) -> None:
-    """Train all parts of the adapter together."""
-    args = GroundingTrainingArguments(
-        output_dir=str(out / "training"),
+def training_arguments(out: Path, cache: Path, settings: dict[str, Any]) -> GroundingTrainingArguments:
+    """Return the demo's training arguments: what never changes, and these settings."""
+    return GroundingTrainingArguments(
+        output_dir=str(out),
         feature_cache=str(cache / "features"),
         prefix_cache_gb=4,
         concat_captions_prob=0.0,
@@ -133,7 +133,11 @@ def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path, settings: 
         use_cpu=True,
         **settings,
     )
-    GroundingTrainer(model, args, pairs.rows()).train()
+
+
+def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path, settings: dict[str, Any]) -> None:
+    """Train all parts of the adapter together."""
+    GroundingTrainer(model, training_arguments(out / "training", cache, settings), pairs.rows()).train()
 
 
 def evaluate(model: GroundedModel, pairs: Pairs, reported: str) -> dict[str, Any]:
