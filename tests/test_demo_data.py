@@ -44,7 +44,8 @@ def test_what_is_said_names_the_concept():
 
 @needs_pieces
 def test_sentences_agree_with_what_they_are_about():
-    from visual_ground.demo.emoji import KINDS, concepts
+    from visual_ground.demo.emoji import concepts
+    from visual_ground.demo.sayings import KINDS
 
     found = concepts()
     assert set(KINDS) <= {concept.name for concept in found}

@@ -11,6 +11,16 @@ from functools import cache
 from pathlib import Path
 
 from visual_ground.demo.pieces import find_package_file
+from visual_ground.demo.sayings import (
+    AFTER_HEAD,
+    KINDS,
+    PLURALS,
+    QUESTIONS,
+    REPLIES,
+    REQUESTS,
+    SENTENCES,
+    UNCOUNTABLE,
+)
 
 STYLES = ("openmoji", "twemoji")
 TEST, VALIDATION = 150, 100
@@ -24,122 +34,6 @@ LIGHT_WORDS = frozenset(
     "a an and of on in with the face person man woman men women boy girl people old new up down open closed small "
     "large medium left right showing symbol light dark pair".split()
 )
-# What follows the noun that a name is about.
-AFTER_HEAD = frozenset("with of in without and showing holding savoring".split())
-UNCOUNTABLE = frozenset(
-    "bread rice bacon honey sushi salt butter cheese fire fog money garlic ginger broccoli corn rain snow meat "
-    "milk soap sake tea wine beer ice wood lipstick clothing poo luggage seaweed bamboo hockey golf water".split()
-)
-# The first concept of each kind, in Unicode's order and after its subgroups.
-KINDS = {
-    "grinning face": "face",
-    "grinning cat": "cat face",
-    "see no evil monkey": "monkey",
-    "love letter": "heart",
-    "kiss mark": "symbol",
-    "waving hand": "hand",
-    "flexed biceps": "body part",
-    "baby": "person",
-    "monkey face": "animal",
-    "turkey": "bird",
-    "frog": "reptile",
-    "spouting whale": "sea animal",
-    "snail": "insect",
-    "bouquet": "flower",
-    "seedling": "plant",
-    "empty nest": "nest",
-    "mushroom": "plant",
-    "grapes": "fruit",
-    "avocado": "vegetable",
-    "bread": "food",
-    "crab": "sea animal",
-    "soft ice cream": "dessert",
-    "baby bottle": "drink",
-    "chopsticks": "kitchen item",
-    "globe showing Europe Africa": "map",
-    "snow capped mountain": "landscape",
-    "stadium": "building",
-    "fountain": "place",
-    "locomotive": "vehicle",
-    "bus stop": "road object",
-    "sailboat": "boat",
-    "airplane": "aircraft",
-    "bellhop bell": "object",
-    "hourglass done": "clock",
-    "new moon": "moon",
-    "thermometer": "phenomenon",
-    "jack o lantern": "decoration",
-    "military medal": "award",
-    "soccer ball": "sports item",
-    "bullseye": "toy",
-    "spade suit": "game piece",
-    "performing arts": "craft item",
-    "glasses": "piece of clothing",
-    "prayer beads": "object",
-    "ring": "jewel",
-    "muted speaker": "sound device",
-    "musical score": "musical symbol",
-    "studio microphone": "sound device",
-    "saxophone": "musical instrument",
-    "mobile phone": "electronic device",
-    "magnifying glass tilted left": "object",
-    "candle": "lamp",
-    "notebook with decorative cover": "book",
-    "page with curl": "document",
-    "money bag": "valuable",
-    "envelope": "mail item",
-    "pencil": "writing tool",
-    "briefcase": "office item",
-    "locked": "lock",
-    "hammer": "tool",
-    "alembic": "scientific instrument",
-    "syringe": "medical item",
-    "door": "household item",
-    "cigarette": "object",
-}
-PLURALS = {
-    "person": "people",
-    "phenomenon": "phenomena",
-    "aircraft": "aircraft",
-    "piece of clothing": "pieces of clothing",
-}
-SENTENCES = (
-    "This is a picture of {np}.",
-    "The {kinds} in this picture {be} {np}.",
-    "{this} {kinds} {be} {np}.",
-    "A colourful drawing of {np}.",
-    "You can see {a_kind} here, {np}.",
-    "There {be} {np} in this picture.",
-    "The {kinds} that you see {be} {np}.",
-    "Look at {np}.",
-    "Which {kind} is it? It is {np}.",
-    "Someone drew this {kind}, {np}.",
-    "An illustration of {np}.",
-    "Today we found a new {kind}, {np}.",
-    "My favourite {kinds} {be} {np}.",
-    "{this} {kinds}, drawn in bright colours, {be} {np}.",
-)
-REQUESTS = (
-    "Show me {np}.",
-    "Can I see {np}?",
-    "Please show me a picture of {np}.",
-    "I would like to see {np}.",
-    "Do you have a picture of {np}?",
-    "May I see {np}?",
-    "Find me a picture of {np}.",
-    "Draw {np} for me.",
-    "I want to learn about {np}.",
-    "Tell me about {np} and show me a picture.",
-)
-QUESTIONS = (
-    "What is this?",
-    "What do you see in this picture?",
-    "Describe the picture.",
-    "What does the picture show?",
-    "Can you tell me what this is?",
-    "What is drawn here?",
-)
-REPLIES = ("Here {be} {np}.", "Here you can see {np}.", "Sure, here {be} {np}.")
 
 
 @dataclass(frozen=True)
