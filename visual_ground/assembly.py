@@ -85,7 +85,10 @@ class GroundedParts(nn.Module):
             layer.set_adapter(layer.active_adapters)  # Lets what PEFT has put there learn, and nothing else.
         self._fit(DEFAULT, vision, config, facts, names)
         core = core_of(lm)
-        self._takes_positions = "position_ids" in inspect.signature(core.forward).parameters
+        parameters = inspect.signature(core.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        # transformers 5.24 renamed what older ones call past_key_values.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.rows = VirtualRows(core, facts.vocabulary, self._ret_rows, config.mask_spare_columns)
         self.rows.attach()
 

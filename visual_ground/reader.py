@@ -126,8 +126,17 @@ class GroundedReader(GroundedParts):
             )
         return self.rows.call(image_rows, positions, enabled)
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, **lm_options: Any) -> Any:
-        """Run the LM inside `bind`; left-padded rows get the positions that they have alone."""
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, **lm_options: Any) -> Any:
+        """Run the LM inside `bind`; left-padded rows get the positions that they have alone.
+
+        Args:
+            input_ids: (b, s).
+            attention_mask: (b, p + s), or what the LM takes in its place.
+            cache: what the LM kept of p earlier positions.
+            lm_options: for the LM.
+        """
+        if cache is not None:
+            lm_options[self._cache_name] = cache
         if attention_mask is not None and self._takes_positions and "position_ids" not in lm_options:
             if not bool(attention_mask[:, 0].all()):
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

@@ -117,7 +117,7 @@ class CaptionPass:
             with self.model.bind(None, torch.ones_like(tensor, dtype=torch.bool)) as call:
                 call.head_rows = 1
                 output = self.model.run(tensor, torch.ones_like(tensor), use_cache=True)
-            self._leads[ids] = plain_layers(output.past_key_values, len(ids))
+            self._leads[ids] = plain_layers(output, len(ids))
             if len(self._leads) > LEADS_KEPT:
                 self._leads.popitem(last=False)
         return self._leads[ids]

@@ -173,8 +173,8 @@ class Imitation:
         try:
             with self.model.bind(None, torch.ones_like(ids, dtype=torch.bool)):
                 output = self.model.run(ids, torch.ones_like(ids), use_cache=True)
-            return plain_layers(output.past_key_values, len(ids[0]))
-        except (AttributeError, GroundingStateError):
+            return plain_layers(output, len(ids[0]))
+        except GroundingStateError:
             return None
 
     @torch.no_grad()
@@ -202,7 +202,7 @@ class Imitation:
         else:
             shape = (len(ids), -1, -1, -1)
             kept = [(keys.expand(shape), values.expand(shape)) for keys, values in self._kept]
-            past = {"past_key_values": fixed_cache(kept)}
+            past = {"cache": fixed_cache(kept)}
         return self._run(ids, mask, rows, use_cache=bool(past), **past)[:, -(mask.shape[1] - count) :].float()
 
     def _run(self, ids: Tensor, mask: Tensor, rows: Tensor | None, **options: Any) -> Tensor:

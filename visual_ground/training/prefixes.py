@@ -129,7 +129,7 @@ class PrefixStore:
         for piece in pieces(model, rows, self.packed):
             states, output = read(model, piece, keep=True)
             normalisers, logits = own_columns(model, states, piece.targets)
-            layers = plain_layers(getattr(output, "past_key_values", None), piece.ids.shape[1])
+            layers = plain_layers(output, piece.ids.shape[1])
             for number, row, start, count, labels in _places(piece):
                 # Cloned, so that a kept slice does not hold the whole batch's memory.
                 place = row, slice(None), slice(start, start + count)
@@ -175,7 +175,7 @@ class PrefixStore:
             output = model.run(
                 ids,
                 mask.long().to(device),
-                past_key_values=fixed_cache(layers),
+                cache=fixed_cache(layers),
                 use_cache=True,
                 output_hidden_states=model.needs_hidden_states,
             )

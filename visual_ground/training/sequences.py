@@ -158,7 +158,7 @@ def read(
             (keys.expand(len(piece.ids), -1, -1, -1), values.expand(len(piece.ids), -1, -1, -1))
             for keys, values in lead
         ]
-        options["past_key_values"] = fixed_cache(shared)
+        options["cache"] = fixed_cache(shared)
     with model.bind(image_rows, piece.predicting) as call:
         call.head_rows = None if whole_head else 1
         output = model.run(piece.ids, piece.mask, use_cache=keep or lead is not None, **options)
@@ -191,12 +191,18 @@ def fixed_cache(layers: KeysValues) -> DynamicCache:
     return cache
 
 
-def plain_layers(cache: object, length: int) -> KeysValues:
+def plain_layers(output: Any, length: int) -> KeysValues:
     """Return each layer's keys and values (m, heads, length, width), of every position that was run.
+
+    Args:
+        output: what the LM returned, run with `use_cache=True`.
+        length: how many positions were run.
 
     Raises:
         GroundingStateError: an LM that keeps something else, such as a state space or less than all positions.
     """
+    # As transformers name it from 5.24 on, and before.
+    cache = getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
     layers = getattr(cache, "layers", None)
     if type(cache) is not DynamicCache or not layers or any(type(x) not in PLAIN_LAYERS for x in layers):
         raise GroundingStateError(f"{type(cache).__name__} is not one plain key-value cache per layer.")
