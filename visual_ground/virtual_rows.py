@@ -266,10 +266,10 @@ def is_attached(lm: nn.Module) -> bool:
 
 
 def _place(seen: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
-    """Find this call's positions in the ids that the embedding was given: as they are, transposed, or with more around.
+    """Find this call's positions in the ids that the embedding was given: as they are, transposed, fewer, or more.
 
-    Matched by content, never by shape alone: XLNet transposes to (s, b), CPM-Ant puts ids of its own in front,
-    Reformer fills up its last chunk with pads.
+    Matched by content, never by shape alone: XLNet transposes to (s, b), XLM leaves out what its cache holds already,
+    CPM-Ant puts ids of its own in front, Reformer fills up its last chunk with pads.
     """
     safe, virtual, index = call.safe_ids, call.virtual, call.table_index
     assert safe is not None and virtual is not None and index is not None, "_swap_ids sets them together"
@@ -284,6 +284,8 @@ def _place(seen: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
     if seen.shape == safe.T.shape and torch.equal(seen, safe.T):
         return virtual.T, index.T
     extra = seen.shape[1] - safe.shape[1]
+    if seen.shape[0] == safe.shape[0] and extra < 0 and torch.equal(seen, safe[:, -extra:]):
+        return virtual[:, -extra:], index[:, -extra:]
     if seen.shape[0] == safe.shape[0] and extra > 0:
         for part, pads in ((seen[:, extra:], (extra, 0)), (seen[:, :-extra], (0, extra))):
             if torch.equal(part, safe):
