@@ -50,6 +50,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     ),
     "dbrx": dict(attn_config=dict(rope_theta=1e4, clip_qkv=8)),
+    "dory": dict(
+        num_hidden_layers=3,
+        n_input_layers=1,
+        n_recurrent_layers=1,
+        n_output_layers=1,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
     "codegen": dict(rotary_dim=4),
     "dots3_note": dict(
