@@ -56,10 +56,11 @@ TOKENS_MEAN, TOKENS_DEVIATION = 11.8, 5.2
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of as many words as OPT's; "w7" is word 7."""
-    words = {"<s>": 0, **{f"w{i}": i for i in range(1, WORDS)}}
+    # The special ones have names that no word begins with: a tokenizer cuts them out of whatever they stand in.
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, WORDS)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", pad_token="w1", eos_token="w2")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
 
 
 def pixels(images: list, return_tensors: str = "pt") -> dict[str, torch.Tensor]:
