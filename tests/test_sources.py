@@ -165,6 +165,8 @@ def test_a_stream_needs_steps_or_a_cache(tmp_path):
     assert trainer.args.max_steps == 6
     with pytest.raises(GroundingValueError, match="max_steps"):
         GroundingTrainer(grounded(), arguments(tmp_path, cache_features=False, **columns), rows)
+    with pytest.raises(GroundingValueError, match="bank_size=4 .* a stream"):
+        GroundingTrainer(grounded(), arguments(tmp_path, bank_size=4, **columns), rows)
     with pytest.raises(GroundingTypeError, match="take"):
         GroundingTrainer(grounded(), arguments(tmp_path, **columns), eval_dataset=rows)
 

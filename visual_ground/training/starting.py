@@ -73,9 +73,15 @@ def check_batches(examples: ExampleDataset | ExampleStream | None, args: Groundi
     """Raise where there is no batch to train on; give a cached stream's epochs as steps.
 
     Raises:
-        GroundingValueError: a batch of one, fewer rows than a batch, or a stream of unknown length without max_steps.
+        GroundingValueError: a batch of one, fewer rows than a batch, a stream of unknown length without max_steps, or
+            a bank of a stream's images.
     """
     size, processes = args.train_batch_size, args.world_size
+    if args.bank_size and isinstance(examples, ExampleStream):
+        raise GroundingValueError(
+            f"bank_size={args.bank_size} draws from all images of the dataset, and a stream never has all of them at "
+            "hand. Give the dataset by number, not streaming, or leave bank_size at 0."
+        )
     if args.retrieval_loss_scale and size * processes < 2:
         raise GroundingValueError(
             "A batch of one has no wrong pair to tell the right one from, and the contrastive loss needs one. Use "

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.training import checkpoints, starting
+from visual_ground.training.adapter_checkpoints import CheckpointsOfAdapter
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.contrastive import FeatureBank
 from visual_ground.training.devices import gathered_outside_layers, shard_base_only, share_adapter
@@ -44,7 +44,7 @@ from visual_ground.training.streams import ExampleStream, prepare_stream
 from visual_ground.training.validation import Validation
 
 
-class GroundingTrainer(Trainer):
+class GroundingTrainer(CheckpointsOfAdapter):
     """Trains the adapter of a grounded model on image-caption pairs.
 
     Features of all images are computed first and kept on disk; `[RET]` is scaled back to the mean norm after each
@@ -251,60 +251,6 @@ class GroundingTrainer(Trainer):
             page = draw_sheet(rows, f"{name}, step {step}: caption, caption said (blue), images found for the caption")
             save_sheet(page, Path(self.args.output_dir) / "pictures" / f"{name}-{step:08d}.png")
             show_picture(self.callback_handler, f"{name}/pairs", np.asarray(page), step)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run, writes, limit = Path(self._get_output_dir(trial)), self.args.should_save, self.args.save_total_limit
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if writes:
-            checkpoints.remove(folder)
-        self.accelerator.wait_for_everyone()
-        # Old checkpoints are removed when the new one is sealed, and not before.
-        self.args.save_total_limit = None
-        with checkpoints.removed_unless_written(folder, writes):
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            self.accelerator.wait_for_everyone()
-            if writes:
-                checkpoints.seal(folder)
-        if writes:
-            checkpoints.remove_surplus(run, limit, self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the adapter, and the arguments; never the LM."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        self.grounded.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; no wrapper is asked, for every process has it whole."""
-        self._save(output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._nothing_sharded():
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._nothing_sharded():
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    @contextmanager
-    def _nothing_sharded(self) -> Iterator[None]:
-        """FSDP shards nothing that has an optimizer's state, which is then written as without FSDP."""
-        enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
-        try:
-            yield
-        finally:
-            self.is_fsdp_enabled = enabled
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.grounded.load_weights(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class _EachStep(TrainerCallback):
