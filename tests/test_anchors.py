@@ -67,3 +67,8 @@ def test_damaged_files_are_said(tmp_path):
         (tmp_path / ANCHORS_FILE).write_bytes(damaged)
         with pytest.raises(GroundingFileError, match="damaged"):
             Anchors.find(tmp_path)
+
+
+def test_groups_join_captions_of_one_image_and_images_of_one_caption():
+    anchors = Anchors([["a", "b"], ["c"], ["b", "d"], ["e"], ["d"]], torch.zeros(5, 3))
+    assert anchors.groups.tolist() == [0, 0, 1, 0, 0, 3, 0]

@@ -63,14 +63,12 @@ def test_the_closed_form_finds_images_of_captions_that_are_no_anchors(units):
     texts, features = told_by(lm, 120, units)
     anchors = Anchors([[text] for text in texts[:80]], features[:80])
     torch.manual_seed(0)
-    new = source(units).transfer_to(lm, tokenizer(), anchors, refinement=Refinement(steps=0))
+    new = source(units).transfer_to(lm, tokenizer(), anchors)
     assert retrieval_recall(new, texts[80:], features[80:])["text_to_image"]["r5"] > 90  # chance is 12
 
 
 def test_several_text_layers_are_fitted_together():
-    new = source().transfer_to(
-        build("gpt2"), tokenizer(), refinement=Refinement(steps=0), text_layers=(-1, 1), num_visual_tokens=3
-    )
+    new = source().transfer_to(build("gpt2"), tokenizer(), text_layers=(-1, 1), num_visual_tokens=3)
     assert new.config.text_layers == (-1, 1) and new.config.num_visual_tokens == 3
     states = new.adapter.scale_states(new.text_states(CAPTIONS))
     side = ImageSide.of(new)
@@ -104,7 +102,7 @@ def test_saved_with_anchors_it_moves_without_its_old_lm(tmp_path):
     side = ImageSide.load(tmp_path)
     assert side.anchors.captions == old.anchors.captions
     side = ImageSide(side.config, side.tensors, old.vision, side.anchors)
-    new = transfer(side, build("gpt2"), tokenizer(), refinement=Refinement(steps=0))
+    new = transfer(side, build("gpt2"), tokenizer())
     assert torch.equal(new.embed_images(PICTURES), old.embed_images(PICTURES))
     assert torch.allclose(side.embed(old.anchors.features), old.embed_images(image_features=old.anchors.features))
     new.save_pretrained(tmp_path / "new")

@@ -74,6 +74,23 @@ class Anchors:
         """For each of `texts`, the number of its image."""
         return torch.tensor([i for i, one in enumerate(self.captions) for _ in one])
 
+    @property
+    def groups(self) -> Tensor:
+        """For each of `texts`, a number that is equal for captions of one image, and for images with one caption."""
+        leader = list(range(len(self)))
+
+        def lead(i: int) -> int:
+            while leader[i] != i:
+                i = leader[i] = leader[leader[i]]
+            return i
+
+        first: dict[str, int] = {}
+        for i, captions in enumerate(self.captions):
+            for text in captions:
+                one, other = lead(first.setdefault(text, i)), lead(i)
+                leader[max(one, other)] = min(one, other)
+        return torch.tensor([lead(i) for i in self.images.tolist()])
+
     @classmethod
     def from_rows(cls, rows: Any, vision: VisionEncoder, columns: Columns | None = None) -> Anchors:
         """Take rows with images and captions (of a list of images the first) as anchors; runs the encoder.

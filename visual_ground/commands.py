@@ -166,7 +166,8 @@ def transfer(options: argparse.Namespace) -> None:
         rows = load_rows(options.dataset, options.split)
         anchors = Anchors.from_rows(rows, vision, _columns(options, rows))
     source = replace(source, vision=vision)
-    model = transfer(source, options.lm, anchors=anchors, refinement=Refinement(options.steps))
+    refinement = Refinement(options.steps) if options.steps else None
+    model = transfer(source, options.lm, anchors=anchors, refinement=refinement)
     model.save_pretrained(options.output)
 
 

@@ -2,14 +2,15 @@
 
 The layer image -> retrieval does not depend on the LM, so it is copied and kept frozen, and every index that was built
 with the old model is valid for the new one. What meets the LM is fitted from anchors: the text layers and the images'
-input rows in closed form, then everything but the copied layer for a few steps of the normal training.
+input rows in closed form, `[RET]`'s row by a convex descent that the LM takes no part in; a few steps of the normal
+training may follow.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,30 +29,37 @@ from visual_ground.language import embedding_device
 from visual_ground.model import GroundedModel, ground
 from visual_ground.saving import WEIGHTS_FILE, read_tensors
 from visual_ground.sharing import SavedAdapter
-from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+from visual_ground.training import ExampleCollator, GroundingTrainer, GroundingTrainingArguments
+from visual_ground.training.fitted_ret import fit_ret
+from visual_ground.training.prefixes import Spoken, plain_states
+from visual_ground.training.shortcuts import choose_prefixes
 
 if TYPE_CHECKING:
     from visual_ground.vision import VisionEncoder
 
 SHARED = ("image_to_retrieval.weight", "image_to_retrieval.bias", "feature_mean", "feature_std", "logit_scale")
-CAPTIONS_AT_ONCE = 32
+CAPTIONS_AT_ONCE = 128
+CAPTION_LENGTH = 64
+KEPT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """The few steps of training after the closed form.
+    """A few steps of training after the closed form.
 
     Args:
-        steps: optimizer steps; 0 leaves the closed form as it is.
+        steps: optimizer steps.
         batch_size: anchors in each.
         learning_rate: of the first step; falls to zero along a cosine.
+        rows_learning_rate: that of the layer from images to input rows.
         captioning_fraction: the part of each batch that is captioned.
         seed: of the order.
     """
 
-    steps: int = 10
-    batch_size: int = 128
-    learning_rate: float = 3e-4
+    steps: int = 5
+    batch_size: int = 32
+    learning_rate: float = 3e-5
+    rows_learning_rate: float = 2e-5
     captioning_fraction: float = 0.0625
     seed: int = 0
 
@@ -121,7 +129,8 @@ def transfer(
         lm: as in `ground`.
         tokenizer: as in `ground`.
         anchors: what to fit with; those published with the adapter where None.
-        refinement: the training after the closed form.
+        refinement: training after the closed form; none where None, which costs the least and finds as much
+            (benchmarks/transfer).
         changes: fields of the config that are to differ, such as `text_layers`; `retrieval_dim` and `units` cannot.
 
     Returns:
@@ -155,7 +164,8 @@ def transfer(
         _copy_image_side(model.adapter, source)
         fit_text_layers(model, source, anchors)
         fit_image_rows(model, anchors)
-        _refine(model, anchors, refinement or Refinement())
+        if refinement is not None:
+            _refine(model, anchors, refinement)
     except BaseException:
         model.unground()
         raise
@@ -172,20 +182,34 @@ def _copy_image_side(adapter: Adapter, source: ImageSide) -> None:
 
 
 @torch.no_grad()
-def caption_states(model: GroundedModel, texts: tuple[str, ...]) -> Tensor:
-    """Return what the text layers read after each caption, (n, sum of the layers' widths); captions run by length."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts = []
-    for start in range(0, len(order), CAPTIONS_AT_ONCE):
-        some = [texts[i] for i in order[start : start + CAPTIONS_AT_ONCE]]
-        parts.append(torch.cat(model.adapter.scale_states(model.text_states(some)), dim=-1).cpu())
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+def caption_states(model: GroundedModel, texts: Sequence[str], fit: bool = False) -> Tensor:
+    """Return what the text layers read after each caption, (n, sum of the layers' widths); equal captions run once.
+
+    Args:
+        model: the grounded model.
+        texts: n captions.
+        fit: first turn `[RET]`'s row to where these captions are likely to be followed by it (`fitted_ret`), where the
+            LM can run captions up to `[RET]` and go on from there.
+    """
+    different = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    places, texts = [different[text] for text in texts], list(different)
+    collate = ExampleCollator(model, CAPTION_LENGTH, concat_captions_prob=0.0)
+    starts = range(0, len(texts), CAPTIONS_AT_ONCE)
+    batches = [collate.texts([{"caption": text} for text in texts[i : i + CAPTIONS_AT_ONCE]]) for i in starts]
+    device = embedding_device(model.lm)
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    store = choose_prefixes(model, batches[0], KEPT_BYTES, packed=True)
+    if store and fit:
+        fit_ret(model.adapter, Spoken.joined([store.spoken(batch) for batch in batches]))
+    parts = [store.states(batch) if store else plain_states(model, batch) for batch in batches]
+    return torch.cat([torch.cat(model.adapter.scale_states(states), dim=-1).cpu() for states in parts])[places]
 
 
 @torch.no_grad()
 def fit_text_layers(model: GroundedModel, source: ImageSide, anchors: Anchors) -> None:
     """Set the text layers by ridge regression from the LM's states at `[RET]` to the anchors' image vectors."""
-    fitted = fit_states(caption_states(model, anchors.texts), source.embed(anchors.features), anchors.images)
+    states = caption_states(model, anchors.texts, fit=True)
+    fitted = fit_states(states, source.embed(anchors.features), anchors.images, anchors.groups)
     layers = model.adapter.text_to_retrieval
     for layer, weight in zip(layers, fitted.weight.split(list(model.facts.text_dims), dim=1), strict=True):
         layer.weight.copy_(weight)
@@ -193,7 +217,7 @@ def fit_text_layers(model: GroundedModel, source: ImageSide, anchors: Anchors) -
     layers[0].bias.copy_(fitted.bias)
 
 
-def fit_states(states: Tensor, vectors: Tensor, images: Tensor) -> LinearMap:
+def fit_states(states: Tensor, vectors: Tensor, images: Tensor, groups: Tensor | None = None) -> LinearMap:
     """Return the ridge layer from states (n, i) to the vectors (m, q) of their images.
 
     Its penalty is the one that ranks the right image best among all, for captions whose images it was not fitted to.
@@ -202,6 +226,7 @@ def fit_states(states: Tensor, vectors: Tensor, images: Tensor) -> LinearMap:
         states: what the text layers read.
         vectors: unit vectors of the anchors' images.
         images: (n,), for each state its image.
+        groups: (n,), equal where two states are about the same thing; by image where None.
     """
     middle, spread = _spread(states)
     even = (states - middle) / spread
@@ -212,7 +237,7 @@ def fit_states(states: Tensor, vectors: Tensor, images: Tensor) -> LinearMap:
         own = scores.gather(1, images[held][:, None])
         return -float((scores >= own).sum(1).double().log().mean())
 
-    return ridge(even, vectors[images], images, score).after(middle, spread)
+    return ridge(even, vectors[images], images if groups is None else groups, score).after(middle, spread)
 
 
 def _spread(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,14 +260,12 @@ def fit_image_rows(model: GroundedModel, anchors: Anchors) -> None:
     rows = (torch.stack(targets).to(spread) - adapter.embedding_mean) / spread
     features = adapter.standardise(anchors.features.to(rows.device))[anchors.images.to(rows.device)]
     middle, deviation = _spread(features)
-    fitted = ridge((features - middle) / deviation, rows, anchors.images).after(middle, deviation)
+    fitted = ridge((features - middle) / deviation, rows, anchors.groups).after(middle, deviation)
     adapter.image_to_rows.weight.copy_(fitted.weight.repeat(model.config.num_visual_tokens, 1))
     adapter.image_to_rows.bias.copy_(fitted.bias.repeat(model.config.num_visual_tokens))
 
 
 def _refine(model: GroundedModel, anchors: Anchors, refinement: Refinement) -> None:
-    if not refinement.steps:
-        return
     pairs = zip(anchors.features.float(), anchors.captions, strict=True)
     rows = [{"image_features": feature, "caption": list(captions)} for feature, captions in pairs]
     with tempfile.TemporaryDirectory() as folder:
@@ -251,6 +274,7 @@ def _refine(model: GroundedModel, anchors: Anchors, refinement: Refinement) -> N
             max_steps=refinement.steps,
             per_device_train_batch_size=min(refinement.batch_size, len(anchors)),
             learning_rate=refinement.learning_rate,
+            rows_learning_rate=refinement.rows_learning_rate,
             captioning_fraction=refinement.captioning_fraction,
             seed=refinement.seed,
             concat_captions_prob=0.0,

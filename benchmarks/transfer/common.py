@@ -52,34 +52,41 @@ def _load_gemma(folder: Path) -> tuple[nn.Module, Any]:
 
 
 class Cost:
-    """Counts the tokens that pass through an LM, with and without gradient, and the seconds of a block."""
+    """Counts the tokens that pass through an LM's layers, with and without gradient, and the seconds of a block.
+
+    A token that passes through a part of the layers counts as that part.
+    """
 
     def __init__(self, lm: nn.Module) -> None:
-        self.lm, self.with_gradient, self.without_gradient, self.seconds = lm, 0, 0, 0.0
+        stacks = [module for module in lm.modules() if isinstance(module, nn.ModuleList)]
+        self.layers = max(stacks, key=len)
+        self.with_gradient, self.without_gradient, self.seconds = 0.0, 0.0, 0.0
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what happens in the block."""
-        handle = self.lm.register_forward_pre_hook(self._count, with_kwargs=True, prepend=True)
+        handles = [layer.register_forward_pre_hook(self._count, with_kwargs=True) for layer in self.layers]
         start = time.perf_counter()
         try:
             yield
         finally:
             self.seconds += time.perf_counter() - start
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        count = (args[0] if args else kwargs["input_ids"]).numel()
+        states = args[0] if args else kwargs["hidden_states"]
+        tokens = states.shape[:-1].numel() / len(self.layers)
         if torch.is_grad_enabled():
-            self.with_gradient += count
+            self.with_gradient += tokens
         else:
-            self.without_gradient += count
+            self.without_gradient += tokens
 
     def to_dict(self) -> dict[str, float]:
         """Return the counts, JSON-ready."""
         return {
-            "token_passes_with_gradient": self.with_gradient,
-            "token_passes_without_gradient": self.without_gradient,
+            "token_passes_with_gradient": round(self.with_gradient),
+            "token_passes_without_gradient": round(self.without_gradient),
             "seconds": round(self.seconds, 1),
         }
 

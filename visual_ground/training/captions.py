@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,7 @@ from torch.nn import functional as F
 from visual_ground.model import GroundedModel
 from visual_ground.training.cross_entropy import ret_parameters, sum_of_parts, summed_cross_entropy
 from visual_ground.training.examples import IGNORED, LabelledIds
-from visual_ground.training.sequences import KeysValues, Piece, pieces, plain_layers, read, rows_of
-
-LEADS_KEPT = 64
+from visual_ground.training.sequences import Leads, Piece, pieces, read, rows_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class CaptionPass:
 
     def __init__(self, model: GroundedModel, shortcuts: Shortcuts | None = None) -> None:
         self.model, self.ways = model, Shortcuts() if shortcuts is None else shortcuts
-        self._leads: OrderedDict[tuple[int, ...], KeysValues] = OrderedDict()
+        self._leads = Leads(model)
 
     def loss(self, batch: Mapping[str, Tensor], features: Tensor) -> Summed:
         """Return the cross entropy of the labels, each row reading its own images.
@@ -79,7 +76,7 @@ class CaptionPass:
 
         def loss_of(part: tuple[tuple[int, ...], Piece], table: Tensor) -> Tensor:
             lead, piece = part
-            states, output = read(model, piece, table, self._lead(lead), whole_head=not self.ways.direct_head)
+            states, output = read(model, piece, table, self._leads.get(lead), whole_head=not self.ways.direct_head)
             if self.ways.direct_head:
                 return summed_cross_entropy(model, states, piece.targets)
             logits = output.logits[0].float()
@@ -107,20 +104,6 @@ class CaptionPass:
         ours = (n for n, i in enumerate(row.ids) if i == virtual.ret_token_id or i >= virtual.first_image_id)
         length = next(ours, 0)
         return 0 if any(label != IGNORED for label in row.labels[: length + 1]) else length
-
-    @torch.no_grad()
-    def _lead(self, ids: tuple[int, ...]) -> KeysValues | None:
-        if not ids:
-            return None
-        if ids not in self._leads:
-            tensor = torch.tensor([ids], device=self.model.adapter.logit_scale.device)
-            with self.model.bind(None, torch.ones_like(tensor, dtype=torch.bool)) as call:
-                call.head_rows = 1
-                output = self.model.run(tensor, torch.ones_like(tensor), use_cache=True)
-            self._leads[ids] = plain_layers(output, len(ids))
-            if len(self._leads) > LEADS_KEPT:
-                self._leads.popitem(last=False)
-        return self._leads[ids]
 
 
 def captioning_loss(model: GroundedModel, batch: Mapping[str, Tensor], features: Tensor) -> Tensor:

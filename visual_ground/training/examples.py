@@ -195,7 +195,7 @@ class ExampleCollator:
             rows = [a + b for a, b in zip(rows[::2], rows[1::2], strict=False)] + rows[len(rows) - len(rows) % 2 :]
         batch = {
             "captioning": self._pad(rows),
-            "retrieval": self._pad([self.retrieval(example) for example in examples]),
+            "retrieval": self.texts(examples),
             "groups": torch.tensor([example["group"] for example in examples]),
             "rows": torch.tensor([example["row"] for example in examples]),
         }
@@ -206,6 +206,10 @@ class ExampleCollator:
         else:
             batch["pixel_values"] = self.model.vision.preprocess([example["image"] for example in examples])
         return batch
+
+    def texts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the `retrieval` part alone, which reads no images."""
+        return self._pad([self.retrieval(example) for example in examples])
 
     def _pad(self, rows: Sequence[LabelledIds]) -> dict[str, Tensor]:
         encoded = [EncodedPrompt(row.ids, ()) for row in rows]

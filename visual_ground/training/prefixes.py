@@ -21,7 +21,7 @@ from visual_ground.model import GroundedModel
 from visual_ground.training.captions import Summed
 from visual_ground.training.cross_entropy import own_columns
 from visual_ground.training.examples import IGNORED, LabelledIds
-from visual_ground.training.sequences import Piece, fixed_cache, pieces, plain_layers, read, rows_of
+from visual_ground.training.sequences import Leads, Piece, fixed_cache, pieces, plain_layers, read, rows_of
 
 ROWS_AT_ONCE = 32
 
@@ -69,6 +69,42 @@ class Prefix:
         return sum(t.nbytes for t in (*self.keys_values, self.head_input, self.log_normaliser, self.label_logits))
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """What the text loss of several captions needs, all of it independent of `[RET]`'s output row.
+
+    Args:
+        head_input: (labels, h), what the head read before each label.
+        log_normaliser: (labels,), of the LM's own columns.
+        label_logits: (labels - captions,), of the captions' own tokens.
+        ends: (captions,), the places of `[RET]` among the labels.
+    """
+
+    head_input: Tensor
+    log_normaliser: Tensor
+    label_logits: Tensor
+    ends: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Spoken]) -> Spoken:
+        """Return all captions of all parts."""
+        before = torch.tensor([0, *[len(part.log_normaliser) for part in parts]]).cumsum(0)
+        return cls(
+            torch.cat([part.head_input for part in parts]),
+            torch.cat([part.log_normaliser for part in parts]),
+            torch.cat([part.label_logits for part in parts]),
+            torch.cat([part.ends + count for part, count in zip(parts, before, strict=False)]),
+        )
+
+    def loss(self, row: Tensor) -> Summed:
+        """Return the summed cross entropy of all captions' tokens and `[RET]`s, for an output row (h,) of `[RET]`."""
+        with torch.autocast(row.device.type, enabled=False):
+            ret = self.head_input.to(row) @ row
+        normaliser = torch.logaddexp(self.log_normaliser.to(ret), ret)
+        own = self.label_logits.sum().to(ret)
+        return Summed(normaliser.sum() - own - ret[self.ends.to(ret.device)].sum(), len(normaliser))
+
+
 class PrefixKeeper(Protocol):
     """Keeps prefixes beyond the memory of this process; see `prefix_files.PrefixFiles`."""
 
@@ -87,12 +123,19 @@ class PrefixStore:
         limit_bytes: how much to keep in memory; 0 keeps nothing.
         packed: several captions in a row of the LM's batch, without padding.
         keeper: keeps prefixes on disk besides.
+        leads: what stands before all captions runs once.
     """
 
     def __init__(
-        self, model: GroundedModel, limit_bytes: int = 0, packed: bool = False, keeper: PrefixKeeper | None = None
+        self,
+        model: GroundedModel,
+        limit_bytes: int = 0,
+        packed: bool = False,
+        keeper: PrefixKeeper | None = None,
+        leads: bool = False,
     ) -> None:
-        self.model, self.packed, self.keeper = model, packed, keeper
+        self.model, self.packed, self.keeper, self.leads = model, packed, keeper, leads
+        self._leads = Leads(model)
         self.limit_bytes, self.held_bytes = limit_bytes, 0
         self._kept: dict[Key, Prefix] = {}
 
@@ -100,7 +143,7 @@ class PrefixStore:
         """Compute what `plain_retrieval` computes, for a batch whose rows end with `[RET]`."""
         prefixes = self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)])
         vectors = self.model.adapter.embed_states(self._states(prefixes))
-        return RetrievalPass(self._text_loss(prefixes), vectors)
+        return RetrievalPass(self._spoken(prefixes).loss(self.model.adapter.ret_rows()[1]), vectors)
 
     def _prefixes(self, keys: Sequence[Key]) -> list[Prefix]:
         found: dict[Key, Prefix] = {}
@@ -123,31 +166,48 @@ class PrefixStore:
     @torch.no_grad()
     def _compute(self, keys: Sequence[Key]) -> dict[Key, Prefix]:
         """Run rows, each ending with `[RET]` and labelled from its first label on, up to before their `[RET]`."""
-        model = self.model
-        rows = [LabelledIds(ids[:-1], (*[IGNORED] * first, *ids[first:])) for ids, first in keys]
+        # The last id of what stands before a caption predicts its first label, so that it runs with each.
+        usual = tuple(self.model.encoder.caption_lead(image=False))[:-1] if self.leads else ()
+        led: dict[tuple[int, ...], list[Key]] = {}
+        for ids, first in keys:
+            lead = usual if first > len(usual) and ids[: len(usual)] == usual else ()
+            led.setdefault(lead, []).append((ids, first))
         fresh: dict[Key, Prefix] = {}
-        for piece in pieces(model, rows, self.packed):
-            states, output = read(model, piece, keep=True)
+        for lead, some in led.items():
+            fresh |= self._compute_led(lead, some)
+        return fresh
+
+    def _compute_led(self, lead: tuple[int, ...], keys: Sequence[Key]) -> dict[Key, Prefix]:
+        model, before = self.model, len(lead)
+        rows = [LabelledIds(ids[before:-1], (*[IGNORED] * (first - before), *ids[first:])) for ids, first in keys]
+        fresh: dict[Key, Prefix] = {}
+        for piece in pieces(model, rows, self.packed, lead=before):
+            states, output = read(model, piece, lead=self._leads.get(lead), keep=True)
             normalisers, logits = own_columns(model, states, piece.targets)
-            layers = plain_layers(output, piece.ids.shape[1])
+            layers = plain_layers(output, before + piece.ids.shape[1])
             for number, row, start, count, labels in _places(piece):
-                # Cloned, so that a kept slice does not hold the whole batch's memory.
-                place = row, slice(None), slice(start, start + count)
-                kept = [torch.stack([of_keys[place], of_values[place]]) for of_keys, of_values in layers]
+                own = slice(before + start, before + start + count)
+                # Joined or cloned anew, so that a kept slice does not hold the whole batch's memory.
+                kept = [
+                    torch.stack([torch.cat([t[row, :, :before], t[row, :, own]], -2) for t in layer])
+                    for layer in layers
+                ]
                 numbers = normalisers[labels].clone(), logits[labels][:-1].clone()
                 fresh[keys[number]] = Prefix(kept, states[labels].clone(), *numbers)
         return fresh
 
-    def _text_loss(self, prefixes: Sequence[Prefix]) -> Summed:
-        """Return the summed cross entropy of all captions' tokens and `[RET]`s."""
-        row = self.model.adapter.ret_rows()[1]
-        counts = [len(prefix.head_input) for prefix in prefixes]
-        with torch.autocast(row.device.type, enabled=False):
-            ret = torch.cat([prefix.head_input for prefix in prefixes]).to(row) @ row
-        normaliser = torch.logaddexp(torch.cat([prefix.log_normaliser for prefix in prefixes]).to(ret), ret)
-        last = torch.tensor(counts, device=ret.device).cumsum(0) - 1
-        own = torch.cat([prefix.label_logits for prefix in prefixes]).sum().to(ret)
-        return Summed(normaliser.sum() - own - ret[last].sum(), sum(counts))
+    def spoken(self, batch: Mapping[str, Tensor]) -> Spoken:
+        """Return what decides how likely such a batch's captions and `[RET]`s are said, whatever `[RET]`'s row."""
+        return self._spoken(self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)]))
+
+    def _spoken(self, prefixes: Sequence[Prefix]) -> Spoken:
+        counts = torch.tensor([len(prefix.head_input) for prefix in prefixes])
+        return Spoken(
+            torch.cat([prefix.head_input for prefix in prefixes]),
+            torch.cat([prefix.log_normaliser for prefix in prefixes]),
+            torch.cat([prefix.label_logits for prefix in prefixes]),
+            counts.cumsum(0) - 1,
+        )
 
     def states(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the states at the `[RET]`s of such a batch, one (b, width) per text layer."""

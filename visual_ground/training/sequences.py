@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from visual_ground.training.examples import IGNORED, LabelledIds
 
 # Positions of a packed row, more where a sequence is longer: attention costs their square, and all fits in a cache.
 PACKED_WIDTH = 128
+LEADS_KEPT = 64
 
 # A window that is longer than a caption is none.
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -150,7 +152,7 @@ def read(
         image_rows: (n * k, d).
         lead: keys and values (1, heads, p, width) of each layer, of what stands before every sequence.
         whole_head: run the output head at every label, for logits (1, labels, columns); else at one only.
-        keep: have the LM return its keys and values.
+        keep: have the LM return its keys and values, those of the lead first.
     """
     options: dict[str, Any] = {} if piece.positions is None else {"position_ids": piece.positions}
     if lead is not None:
@@ -158,7 +160,7 @@ def read(
             (keys.expand(len(piece.ids), -1, -1, -1), values.expand(len(piece.ids), -1, -1, -1))
             for keys, values in lead
         ]
-        options["cache"] = fixed_cache(shared)
+        options["cache"] = _growing_cache(shared) if keep else fixed_cache(shared)
     with model.bind(image_rows, piece.predicting) as call:
         call.head_rows = None if whole_head else 1
         output = model.run(piece.ids, piece.mask, use_cache=keep or lead is not None, **options)
@@ -191,6 +193,14 @@ def fixed_cache(layers: KeysValues) -> DynamicCache:
     return cache
 
 
+def _growing_cache(layers: KeysValues) -> DynamicCache:
+    """Return a cache of keys and values (m, heads, p, width) that a run adds its own to."""
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys, values, number)
+    return cache
+
+
 def plain_layers(output: Any, length: int) -> KeysValues:
     """Return each layer's keys and values (m, heads, length, width), of every position that was run.
 
@@ -209,3 +219,30 @@ def plain_layers(output: Any, length: int) -> KeysValues:
     if any(layer.keys.shape[-2] != length for layer in layers):
         raise GroundingStateError(f"A layer keeps fewer than the {length} positions that were run.")
     return [(layer.keys, layer.values) for layer in layers]
+
+
+class Leads:
+    """Keys and values of what stands before many sequences alike, none of it trained; each is run once.
+
+    Args:
+        model: the grounded model, whose LM must keep one plain key-value cache per layer.
+    """
+
+    def __init__(self, model: GroundedModel) -> None:
+        self._model = model
+        self._kept: OrderedDict[tuple[int, ...], KeysValues] = OrderedDict()
+
+    @torch.no_grad()
+    def get(self, ids: tuple[int, ...]) -> KeysValues | None:
+        """Return each layer's keys and values (1, heads, p, width) of p ids, or None where there are no ids."""
+        if not ids:
+            return None
+        if ids not in self._kept:
+            tensor = torch.tensor([ids], device=self._model.adapter.logit_scale.device)
+            with self._model.bind(None, torch.ones_like(tensor, dtype=torch.bool)) as call:
+                call.head_rows = 1
+                output = self._model.run(tensor, torch.ones_like(tensor), use_cache=True)
+            self._kept[ids] = plain_layers(output, len(ids))
+            if len(self._kept) > LEADS_KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[ids]

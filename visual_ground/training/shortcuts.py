@@ -18,6 +18,8 @@ from visual_ground.training.sequences import dtype_of
 logger = logging.getLogger(__name__)
 
 TRIED_ROWS = 8
+# Whether captions are packed, and whether what stands before all of them runs once: the quickest way first.
+WAYS = ((True, True), (False, True), (True, False), (False, False))
 
 
 def find_shortcuts(
@@ -104,23 +106,24 @@ def choose_prefixes(
         model: the grounded model.
         batch: the retrieval part of a batch.
         limit_bytes: as in `PrefixStore`.
-        packed: likewise.
-        keeper: likewise.
+        packed: whether they may be packed.
+        keeper: as in `PrefixStore`.
     """
     some = {name: tensor[:TRIED_ROWS] for name, tensor in batch.items()}
     if not head_is_last(model, some):
         logger.info("Captions run as a whole in each step: this LM changes what its head gives.")
         return None
     plain = plain_retrieval(model, some)
-    for in_rows in (True, False) if packed else (False,):
+    lead = len(model.encoder.caption_lead(image=False)) > 1
+    for in_rows, leads in [ways for ways in WAYS if packed >= ways[0] and lead >= ways[1]]:
         try:
-            quick = PrefixStore(model, packed=in_rows).run(some)
+            quick = PrefixStore(model, packed=in_rows, leads=leads).run(some)
         except Exception as error:  # as above
             logger.info("Captions run as a whole in each step: %s", error)
             continue
         room = 1e-3 if dtype_of(model) == torch.float32 else 3e-2
         same = torch.allclose(quick.vectors, plain.vectors, atol=room)
         if same and torch.allclose(quick.loss, plain.loss, rtol=room):
-            return PrefixStore(model, limit_bytes, in_rows, keeper)
+            return PrefixStore(model, limit_bytes, in_rows, keeper, leads)
         logger.info("Captions run as a whole in each step: their prefixes give other values in this LM.")
     return None

@@ -212,7 +212,7 @@ def set_row_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> 
 def keeping_nothing(objective: GroundingObjective) -> Iterator[None]:
     """Inside the block, prefixes are run and not kept: a restart does not evaluate again what was evaluated before."""
     kept = objective.prefixes
-    objective.prefixes = None if kept is None else PrefixStore(objective.model, packed=kept.packed)
+    objective.prefixes = None if kept is None else PrefixStore(objective.model, packed=kept.packed, leads=kept.leads)
     try:
         yield
     finally:
