@@ -6,7 +6,8 @@ import torch
 from tests.tiny import build, grounded, tokenizer
 from visual_ground.training import ExampleCollator
 from visual_ground.training.fitted_ret import fit_ret
-from visual_ground.training.prefixes import PrefixStore, Spoken, plain_retrieval
+from visual_ground.training.prefixes import PrefixStore
+from visual_ground.training.retrieval import Spoken, plain_retrieval
 
 CAPTIONS = [f"w{10 + i} w{40 + i % 3} w7" for i in range(12)]
 

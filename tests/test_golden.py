@@ -16,7 +16,8 @@ from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingAr
 from visual_ground.training import GroundingObjective
 from visual_ground.training.captions import captioning_loss
 from visual_ground.training.examples import LabelledIds
-from visual_ground.training.prefixes import PrefixStore, plain_retrieval
+from visual_ground.training.prefixes import PrefixStore
+from visual_ground.training.retrieval import plain_retrieval
 
 GOLDEN = Path(__file__).parent / "golden"
 RET = 501

@@ -12,7 +12,8 @@ from visual_ground import GroundedModel, GroundingError, GroundingTrainer, Groun
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
 from visual_ground.training.contrastive import contrastive_losses
-from visual_ground.training.prefixes import PrefixStore, plain_retrieval
+from visual_ground.training.prefixes import PrefixStore
+from visual_ground.training.retrieval import plain_retrieval
 from visual_ground.training.shortcuts import choose_prefixes
 
 TEMPLATE = "{% for m in messages %}w50 {{ m.content }} w51 {% endfor %}{% if add_generation_prompt %}w52 {% endif %}"

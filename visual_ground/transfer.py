@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from transformers import PrinterCallback
 
 from visual_ground.adapter import Adapter
 from visual_ground.anchors import Anchors
-from visual_ground.closed_form import LinearMap, ridge
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.hub import HubOptions
@@ -29,18 +28,13 @@ from visual_ground.language import embedding_device
 from visual_ground.model import GroundedModel, ground
 from visual_ground.saving import WEIGHTS_FILE, read_tensors
 from visual_ground.sharing import SavedAdapter
-from visual_ground.training import ExampleCollator, GroundingTrainer, GroundingTrainingArguments
-from visual_ground.training.fitted_ret import fit_ret
-from visual_ground.training.prefixes import Spoken, plain_states
-from visual_ground.training.shortcuts import choose_prefixes
+from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+from visual_ground.transfer_fits import fit_image_rows, fit_text_layers
 
 if TYPE_CHECKING:
     from visual_ground.vision import VisionEncoder
 
 SHARED = ("image_to_retrieval.weight", "image_to_retrieval.bias", "feature_mean", "feature_std", "logit_scale")
-CAPTIONS_AT_ONCE = 128
-CAPTION_LENGTH = 64
-KEPT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ def transfer(
                 "encoder that it was trained with."
             )
         _copy_image_side(model.adapter, source)
-        fit_text_layers(model, source, anchors)
+        fit_text_layers(model, anchors)
         fit_image_rows(model, anchors)
         if refinement is not None:
             _refine(model, anchors, refinement)
@@ -179,90 +173,6 @@ def _copy_image_side(adapter: Adapter, source: ImageSide) -> None:
     for name in SHARED:
         state[name].copy_(source.tensors[name])
     adapter.image_to_retrieval.requires_grad_(False)
-
-
-@torch.no_grad()
-def caption_states(model: GroundedModel, texts: Sequence[str], fit: bool = False) -> Tensor:
-    """Return what the text layers read after each caption, (n, sum of the layers' widths); equal captions run once.
-
-    Args:
-        model: the grounded model.
-        texts: n captions.
-        fit: first turn `[RET]`'s row to where these captions are likely to be followed by it (`fitted_ret`), where the
-            LM can run captions up to `[RET]` and go on from there.
-    """
-    different = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    places, texts = [different[text] for text in texts], list(different)
-    collate = ExampleCollator(model, CAPTION_LENGTH, concat_captions_prob=0.0)
-    starts = range(0, len(texts), CAPTIONS_AT_ONCE)
-    batches = [collate.texts([{"caption": text} for text in texts[i : i + CAPTIONS_AT_ONCE]]) for i in starts]
-    device = embedding_device(model.lm)
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    store = choose_prefixes(model, batches[0], KEPT_BYTES, packed=True)
-    if store and fit:
-        fit_ret(model.adapter, Spoken.joined([store.spoken(batch) for batch in batches]))
-    parts = [store.states(batch) if store else plain_states(model, batch) for batch in batches]
-    return torch.cat([torch.cat(model.adapter.scale_states(states), dim=-1).cpu() for states in parts])[places]
-
-
-@torch.no_grad()
-def fit_text_layers(model: GroundedModel, source: ImageSide, anchors: Anchors) -> None:
-    """Set the text layers by ridge regression from the LM's states at `[RET]` to the anchors' image vectors."""
-    states = caption_states(model, anchors.texts, fit=True)
-    fitted = fit_states(states, source.embed(anchors.features), anchors.images, anchors.groups)
-    layers = model.adapter.text_to_retrieval
-    for layer, weight in zip(layers, fitted.weight.split(list(model.facts.text_dims), dim=1), strict=True):
-        layer.weight.copy_(weight)
-        layer.bias.zero_()
-    layers[0].bias.copy_(fitted.bias)
-
-
-def fit_states(states: Tensor, vectors: Tensor, images: Tensor, groups: Tensor | None = None) -> LinearMap:
-    """Return the ridge layer from states (n, i) to the vectors (m, q) of their images.
-
-    Its penalty is the one that ranks the right image best among all, for captions whose images it was not fitted to.
-
-    Args:
-        states: what the text layers read.
-        vectors: unit vectors of the anchors' images.
-        images: (n,), for each state its image.
-        groups: (n,), equal where two states are about the same thing; by image where None.
-    """
-    middle, spread = _spread(states)
-    even = (states - middle) / spread
-
-    def score(layer: LinearMap, held: Tensor) -> float:
-        """Return minus the mean log rank of the right image among all anchors."""
-        scores = F.normalize(layer(even[held]), dim=-1) @ vectors.T
-        own = scores.gather(1, images[held][:, None])
-        return -float((scores >= own).sum(1).double().log().mean())
-
-    return ridge(even, vectors[images], images if groups is None else groups, score).after(middle, spread)
-
-
-def _spread(columns: Tensor) -> tuple[Tensor, Tensor]:
-    return columns.mean(0), columns.std(0, correction=0) + 1e-6
-
-
-@torch.no_grad()
-def fit_image_rows(model: GroundedModel, anchors: Anchors) -> None:
-    """Set the image rows by ridge regression from image features to the mean embedding of their captions' tokens."""
-    adapter = model.adapter
-    device = embedding_device(model.lm)
-    embedding = model.lm.get_input_embeddings()
-    targets = []
-    with model.disable_adapter():
-        for text in anchors.texts:
-            words = text.strip().rstrip(".") or text.strip()
-            ids = torch.tensor([model.encoder.encode_text(f" {words}")], device=device)
-            targets.append(embedding(ids)[0].float().mean(0))
-    spread = adapter.embedding_std.clamp_min(1e-6)
-    rows = (torch.stack(targets).to(spread) - adapter.embedding_mean) / spread
-    features = adapter.standardise(anchors.features.to(rows.device))[anchors.images.to(rows.device)]
-    middle, deviation = _spread(features)
-    fitted = ridge((features - middle) / deviation, rows, anchors.groups).after(middle, deviation)
-    adapter.image_to_rows.weight.copy_(fitted.weight.repeat(model.config.num_visual_tokens, 1))
-    adapter.image_to_rows.bias.copy_(fitted.bias.repeat(model.config.num_visual_tokens))
 
 
 def _refine(model: GroundedModel, anchors: Anchors, refinement: Refinement) -> None:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from visual_ground.demo.pieces import load_vision
 from visual_ground.model import ground
-from visual_ground.transfer import ImageSide, caption_states, fit_states
+from visual_ground.transfer import ImageSide
+from visual_ground.transfer_fits import caption_states, fit_states
 
 SEEDS = (0, 1, 2)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visual_ground.adapter import Adapter
-from visual_ground.training.prefixes import Spoken
+from visual_ground.training.retrieval import Spoken
 
 STEPS = 100
 

@@ -22,7 +22,7 @@ from visual_ground.language import core_of
 from visual_ground.model import GroundedModel
 from visual_ground.training.examples import ExampleDataset
 from visual_ground.training.losses import GroundingObjective
-from visual_ground.training.prefixes import plain_states
+from visual_ground.training.retrieval import plain_states
 from visual_ground.training.sequences import KeysValues, fixed_cache, plain_layers
 from visual_ground.training.streams import ExampleStream
 from visual_ground.training.validation import image_features
@@ -127,7 +127,7 @@ def told_states(imitation: Imitation, pairs: Sequence[Mapping[str, Any]]) -> Ten
     encode = imitation.model.encoder.encode_text
     said: dict[int, dict[tuple[int, ...], None]] = {}
     for pair in pairs:
-        said.setdefault(pair["group"], {})[tuple(encode(" " + _within_a_sentence(pair["caption"])))] = None
+        said.setdefault(pair["group"], {})[tuple(encode(" " + within_a_sentence(pair["caption"])))] = None
     having = Counter(token for texts in said.values() for token in set(chain(*texts)))
     # Where all captions are the same, all words weigh the same.
     weight = {token: math.log(len(said) / count) + 1e-6 for token, count in having.items()}
@@ -143,7 +143,7 @@ def told_states(imitation: Imitation, pairs: Sequence[Mapping[str, Any]]) -> Ten
     return torch.stack([means[pair["group"]] for pair in pairs])
 
 
-def _within_a_sentence(caption: str) -> str:
+def within_a_sentence(caption: str) -> str:
     """Return a caption without the capital and the full stop that make it a sentence."""
     bare = caption.strip().rstrip(".!?,;: ") or caption
     return bare[0].lower() + bare[1:] if bare[1:2].islower() or bare[1:2] == " " else bare

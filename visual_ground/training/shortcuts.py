@@ -12,7 +12,8 @@ from torch import Tensor
 from visual_ground.model import GroundedModel
 from visual_ground.training.captions import CaptionPass, Shortcuts
 from visual_ground.training.cross_entropy import ret_parameters
-from visual_ground.training.prefixes import PrefixKeeper, PrefixStore, plain_retrieval
+from visual_ground.training.prefixes import PrefixKeeper, PrefixStore
+from visual_ground.training.retrieval import plain_retrieval
 from visual_ground.training.sequences import dtype_of
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,129 @@
+"""What of a moved adapter meets the new language model, fitted to anchors: text layers, `[RET]`'s row, image rows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visual_ground.anchors import Anchors
+from visual_ground.closed_form import LinearMap, ridge
+from visual_ground.language import embedding_device
+from visual_ground.model import GroundedModel
+from visual_ground.training import ExampleCollator
+from visual_ground.training.fitted_ret import fit_ret
+from visual_ground.training.fitted_start import within_a_sentence
+from visual_ground.training.retrieval import Spoken, plain_states
+from visual_ground.training.shortcuts import choose_prefixes
+
+CAPTIONS_AT_ONCE = 128
+CAPTION_LENGTH = 64
+KEPT_BYTES = 4 * 2**30
+
+
+@torch.no_grad()
+def caption_states(model: GroundedModel, texts: Sequence[str], fit: bool = False) -> Tensor:
+    """Return what the text layers read after each caption, (n, sum of the layers' widths); equal captions run once.
+
+    Args:
+        model: the grounded model.
+        texts: n captions.
+        fit: first turn `[RET]`'s row to where these captions are likely to be followed by it (`fitted_ret`), where the
+            LM can run captions up to `[RET]` and go on from there.
+    """
+    different = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    places, texts = [different[text] for text in texts], list(different)
+    collate = ExampleCollator(model, CAPTION_LENGTH, concat_captions_prob=0.0)
+    starts = range(0, len(texts), CAPTIONS_AT_ONCE)
+    batches = [collate.texts([{"caption": text} for text in texts[i : i + CAPTIONS_AT_ONCE]]) for i in starts]
+    device = embedding_device(model.lm)
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+    store = choose_prefixes(model, batches[0], KEPT_BYTES, packed=True)
+    if store and fit:
+        fit_ret(model.adapter, Spoken.joined([store.spoken(batch) for batch in batches]))
+    parts = [store.states(batch) if store else plain_states(model, batch) for batch in batches]
+    return torch.cat([torch.cat(model.adapter.scale_states(states), dim=-1).cpu() for states in parts])[places]
+
+
+@torch.no_grad()
+def fit_text_layers(model: GroundedModel, anchors: Anchors) -> None:
+    """Set the text layers by ridge regression from the LM's states at `[RET]` to the anchors' image vectors.
+
+    Args:
+        model: the new model, whose image side is the old one's.
+        anchors: captions and their images.
+    """
+    states = caption_states(model, anchors.texts, fit=True)
+    vectors = model.embed_images(image_features=anchors.features).cpu()
+    fitted = fit_states(states, vectors, anchors.images, anchors.groups)
+    layers = model.adapter.text_to_retrieval
+    for layer, weight in zip(layers, fitted.weight.split(list(model.facts.text_dims), dim=1), strict=True):
+        layer.weight.copy_(weight)
+        layer.bias.zero_()
+    layers[0].bias.copy_(fitted.bias)
+
+
+def fit_states(states: Tensor, vectors: Tensor, images: Tensor, groups: Tensor | None = None) -> LinearMap:
+    """Return the ridge layer from states (n, i) to the vectors (m, q) of their images.
+
+    Its penalty is the one that ranks the right image best among all, for captions whose images it was not fitted to.
+
+    Args:
+        states: what the text layers read.
+        vectors: unit vectors of the anchors' images.
+        images: (n,), for each state its image.
+        groups: (n,), equal where two states are about the same thing; by image where None.
+    """
+    middle, spread = _spread(states)
+    even = (states - middle) / spread
+
+    def score(layer: LinearMap, held: Tensor) -> float:
+        """Return minus the mean log rank of the right image among all anchors."""
+        scores = F.normalize(layer(even[held]), dim=-1) @ vectors.T
+        own = scores.gather(1, images[held][:, None])
+        return -float((scores >= own).sum(1).double().log().mean())
+
+    return ridge(even, vectors[images], images if groups is None else groups, score).after(middle, spread)
+
+
+def _spread(columns: Tensor) -> tuple[Tensor, Tensor]:
+    return columns.mean(0), columns.std(0, correction=0) + 1e-6
+
+
+@torch.no_grad()
+def fit_image_rows(model: GroundedModel, anchors: Anchors) -> None:
+    """Set the image rows by ridge regression from image features to their captions' own embeddings.
+
+    A caption's target is the mean of its tokens' embeddings, a token weighing the logarithm of the captions per caption
+    that has it, for what most captions say tells no image from others. Rows lie around the adapter's embedding mean,
+    and as far from it as the targets from theirs, which ridge regression alone would shrink (benchmarks/transfer).
+    """
+    adapter = model.adapter
+    table = model.lm.get_input_embeddings()
+    encoded = {text: model.encoder.encode_text(f" {within_a_sentence(text)}") for text in anchors.texts}
+    having = Counter(token for ids in encoded.values() for token in set(ids))
+    targets = {}
+    with model.disable_adapter():
+        for text, ids in encoded.items():
+            weights = torch.tensor([math.log(len(encoded) / having[i]) + 1e-6 for i in ids])
+            states = table(torch.tensor([ids], device=embedding_device(model.lm)))[0].float().cpu()
+            targets[text] = weights @ states / weights.sum()
+    rows = torch.stack([targets[text] for text in anchors.texts]) / adapter.embedding_std.clamp_min(1e-6).cpu()
+    features = adapter.standardise(anchors.features.to(adapter.feature_mean.device)).cpu()[anchors.images]
+    groups = anchors.groups
+    if patches := model.config.num_patch_tokens:
+        # Every patch of an image is fitted to its captions.
+        features = features[:, adapter.pooled_dim :].reshape(-1, adapter.patch_dim)
+        rows, groups = rows.repeat_interleave(patches, 0), groups.repeat_interleave(patches)
+    middle, deviation = _spread(features)
+    even = (features - middle) / deviation
+    fitted = ridge(even, rows, groups)
+    shrunk = (rows.std(0).norm() / fitted(even).std(0).norm().clamp_min(1e-6)).clamp_max(10)
+    weight = shrunk * fitted.weight / deviation
+    copies = len(adapter.image_to_rows.weight) // len(weight)
+    adapter.image_to_rows.weight.copy_(weight.repeat(copies, 1))
+    adapter.image_to_rows.bias.copy_((-weight @ middle).repeat(copies))
