@@ -2,15 +2,14 @@
 
     python benchmarks/fitted_start.py
 
-Caption pair accuracy in percent on the validation concepts (eight wrong images a caption), with start values alone and
-after `training.fitted_start.start_rows`, before any step of training: with every word of an image's captions weighted
-by its rarity as there, with all words weighted alike, and with the last word of the shortest caption alone; and the
-first of these at other depths.
+Caption pair accuracy in percent on the validation concepts (eight wrong images a caption), before any step of training:
+with rows fitted to their captions' words in closed form (`training.telling`), and after the imitation that follows
+(`training.fitted_start`), with every word of an image's captions weighted by its rarity as there, with all words
+weighted alike, and with the last word of the shortest caption alone; and the first of these at other depths.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from visual_ground.demo.run import Pairs
 from visual_ground.evaluation import caption_pair_accuracy
 from visual_ground.training import ExampleDataset, fitted_start
 from visual_ground.training.starting import standardise
+from visual_ground.training.telling import fit_rows_to_words, within_a_sentence
 from visual_ground.training.validation import image_features
 
 CACHE = Path("demo/cache")
@@ -47,23 +47,20 @@ def last_word_of_the_shortest(imitation: fitted_start.Imitation, pairs: Sequence
 
 
 def _states(imitation: fitted_start.Imitation, captions: list[str], weigh: Callable[[int], list[float]]) -> Tensor:
-    texts = [imitation.model.encoder.encode_text(" " + fitted_start._within_a_sentence(text)) for text in captions]
+    texts = [imitation.model.encoder.encode_text(" " + within_a_sentence(text)) for text in captions]
     parts = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     return torch.cat([imitation.text_states(part, [weigh(len(text)) for text in part]) for part in parts])
 
 
 def accuracy(model: GroundedModel, pairs: Pairs, told: Told | None, depth: float = fitted_start.DEPTH) -> float:
-    """Start the image rows anew, fit them if told what to imitate, and return the caption pair accuracy."""
-    layer = model.adapter.image_to_rows
-    torch.manual_seed(0)
-    torch.nn.init.normal_(layer.weight, std=0.1 / math.sqrt(layer.in_features))
-    torch.nn.init.zeros_(layer.bias)
-    if told is not None:
+    """Fit the image rows anew, in closed form and by what is told, and return the caption pair accuracy."""
+    examples = ExampleDataset(pairs.rows(), features=pairs.row_features())
+    taken = fitted_start._spread_out(examples)
+    features = torch.cat([image_features(model, taken[i : i + 128]) for i in range(0, len(taken), 128)])
+    if told is None:
+        fit_rows_to_words(model, [row["caption"] for row in taken], features, [row["group"] for row in taken])
+    else:
         fitted_start.told_states, fitted_start.DEPTH = told, depth
-        rows = pairs.rows()
-        examples = ExampleDataset(rows, features=pairs.row_features())
-        taken = fitted_start._spread_out(examples)
-        features = torch.cat([image_features(model, taken[i : i + 128]) for i in range(0, len(taken), 128)])
         fitted_start.start_rows(model, taken, features)
     texts, features = pairs.pairs(pairs.numbers("validation"))
     return round(caption_pair_accuracy(model, texts, features, wrong_images=8), 1)
@@ -76,7 +73,7 @@ def main() -> None:
     pairs = Pairs(CACHE, vision, None)
     model = ground(lm, vision, tokenizer).eval()
     standardise(model, ExampleDataset(pairs.rows(), features=pairs.row_features()))
-    figures = {"not fitted": accuracy(model, pairs, None)}
+    figures = {"closed form": accuracy(model, pairs, None)}
     ways = {
         "rare words more": rare_words_more,
         "all words alike": all_words_alike,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -16,9 +14,9 @@ from visual_ground.language import embedding_device
 from visual_ground.model import GroundedModel
 from visual_ground.training import ExampleCollator
 from visual_ground.training.fitted_ret import fit_ret
-from visual_ground.training.fitted_start import within_a_sentence
 from visual_ground.training.retrieval import Spoken, plain_states
 from visual_ground.training.shortcuts import choose_prefixes
+from visual_ground.training.telling import fit_rows_to_words
 
 CAPTIONS_AT_ONCE = 128
 CAPTION_LENGTH = 64
@@ -94,36 +92,7 @@ def _spread(columns: Tensor) -> tuple[Tensor, Tensor]:
     return columns.mean(0), columns.std(0, correction=0) + 1e-6
 
 
-@torch.no_grad()
 def fit_image_rows(model: GroundedModel, anchors: Anchors) -> None:
-    """Set the image rows by ridge regression from image features to their captions' own embeddings.
-
-    A caption's target is the mean of its tokens' embeddings, a token weighing the logarithm of the captions per caption
-    that has it, for what most captions say tells no image from others. Rows lie around the adapter's embedding mean,
-    and as far from it as the targets from theirs, which ridge regression alone would shrink (benchmarks/transfer).
-    """
-    adapter = model.adapter
-    table = model.lm.get_input_embeddings()
-    encoded = {text: model.encoder.encode_text(f" {within_a_sentence(text)}") for text in anchors.texts}
-    having = Counter(token for ids in encoded.values() for token in set(ids))
-    targets = {}
-    with model.disable_adapter():
-        for text, ids in encoded.items():
-            weights = torch.tensor([math.log(len(encoded) / having[i]) + 1e-6 for i in ids])
-            states = table(torch.tensor([ids], device=embedding_device(model.lm)))[0].float().cpu()
-            targets[text] = weights @ states / weights.sum()
-    rows = torch.stack([targets[text] for text in anchors.texts]) / adapter.embedding_std.clamp_min(1e-6).cpu()
-    features = adapter.standardise(anchors.features.to(adapter.feature_mean.device)).cpu()[anchors.images]
-    groups = anchors.groups
-    if patches := model.config.num_patch_tokens:
-        # Every patch of an image is fitted to its captions.
-        features = features[:, adapter.pooled_dim :].reshape(-1, adapter.patch_dim)
-        rows, groups = rows.repeat_interleave(patches, 0), groups.repeat_interleave(patches)
-    middle, deviation = _spread(features)
-    even = (features - middle) / deviation
-    fitted = ridge(even, rows, groups)
-    shrunk = (rows.std(0).norm() / fitted(even).std(0).norm().clamp_min(1e-6)).clamp_max(10)
-    weight = shrunk * fitted.weight / deviation
-    copies = len(adapter.image_to_rows.weight) // len(weight)
-    adapter.image_to_rows.weight.copy_(weight.repeat(copies, 1))
-    adapter.image_to_rows.bias.copy_((-weight @ middle).repeat(copies))
+    """Set the image rows from the anchors' words, see `telling.fit_rows_to_words`."""
+    features = anchors.features[anchors.images].float()
+    fit_rows_to_words(model, anchors.texts, features, anchors.groups.tolist())

@@ -8,8 +8,6 @@ seconds, where the losses would take epochs to find as much.
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -25,6 +23,7 @@ from visual_ground.training.losses import GroundingObjective
 from visual_ground.training.retrieval import plain_states
 from visual_ground.training.sequences import KeysValues, fixed_cache, plain_layers
 from visual_ground.training.streams import ExampleStream
+from visual_ground.training.telling import fit_rows_to_words, said_of, telling
 from visual_ground.training.validation import image_features
 
 logger = logging.getLogger(__name__)
@@ -33,9 +32,9 @@ PAIRS = 6144
 # How deep the imitated state is, in parts of the LM's layers: deep enough for words to have a meaning that similar
 # words share, not so deep that it is only about the next word (benchmarks/fitted_start.py).
 DEPTH = 0.27
-STEPS, BATCH = 200, 128
+STEPS, BATCH = 100, 128
 # A step of the optimizer moves a row by about this part of the embedding's spread, whatever the features' width.
-STEP = 0.4
+STEP = 0.2
 
 
 def fit_start(
@@ -84,7 +83,7 @@ def start_retrieval(objective: GroundingObjective, batches: Sequence[Mapping[str
 
 
 def start_rows(model: GroundedModel, pairs: Sequence[Mapping[str, Any]], features: Tensor, seed: int = 0) -> None:
-    """Start the layer from images to input rows by imitation of the captions.
+    """Start the layer from images to input rows: as the captions' words in closed form, then by imitation of these.
 
     Args:
         model: the grounded model.
@@ -92,9 +91,10 @@ def start_rows(model: GroundedModel, pairs: Sequence[Mapping[str, Any]], feature
         features: (n, f), of their images.
         seed: of the order.
     """
+    fit_rows_to_words(model, [pair["caption"] for pair in pairs], features, [pair["group"] for pair in pairs])
     layer = layer_at(model, DEPTH)
     if layer is None:
-        logger.info("%s shows no layers, so image rows start near the mean embedding.", type(model.lm).__name__)
+        logger.info("%s shows no layers, so image rows start as their captions' words.", type(model.lm).__name__)
         return
     imitation = Imitation(model, layer)
     wanted = told_states(imitation, pairs)
@@ -116,21 +116,15 @@ def start_rows(model: GroundedModel, pairs: Sequence[Mapping[str, Any]], feature
 def told_states(imitation: Imitation, pairs: Sequence[Mapping[str, Any]]) -> Tensor:
     """Return for each of n pairs the mean state (n, width) of all words of its group's captions.
 
-    A word weighs the logarithm of the groups per group that has it: what most captions say tells no image from others,
-    and the more words tell of an image, the less the peculiarities of one of them are imitated
-    (benchmarks/fitted_start.py).
+    Words weigh as they tell images apart (`telling`). The more words tell of an image, the less the peculiarities of
+    one of them are imitated (benchmarks/fitted_start.py).
 
     Args:
         imitation: gives the states.
         pairs: examples with a `caption` and a `group`.
     """
-    encode = imitation.model.encoder.encode_text
-    said: dict[int, dict[tuple[int, ...], None]] = {}
-    for pair in pairs:
-        said.setdefault(pair["group"], {})[tuple(encode(" " + within_a_sentence(pair["caption"])))] = None
-    having = Counter(token for texts in said.values() for token in set(chain(*texts)))
-    # Where all captions are the same, all words weigh the same.
-    weight = {token: math.log(len(said) / count) + 1e-6 for token, count in having.items()}
+    said = said_of(imitation.model, [pair["caption"] for pair in pairs], [pair["group"] for pair in pairs])
+    weight = telling(said)
     texts = sorted(set(chain(*said.values())), key=len)
     weights = [[weight[token] for token in text] for text in texts]
     starts = range(0, len(texts), BATCH)
@@ -141,12 +135,6 @@ def told_states(imitation: Imitation, pairs: Sequence[Mapping[str, Any]]) -> Ten
         places = [place[text] for text in own]
         means[group] = sums[places].sum(0) / sum(sum(weights[i]) for i in places)
     return torch.stack([means[pair["group"]] for pair in pairs])
-
-
-def within_a_sentence(caption: str) -> str:
-    """Return a caption without the capital and the full stop that make it a sentence."""
-    bare = caption.strip().rstrip(".!?,;: ") or caption
-    return bare[0].lower() + bare[1:] if bare[1:2].islower() or bare[1:2] == " " else bare
 
 
 class Imitation:
