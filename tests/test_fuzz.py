@@ -172,6 +172,13 @@ def load_index(files):
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("name", ["images", "metadata"])
+@pytest.mark.parametrize("value", ["false", "0", '""', "{}"])
+def test_what_is_false_is_no_missing_list(name, value):
+    entries = {**json.loads(INDEX["index.json"]), name: json.loads(value)}
+    assert not load_index({**INDEX, "index.json": json.dumps(entries).encode()})
+
+
 CALM = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 

@@ -208,7 +208,9 @@ def _leads_out(place: Any, folder: Path) -> GroundingFileError:
 def _read_entries(path: Path) -> dict[str, Any]:
     """Read and check `index.json`."""
     entries = read_json(path)
-    lists: list[Any] = [entries.get("ids"), entries.get("images") or [], entries.get("metadata") or []]
+    # Without images or metadata these are null; what else is false is damage.
+    optional = [[] if entries.get(name) is None else entries[name] for name in ("images", "metadata")]
+    lists: list[Any] = [entries.get("ids"), *optional]
     if (
         set(entries) != KEYS
         or not all(isinstance(values, list) for values in lists)
