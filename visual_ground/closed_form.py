@@ -95,6 +95,11 @@ def _fit(inputs: Tensor, targets: Tensor, penalties: Sequence[float]) -> list[Li
     return maps
 
 
+def spread_of(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the spread, which is never zero, of each column of (n, a)."""
+    return columns.mean(0), columns.std(0, correction=0) + 1e-6
+
+
 def shared_space(
     texts: Tensor, images: Tensor, width: int, groups: Tensor | None = None
 ) -> tuple[LinearMap, LinearMap]:
@@ -109,7 +114,7 @@ def shared_space(
         width: dimensions of the shared space.
         groups: (n,), as in `ridge`.
     """
-    middle, spread = texts.mean(0), texts.std(0, correction=0) + 1e-6
+    middle, spread = spread_of(texts)
     found = ridge(images, (texts - middle) / spread, groups)
     predicted = found(images)
     directions = _principal(predicted.T @ predicted)[:width]

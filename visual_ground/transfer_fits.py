@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visual_ground.anchors import Anchors
-from visual_ground.closed_form import LinearMap, ridge
+from visual_ground.closed_form import LinearMap, ridge, spread_of
 from visual_ground.language import embedding_device
 from visual_ground.model import GroundedModel
 from visual_ground.training import ExampleCollator
@@ -76,7 +76,7 @@ def fit_states(states: Tensor, vectors: Tensor, images: Tensor, groups: Tensor |
         images: (n,), for each state its image.
         groups: (n,), equal where two states are about the same thing; by image where None.
     """
-    middle, spread = _spread(states)
+    middle, spread = spread_of(states)
     even = (states - middle) / spread
 
     def score(layer: LinearMap, held: Tensor) -> float:
@@ -86,10 +86,6 @@ def fit_states(states: Tensor, vectors: Tensor, images: Tensor, groups: Tensor |
         return -float((scores >= own).sum(1).double().log().mean())
 
     return ridge(even, vectors[images], images if groups is None else groups, score).after(middle, spread)
-
-
-def _spread(columns: Tensor) -> tuple[Tensor, Tensor]:
-    return columns.mean(0), columns.std(0, correction=0) + 1e-6
 
 
 def fit_image_rows(model: GroundedModel, anchors: Anchors) -> None:

@@ -21,7 +21,7 @@ from visual_ground.model import GroundedModel
 from visual_ground.training.examples import ExampleDataset
 from visual_ground.training.losses import GroundingObjective
 from visual_ground.training.retrieval import plain_states
-from visual_ground.training.sequences import KeysValues, fixed_cache, plain_layers
+from visual_ground.training.sequences import KeysValues, Leads, fixed_cache
 from visual_ground.training.streams import ExampleStream
 from visual_ground.training.telling import fit_rows_to_words, said_of, telling
 from visual_ground.training.validation import image_features
@@ -152,16 +152,10 @@ class Imitation:
         self._layer = layer
         self._kept: KeysValues | None = self._keep()
 
-    @torch.no_grad()
     def _keep(self) -> KeysValues | None:
         """Return the keys and values of what stands before the image, where the LM keeps such."""
-        if not self.before:
-            return None
-        ids = torch.tensor([self.before])
         try:
-            with self.model.bind(None, torch.ones_like(ids, dtype=torch.bool)):
-                output = self.model.run(ids, torch.ones_like(ids), use_cache=True)
-            return plain_layers(output, len(ids[0]))
+            return Leads(self.model).get(tuple(self.before))
         except GroundingStateError:
             return None
 

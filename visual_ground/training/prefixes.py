@@ -87,11 +87,12 @@ class PrefixStore:
 
     def run(self, batch: Mapping[str, Tensor]) -> RetrievalPass:
         """Compute what `plain_retrieval` computes, for a batch whose rows end with `[RET]`."""
-        prefixes = self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)])
+        prefixes = self._prefixes(batch)
         vectors = self.model.adapter.embed_states(self._states(prefixes))
         return RetrievalPass(self._spoken(prefixes).loss(self.model.adapter.ret_rows()[1]), vectors)
 
-    def _prefixes(self, keys: Sequence[Key]) -> list[Prefix]:
+    def _prefixes(self, batch: Mapping[str, Tensor]) -> list[Prefix]:
+        keys = [(row.ids, _first_label(row)) for row in rows_of(batch)]
         found: dict[Key, Prefix] = {}
         for key in dict.fromkeys(keys):
             prefix = self._kept.get(key) or (self.keeper.get(key) if self.keeper else None)
@@ -144,7 +145,7 @@ class PrefixStore:
 
     def spoken(self, batch: Mapping[str, Tensor]) -> Spoken:
         """Return what decides how likely such a batch's captions and `[RET]`s are said, whatever `[RET]`'s row."""
-        return self._spoken(self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)]))
+        return self._spoken(self._prefixes(batch))
 
     def _spoken(self, prefixes: Sequence[Prefix]) -> Spoken:
         counts = torch.tensor([len(prefix.head_input) for prefix in prefixes])
@@ -157,7 +158,7 @@ class PrefixStore:
 
     def states(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the states at the `[RET]`s of such a batch, one (b, width) per text layer."""
-        return self._states(self._prefixes([(row.ids, _first_label(row)) for row in rows_of(batch)]))
+        return self._states(self._prefixes(batch))
 
     def _states(self, prefixes: Sequence[Prefix]) -> list[Tensor]:
         """Run the single position of `[RET]` on the kept keys and values; return its states."""

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from visual_ground.closed_form import ridge
+from visual_ground.closed_form import ridge, spread_of
 from visual_ground.language import embedding_device
 from visual_ground.model import GroundedModel
 
@@ -77,7 +77,7 @@ def fit_rows_to_words(
         # Every patch of an image is fitted to its words.
         read = read[:, adapter.pooled_dim :].reshape(-1, adapter.patch_dim)
         rows, own = rows.repeat_interleave(patches, 0), own.repeat_interleave(patches)
-    middle, deviation = read.mean(0), read.std(0, correction=0) + 1e-6
+    middle, deviation = spread_of(read)
     even = (read - middle) / deviation
     fitted = ridge(even, rows, own)
     spread = rows.std(0, correction=0).norm() / fitted(even).std(0, correction=0).norm().clamp_min(1e-6)
