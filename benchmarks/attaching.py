@@ -82,7 +82,7 @@ def text_only() -> dict[str, float]:
         run(lm)
 
     def grounded() -> None:
-        if not model.rows.attached:
+        if not model.frozen_lm.virtual_tokens.attached:
             model.rows.attach()
         run(lm)
 

@@ -18,9 +18,9 @@ import torch
 from measure import write
 from torch import nn
 
-from visual_ground.demo.pieces import load_language_model
-from visual_ground.fingerprint import ROW_TOLERANCE, STATE_TOLERANCE, Fingerprint, relative_difference
-from visual_ground.language import read_facts
+from visual_ground.demo.weights import load_lm
+from visual_ground.lm.fingerprint import ROW_TOLERANCE, STATE_TOLERANCE, Fingerprint, relative_difference
+from visual_ground.lm.spec import read_spec
 
 
 def rounded(bits: int) -> Callable[[nn.Module], None]:
@@ -63,7 +63,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 @torch.no_grad()
 def main() -> None:
     """Measure all changes."""
-    lm, tokenizer = load_language_model(Path("demo/cache"))
+    lm, tokenizer = load_lm(Path("demo/cache"))
     own = _fingerprint(lm.float(), tokenizer)
     found = {}
     for name, change in CHANGES.items():
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _fingerprint(lm: nn.Module, tokenizer: object) -> Fingerprint:
-    taken = read_facts(lm, tokenizer, (-1,)).fingerprint
+    taken = read_spec(lm, tokenizer, (-1,)).fingerprint
     assert taken is not None, "the weights are in memory"
     return taken
 

@@ -16,11 +16,11 @@ from measure import write
 
 from visual_ground import GroundedModel, ground
 from visual_ground.demo import emoji
-from visual_ground.demo.pieces import load_language_model, load_vision
 from visual_ground.demo.run import Pairs
-from visual_ground.prompts import EncodedPrompt
+from visual_ground.demo.weights import load_lm, load_vision
+from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.training import ExampleCollator
-from visual_ground.training.captions import captioning_loss
+from visual_ground.training.losses.captioning import captioning_loss
 
 CACHE = Path("demo/cache")
 PROMPTS = ("{image}Image:", "Image:{image}", "Image:{image}\nCaption:", "Image of {image}:")
@@ -30,18 +30,18 @@ SPREADS = (0.0, 0.1, 1.0)
 @torch.no_grad()
 def prompt_accuracy(model: GroundedModel, concepts: list[emoji.Concept], prompt: str) -> float:
     """Return the percentage of captions that are likelier after their own name's embedding than after another's."""
-    encoder, table = model.encoder, model.lm.get_input_embeddings().weight
+    encoder, table = model.processor, model.lm.get_input_embeddings().weight
     rows = torch.stack([table[encoder.encode_text(" " + concept.name)].mean(0) for concept in concepts])
     before, _, after = prompt.partition("{image}")
     lead = [*encoder.sink, *encoder.encode_text(before), -1, *encoder.encode_text(after)]
     tails = [encoder.encode_text(" " + emoji.captions(concept)[0]) for concept in concepts]
     whole = [EncodedPrompt((*lead, *tail), ()) for tail in tails]
-    model.adapter.image_rows = lambda given: given
+    model.adapter.image_tokens = lambda given: given
     own, other = (
         model.tail_log_likelihood(whole, [len(tail) for tail in tails], image_features=given)
         for given in (rows, rows.roll(-1, 0))
     )
-    del model.adapter.image_rows
+    del model.adapter.image_tokens
     return round(100 * float((own > other).float().mean()), 1)
 
 
@@ -50,10 +50,10 @@ def loss_with_spread(model: GroundedModel, pairs: Pairs, spread: float, steps: i
     adapter, trained = model.adapter, pairs.numbers("train")
     torch.manual_seed(0)
     with torch.no_grad():
-        adapter.image_to_rows.weight.normal_(0, spread / adapter.feature_dim**0.5)
-        adapter.image_to_rows.bias.zero_()
+        adapter.image_projection.weight.normal_(0, spread / adapter.feature_dim**0.5)
+        adapter.image_projection.bias.zero_()
     adapter.standardise_with(pairs.features[trained].flatten(0, 1))
-    optimizer = torch.optim.AdamW(adapter.image_to_rows.parameters(), lr=1e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(adapter.image_projection.parameters(), lr=1e-3, weight_decay=0)
     collate, losses = ExampleCollator(model, concat_captions_prob=0.0), []
     for _ in range(steps):
         chosen = [trained[i] for i in torch.randint(len(trained), (32,)).tolist()]
@@ -76,7 +76,7 @@ def loss_with_spread(model: GroundedModel, pairs: Pairs, spread: float, steps: i
 
 
 if __name__ == "__main__":
-    lm, tokenizer = load_language_model(CACHE)
+    lm, tokenizer = load_lm(CACHE)
     vision = load_vision()
     model, pairs = ground(lm, vision, tokenizer), Pairs(CACHE, vision, None)
     held_out = [pairs.concepts[i] for i in pairs.numbers("validation")]

@@ -14,7 +14,7 @@ OPENING = """# Any vision encoder
 weights), `"timm:NAME"`, a loaded model of one of these, or any module from pixels (n, c, h, w) to features.
 
 - **Width** is found by running a grey image. Given by hand: `ground(lm, VisionEncoder(module, processor,
-  feature_dim=512))` with `visual_ground.vision.VisionEncoder`.
+  feature_dim=512))` with `visual_ground.vision.encoder.VisionEncoder`.
 - **Preprocessing** is what was saved with the checkpoint; else what timm or open_clip say of the model; else, with a
   warning, that of its kind in transformers. Given by hand: `image_processor=`, which maps a list of PIL images to
   `{"pixel_values": (n, c, h, w)}`. Where a processor keeps each image's own shape, images are made squares first, so
@@ -33,7 +33,7 @@ weights), `"timm:NAME"`, a loaded model of one of these, or any module from pixe
 
 The tables below were recorded by `make test-vision` with {versions}: random weights, full width, few layers. An encoder
 is in them if the features of two pictures are finite, of a width that its own settings name, and the same alone as in a
-batch. A name that is not below has not been tried in this form. "Parts" is the width of a part with
+batch. A name that is not below has not been tried in this form. "Components" is the width of a part with
 `visual_tokens_from="patches"`.
 """
 

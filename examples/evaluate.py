@@ -10,7 +10,7 @@ import sys
 from datasets import load_dataset
 
 from visual_ground import GroundedModel
-from visual_ground.evaluation import caption_pair_accuracy, retrieval_recall
+from visual_ground.evaluation.retrieval import caption_pair_accuracy, retrieval_recall
 
 lm, adapter, folder = sys.argv[1:4]
 model = GroundedModel.from_pretrained(lm, adapter)

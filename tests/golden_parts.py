@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+from tests.paths import GOLDEN
 from tests.tiny import picture
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def saved_parts(folder: Path) -> tuple[str, str, str]:

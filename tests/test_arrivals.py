@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from tests.tiny import Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, GroundingError, ImageIndex, ground
+from visual_ground.adapter.files import AdapterFiles
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.sharing import SavedAdapter
 
 GREEDY = dict(max_new_tokens=6, do_sample=False)
 PROMPTS = ["w4 w5 w6", ["w9", picture(0), "w5", picture(1)]]
@@ -25,8 +25,8 @@ def learn(model):
     """Take one step that makes the first picture's rows matter, and return the adapter's gradients by name."""
     model.train()
     inputs = model.prepare([["w7", picture(0), "w5 w6"]], padding_side="right")
-    with model.bind(model.image_rows(inputs["pixel_values"])):
-        logits = model.run(inputs["input_ids"], inputs["attention_mask"], use_cache=False).logits
+    with model.frozen_lm.bind(model.active.image_tokens(inputs["pixel_values"])):
+        logits = model.frozen_lm.run(inputs["input_ids"], inputs["attention_mask"], use_cache=False).logits
     target = torch.tensor([5, 6])
     loss = F.cross_entropy(logits[0, -3:-1].float(), target.to(logits.device))
     model.zero_grad()
@@ -42,8 +42,8 @@ def answers_and_learns(model):
     assert all(answer.images for answer in answers)
     assert torch.isfinite(model.embed_text(PROMPTS)).all()
     gradients = learn(model)
-    assert {"image_to_rows.weight", "ret_output" if not model.adapter.tied else "ret_input"} <= set(gradients)
-    assert all(torch.isfinite(g).all() for g in gradients.values()) and gradients["image_to_rows.weight"].any()
+    assert {"image_projection.weight", "ret_output" if not model.adapter.tied else "ret_input"} <= set(gradients)
+    assert all(torch.isfinite(g).all() for g in gradients.values()) and gradients["image_projection.weight"].any()
     assert all(p.dtype == torch.float32 for p in model.adapter.parameters())
 
 
@@ -76,7 +76,7 @@ def test_attention_implementations_and_a_static_cache(attention):
 
 def test_a_folder(tmp_path):
     model = ground(folder_of(build("llama_untied"), tmp_path), Eye(), image_processor=image_processor)
-    assert model.names["base_model_name_or_path"] == str(tmp_path)
+    assert model.active.provenance["base_model_name_or_path"] == str(tmp_path)
     answers_and_learns(model.eval())
 
 
@@ -198,10 +198,10 @@ def test_a_lora_is_trained_with_the_adapter_where_asked_and_saved_beside(tmp_pat
     inputs = model.prepare(PROMPTS)
     assert torch.allclose(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert loaded.record.fingerprint == loaded.facts.fingerprint  # It is of the LM without what PEFT put there.
+    assert loaded.metadata.fingerprint == loaded.spec.fingerprint  # It is of the LM without what PEFT put there.
     (tmp_path / "adapter" / "lm_adapter" / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(GroundingError, match="damaged"):
-        model.load_weights(tmp_path / "adapter")
+        model.active.load_weights(tmp_path / "adapter", model.lm)
     (tmp_path / "adapter" / "lm_adapter" / "adapter_config.json").unlink()
     with pytest.raises(GroundingError, match="are missing"):
         GroundedModel.from_pretrained(build("llama_untied"), tmp_path / "adapter", model.vision, tokenizer())
@@ -225,7 +225,7 @@ def test_a_compiled_lm_gives_the_same(grounded_first):
     if grounded_first:
         assert torch.allclose(model(**inputs).logits, plain, atol=1e-5)
         assert [str(a) for a in model.generate(PROMPTS, **GREEDY)] == [str(a) for a in said]
-    assert learn(model)["image_to_rows.weight"].any()
+    assert learn(model)["image_projection.weight"].any()
 
 
 @torch.no_grad()
@@ -241,15 +241,17 @@ def test_adapters_are_switched_by_name(tmp_path):
     assert model.prepare(PROMPTS)["input_ids"].shape[1] == inputs["input_ids"].shape[1] + 2
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(name.startswith("adapters.new.") for name in trained)
-    model.record_training({"steps": 2})
+    model.active.record_training({"steps": 2})
     model.save_pretrained(tmp_path / "two")
-    saved = SavedAdapter.find(tmp_path / "two")
+    saved = AdapterFiles.open(tmp_path / "two")
     model.set_adapter("default")
-    assert model.report.training == {}
+    assert model.active.report.training == {}
     assert torch.equal(model(**inputs).logits, first)
     model.load_adapter(tmp_path / "two", "again")
     model.set_adapter("again")
-    assert model.record.names == saved.record.names and model.report.training == {"steps": 2}
+    assert model.active.metadata.provenance == saved.metadata.provenance and model.active.report.training == {
+        "steps": 2
+    }
     assert model.config.num_visual_tokens == 2 and not any(p.requires_grad for p in model.parameters())
     other = GroundedModel.from_pretrained(build("llama_untied"), tmp_path / "two", model.vision, tokenizer())
     assert torch.equal(model.embed_images([picture()]), other.embed_images([picture()]))
@@ -265,7 +267,7 @@ def test_adapters_are_switched_by_name(tmp_path):
     narrow = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(GroundingValueError, match="this model needs"):
         model.load_adapter(tmp_path / "two", "x", narrow, image_processor)
-    assert list(model.adapters) == list(model.visions) == ["default", "new", "again"]
+    assert list(model.adapters) == ["default", "new", "again"]
     with pytest.raises(GroundingStateError, match="active"):
         model.delete_adapter("again")
     model.set_adapter("default")
@@ -283,10 +285,10 @@ def test_a_copy_is_the_same_and_another(family, copied):
     other = copied(model)
     assert torch.equal(other(**inputs).logits, before)
     other.adapter.ret_input.add_(1)
-    other.adapter.image_to_rows.bias.add_(1)
+    other.adapter.image_projection.bias.add_(1)
     assert torch.equal(model(**inputs).logits, before) and not torch.equal(other(**inputs).logits, before)
     lm = other.unground()
-    assert model.rows.attached and lm(torch.tensor([[4]])).logits.shape[-1] == 100
+    assert model.frozen_lm.virtual_tokens.attached and lm(torch.tensor([[4]])).logits.shape[-1] == 100
     assert torch.equal(model(**inputs).logits, before)
 
 

@@ -15,7 +15,7 @@ def test_dict_round_trip():
         {"retrieval_dim": 1.5},
         {"text_layers": ()},
         {"text_layers": (1, 1)},
-        {"units": "x"},
+        {"scaling": "x"},
         {"visual_tokens_from": "x"},
         {"visual_tokens_from": ["pooled"]},
         {"train_lm_adapter": 1},

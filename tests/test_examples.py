@@ -5,14 +5,12 @@ import re
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
 import visual_ground
 from tests.golden_parts import saved_parts
-
-ROOT = Path(__file__).parent.parent
+from tests.paths import ROOT
 
 
 def datasets_warnings(test):

@@ -19,8 +19,8 @@ from safetensors.torch import load, save
 from tests.test_model import assert_same_state, state_of
 from tests.tiny import Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, GroundingError, ImageIndex
-from visual_ground.index_folder import ENTRIES_FILE, VECTORS_FILE
-from visual_ground.saving import CONFIG_FILE, WEIGHTS_FILE
+from visual_ground.index.files import ENTRIES_FILE, VECTORS_FILE
+from visual_ground.storage.tensors import CONFIG_FILE, WEIGHTS_FILE
 
 SCALARS = st.one_of(
     st.none(),

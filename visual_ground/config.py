@@ -15,9 +15,10 @@ import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from visual_ground.errors import GroundingValueError
+from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.storage.hub import HubOptions, fetch_folder
+from visual_ground.storage.tensors import CONFIG_FILE, read_adapter_config
 
-FORMAT_VERSION = 1
 # Widths past this are a damaged file, not a setting.
 MOST = 65536
 _KINDS: dict[str, type] = {
@@ -25,11 +26,11 @@ _KINDS: dict[str, type] = {
     "sink_token": str,
     "caption_prompt": str,
     "image_prompt": str,
-    "units": str,
+    "scaling": str,
     "visual_tokens_from": str,
 }
 _KINDS |= {"image_first": bool, "mask_spare_columns": bool, "train_lm_adapter": bool}
-_CHOICES = {"visual_tokens_from": ("pooled", "patches"), "units": ("lm", "plain")}
+_CHOICES = {"visual_tokens_from": ("pooled", "patches"), "scaling": ("embedding", "none")}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class GroundingConfig:
         image_prompt: the same when captioning; "{image}" stands for the image. It matters how it reads: in words that
             make an LM say again what the image's rows say, captioning is learnt many times sooner.
         image_first: put the images that open a sequence before the sink token, as published, and not after it.
-        units: "lm" writes rows in units of the LM's own embedding (its mean and spread), standardises what the linear
+        scaling: "lm" writes rows in units of the LM's own embedding (its mean and spread), standardises what the linear
             layers read, and starts `[RET]` at the mean embedding; "plain" is the published method, with raw linear
             layers.
         train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
@@ -65,7 +66,7 @@ class GroundingConfig:
     Example:
         >>> GroundingConfig(num_visual_tokens=4).num_visual_tokens
         4
-        >>> GroundingConfig.preset("fromage").units
+        >>> GroundingConfig.preset("fromage").scaling
         'plain'
     """
 
@@ -78,7 +79,7 @@ class GroundingConfig:
     caption_prompt: str = "Image:"
     image_prompt: str = "Image of {image}:"
     image_first: bool = False
-    units: str = "lm"
+    scaling: str = "embedding"
     mask_spare_columns: bool = False
     train_lm_adapter: bool = False
 
@@ -102,7 +103,7 @@ class GroundingConfig:
 
     @property
     def num_patch_tokens(self) -> int:
-        """Parts of the picture that the vision encoder must give besides its pooled features."""
+        """Components of the picture that the vision encoder must give besides its pooled features."""
         return self.num_visual_tokens if self.visual_tokens_from == "patches" else 0
 
     @classmethod
@@ -122,7 +123,7 @@ class GroundingConfig:
             "caption_prompt": "",
             "image_prompt": "{image}",
             "image_first": True,
-            "units": "plain",
+            "scaling": "none",
             "mask_spare_columns": True,
         }
         return cls(**{**published, **changes})
@@ -155,9 +156,11 @@ class GroundingConfig:
             GroundingFileError: no such adapter, or a damaged one.
             GroundingValueError: another format version, or a value outside its range.
         """
-        from visual_ground.sharing import read_record
-
-        return read_record(adapter, **hub_options).config
+        folder = fetch_folder(adapter, (CONFIG_FILE,), HubOptions.of(hub_options))
+        values = read_adapter_config(folder).get("config")
+        if not isinstance(values, dict):
+            raise GroundingFileError(f"config in {CONFIG_FILE} must be a JSON object. Save the adapter again.")
+        return cls.from_dict(values)
 
 
 def _checked_layers(layers: Any) -> tuple[int, ...]:

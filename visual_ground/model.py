@@ -1,58 +1,193 @@
-"""`GroundedModel`: the whole, switched on and off, saved, pushed and loaded; and `ground`, which makes one."""
+"""`GroundedModel`: a frozen language model that reads images and shows them, made of parts that do the work."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import BatchFeature
 
-from visual_ground import lm_adapters
-from visual_ground.anchors import ANCHORS_FILE, Anchors
+from visual_ground.adapter.adapter import Adapter
+from visual_ground.adapter.adapter_set import AdapterSet, OfActive
+from visual_ground.adapter.attached import AttachedAdapter
+from visual_ground.adapter.files import AdapterFiles
+from visual_ground.components import Components, components_beside, load_saved_components
 from visual_ground.config import GroundingConfig
-from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.fingerprint import tell_differences
-from visual_ground.hub import HubOptions, PushOptions, push_folder
-from visual_ground.parts import find_parts, new_adapter
-from visual_ground.record import NAMES, AdapterRecord
-from visual_ground.sharing import FILES, SavedAdapter, published, save_adapter
-from visual_ground.speaker import GroundedSpeaker
+from visual_ground.errors import GroundingValueError
+from visual_ground.generation.generate import generate
+from visual_ground.generation.output import InterleavedOutput
+from visual_ground.generation.retrieval_token import RetrievalSettings
+from visual_ground.generation.scoring import embed_prompts, log_likelihood
+from visual_ground.index.image_index import ImageIndex
+from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.prompts.processor import GroundingProcessor
+from visual_ground.storage.hub import HubOptions, PushOptions
+from visual_ground.vision.encoder import VisionEncoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class GroundedModel(GroundedSpeaker):
+class GroundedModel(nn.Module):
     """A frozen LM, a frozen vision encoder, and the adapter between them; made by `ground` or `from_pretrained`.
 
-    Example:
-        >>> model = ground("HuggingFaceTB/SmolLM2-135M-Instruct", "openai/clip-vit-base-patch32")  # doctest: +SKIP
-        >>> model.print_trainable_parameters()  # doctest: +SKIP
-
     Attributes:
-        anchors: captions and image features that are saved with the adapter, so that it can move to another LM.
+        lm, tokenizer, ret_token_id: the transformers model and its tokenizer, and the id of `[RET]`.
+        adapters: all adapters by name; `active` is the one in use.
+        frozen_lm: the LM with its hooks, for this package's own use.
     """
 
-    anchors: Anchors | None = None
+    adapter = OfActive[Adapter]("What is trained.")
+    vision = OfActive[VisionEncoder]("The frozen vision encoder.")
+    image_processor = OfActive[Any]("Maps a list of PIL images to `{'pixel_values': (n, c, h, w)}`.")
+    processor = OfActive[GroundingProcessor]("Turns prompts into ids and pixels.")
+    config = OfActive[GroundingConfig]("The adapter's settings.")
+
+    def __init__(self, components: Components, config: GroundingConfig) -> None:
+        super().__init__()
+        self.lm, self.tokenizer, spec = components.lm, components.tokenizer, components.spec
+        self.ret_token_id, self.adapters = spec.vocabulary.ret_token_id, AdapterSet()
+        ret_embeddings = lambda: self.adapter.ret_embeddings()  # noqa: E731
+        options = config.mask_spare_columns, config.train_lm_adapter
+        self.frozen_lm = FrozenLM(self.lm, spec, ret_embeddings, *options)
+        self._attach(self.adapters.active_name, config, components)
+
+    def _attach(self, name: str, config: GroundingConfig, parts: Components) -> AttachedAdapter:
+        own = self.tokenizer, self.frozen_lm.max_length, parts.provenance
+        attached = self.adapters.add(name, config, parts.spec, parts.vision, *own)
+        attached.adapter.to(self.frozen_lm.device)
+        return attached
+
+    @property
+    def active(self) -> AttachedAdapter:
+        """The active adapter with all that belongs to it: processor, metadata, report, anchors."""
+        return self.adapters.active
+
+    def prepare(self, prompts: Any, padding_side: str = "left") -> BatchFeature:
+        """Return what `forward` reads: input_ids and attention_mask (b, s), and images as pixel_values (n, c, h, w).
+
+        Args:
+            prompts: a list of prompts, each a string, a PIL image, a path to an image, a list mixing them, or a list of
+                chat messages; or one string, image or chat alone. One interleaved prompt is a list within the list.
+            padding_side: "left" or "right".
+        """
+        return self.processor(prompts, padding_side).to(self.frozen_lm.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **lm_options: Any,
+    ) -> Any:
+        """Run the LM over what `prepare` gives; return the LM's own output, with logits (b, s, >= v + 1).
+
+        Args:
+            input_ids: (b, s).
+            attention_mask: (b, s).
+            pixel_values: (n, c, h, w), the images of the whole batch in order.
+            image_features: (n, f), instead of pixels.
+            lm_options: any other argument of the LM's forward, except labels: losses come from `GroundingTrainer`.
+        """
+        if "labels" in lm_options:
+            raise GroundingValueError("forward takes no labels; the losses come from GroundingTrainer.")
+        image_tokens = self.active.image_tokens(pixel_values, image_features)
+        return self.frozen_lm.forward(input_ids, attention_mask, image_tokens, **lm_options)
+
+    def embed_images(self, images: Any = None, image_features: Tensor | None = None) -> Tensor:
+        """Map a list of PIL images or paths, or features (n, f), to unit vectors (n, q) of the retrieval space."""
+        return self.active.embed_images(images, image_features)
+
+    def embed_text(self, prompts: Any) -> Tensor:
+        """Map prompts, as in `prepare`, to unit vectors (n, q): the state at a `[RET]` put after each.
+
+        A plain string stands where a caption stands in training, after the sink token and `config.caption_prompt`.
+        """
+        return embed_prompts(self.frozen_lm, self.active, prompts)
+
+    def log_likelihood(self, prompts: Any, continuations: Sequence[str]) -> Tensor:
+        """Return log p(continuation | prompt), summed over the continuation's tokens, in nats, (n,).
+
+        The n continuations are tokenised on their own and put right after the prompts; `[RET]` may be in them.
+        """
+        return log_likelihood(self.frozen_lm, self.active, prompts, continuations)
+
+    def generate(
+        self, prompts: Any, index: ImageIndex | None = None, max_new_tokens: int = 64, **options: Any
+    ) -> list[InterleavedOutput]:
+        """Answer prompts with text and retrieved images.
+
+        Args:
+            prompts: as in `prepare`.
+            index: where `[RET]`'s images are searched; with None the parts say that an image was meant.
+            max_new_tokens: at most so many, `[RET]`s included.
+            options: the fields of `RetrievalSettings` (`images_per_ret`, `max_images`, `ret_bias` and others), and any
+                argument of transformers' `generate`.
+
+        Returns:
+            One output per prompt, or `num_return_sequences` for each, in order.
+        """
+        settings = RetrievalSettings.take_from(options)
+        options["max_new_tokens"] = max_new_tokens
+        return generate(self.frozen_lm, self.active, self.prepare(prompts), index, settings, options)
+
+    def add_adapter(
+        self, adapter_name: str, config: GroundingConfig | None = None, vision_encoder: Any = None, **given: Any
+    ) -> None:
+        """Put a new adapter beside the others; `given` is `image_processor`, and the rest is as in `ground`."""
+        config = GroundingConfig() if config is None else config
+        self.adapters.check_new(adapter_name, config)
+        vision = self.vision if vision_encoder is None else vision_encoder
+        parts = components_beside(self.frozen_lm, self.active, config, vision, **given)
+        attached = self._attach(adapter_name, config, parts)
+        attached.adapter.start_from_lm(*self.frozen_lm.statistics())
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        vision_encoder: Any = None,
+        image_processor: Any = None,
+        is_trainable: bool = False,
+        **hub_options: Any,
+    ) -> None:
+        """Put a saved adapter beside the others; the arguments, and what is raised, are as in `from_pretrained`."""
+        files = AdapterFiles.open(model_id, HubOptions.of(hub_options))
+        self.adapters.check_new(adapter_name, files.config)
+        shared = vision_encoder is None and files.provenance.get("vision_encoder") in (None, self.vision.name)
+        vision = self.vision if shared else vision_encoder
+        parts = components_beside(self.frozen_lm, self.active, files.config, vision, image_processor, files)
+        self._attach(adapter_name, files.config, parts)
+        self.adapters.load(adapter_name, files, is_trainable, self.lm)
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Make an adapter the one that is used, trained and saved from now on; the others rest."""
+        self.adapters.set(adapter_name)
+        self.frozen_lm.virtual_tokens.mask_spare_columns = self.config.mask_spare_columns
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter away; the active one cannot be."""
+        self.adapters.delete(adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block, the LM behaves as if it had never been grounded."""
-        with self.rows.call(enabled=False):
+        with self.frozen_lm.disabled():
             yield
 
     def unground(self) -> nn.Module:
         """Take everything off the LM and hand it back, bit for bit what it was."""
-        self.rows.detach()
-        self._frozen.restore()
-        for vision in self.visions.values():
-            vision.release()
-        return self.lm
+        self.adapters.release()
+        return self.frozen_lm.release()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the counts of trainable and of all parameters, as PEFT does."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def print_trainable_parameters(self) -> None:
         """Print both counts and their ratio, as PEFT does."""
@@ -61,57 +196,31 @@ class GroundedModel(GroundedSpeaker):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    # On disk and on the Hub.
+    def train(self, mode: bool = True) -> Self:
+        """Set the adapter's mode; the frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for frozen in (self.lm, *(self.adapters[name].vision for name in self.adapters)):
+            frozen.eval()
+        return self
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the active adapter, whole or not at all: configuration, weights, README.md and anchors.
+        """Write the active adapter's folder, whole or not at all; the network is never used. See docs/adapters.md."""
+        self.active.save(folder, self.lm)
 
-        With `train_lm_adapter`, what PEFT has put into the LM is written into a subfolder, `lm_adapter`.
-
-        What people wrote into an earlier README.md stays. The network is never used.
-        """
-        self._save(folder, self.record)
-
-    def _save(self, folder: str | os.PathLike, record: AdapterRecord, repo_id: str | None = None) -> None:
-        beside = lm_adapters.writers(self.lm) if self.config.train_lm_adapter else {}
-        if self.anchors is not None:
-            beside = {**beside, ANCHORS_FILE: self.anchors.write}
-        save_adapter(folder, self.adapter.state_dict(), record, repo_id, beside=beside)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Commit what `save_pretrained` writes to the Hub, at once or not at all; nothing else is uploaded.
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Commit what `save_pretrained` writes to the Hub, at once or not at all; return the commit's address.
 
         Args:
             repo_id: made where it does not exist.
-            private: whether a new repository is private.
-            revision: branch, made where it does not exist.
-            token: of the Hub; the one that was saved by logging in where None.
-            commit_message: its first line.
-            create_pr: open a pull request instead of committing.
-
-        Returns:
-            The address of the commit, or of the pull request.
-
-        Raises:
-            GroundingFileError: the Hub did not take it; the repository is as it was.
+            options: the fields of `PushOptions`: private, revision, token, commit_message, create_pr.
         """
-        options = PushOptions(private, revision, token, commit_message, create_pr)
-        record = published(self.record)
-        return push_folder(lambda folder: self._save(folder, record, repo_id), repo_id, options, FILES)
+        return self.active.push(repo_id, self.lm, PushOptions(**options))
 
     @classmethod
     def from_pretrained(
         cls,
         lm: str | nn.Module,
-        adapter: str | os.PathLike | None = None,
+        model_id: str | os.PathLike | None = None,
         vision_encoder: Any = None,
         tokenizer: Any = None,
         image_processor: Any = None,
@@ -121,106 +230,24 @@ class GroundedModel(GroundedSpeaker):
         """Ground an LM with a saved adapter, or load an adapter with the LM that it names.
 
         Args:
-            lm: as in `ground`; or, where nothing follows it, the adapter.
-            adapter: local folder or Hub id.
+            lm: as in `ground`, likewise `tokenizer` and `image_processor`; or, where nothing follows it, the adapter.
+            model_id: local folder or Hub id of the adapter.
             vision_encoder: for an encoder that no name can load; else the one that the adapter names.
-            tokenizer: as in `ground`.
-            image_processor: as in `ground`.
+            tokenizer: see `lm`.
+            image_processor: see `lm`.
             is_trainable: False freezes the adapter too.
-            hub_options: revision, subfolder, token, cache_dir, local_files_only; `hub.HubOptions` says what they are.
+            hub_options: revision, subfolder, token, cache_dir, local_files_only; see `HubOptions`.
 
         Raises:
             GroundingFileError: no such adapter, or a damaged one, or one that names models that cannot be loaded.
             GroundingValueError: another format version, or an adapter for other widths, each named with both shapes.
-
-        Example:
-            >>> model = GroundedModel.from_pretrained("me/adapter")  # doctest: +SKIP
-            >>> model = GroundedModel.from_pretrained(lm, "me/adapter", revision="v2")  # doctest: +SKIP
         """
-        options = HubOptions.of(hub_options)
-        given: str | nn.Module | None = lm
-        if adapter is None:
-            if not isinstance(lm, (str, os.PathLike)):
-                raise GroundingTypeError("Which adapter? Pass a local folder or a Hub id after the language model.")
-            given, adapter = None, lm
-        saved = SavedAdapter.find(adapter, options)
-        config, anchors = saved.record.config, Anchors.find(saved.folder)
-        parts = find_parts(
-            given, vision_encoder, tokenizer, image_processor, config, saved.record.names, options.for_models()
-        )
-        with torch.device("meta"):
-            saved.check_fits(new_adapter(config, parts.facts, parts.vision))
-        base = lm_adapters.attach(parts.lm, saved.folder) if config.train_lm_adapter else parts.lm
-        model = cls(base, parts.tokenizer, parts.vision, config, parts.facts, parts.names)
+        given = lm, model_id, vision_encoder, tokenizer, image_processor
+        parts, files = load_saved_components(*given, HubOptions.of(hub_options))
+        model = cls(parts, files.config)
         try:
-            model.load_weights(saved.folder)
+            model.adapters.load(model.adapters.active_name, files, is_trainable, model.lm)
         except BaseException:
             model.unground()
             raise
-        model.record, model.anchors = saved.record, anchors
-        tell_differences(saved.record.fingerprint, parts.facts.fingerprint, saved.record.names.get(NAMES[0]))
-        if not is_trainable:
-            model.requires_grad_(False)
-            model.trainable_adapters.clear()
         return model.train(is_trainable)
-
-    def transfer_to(
-        self, lm: str | nn.Module, tokenizer: Any = None, anchors: Anchors | None = None, **options: Any
-    ) -> GroundedModel:
-        """Move the adapter to another LM; image indexes of this model stay valid. See `transfer.transfer`.
-
-        Args:
-            lm: as in `ground`; another LM than this one.
-            tokenizer: as in `ground`.
-            anchors: what to fit with; those saved with this adapter where None.
-            options: `refinement`, and fields of the config that are to differ.
-        """
-        from visual_ground.transfer import ImageSide, transfer
-
-        return transfer(ImageSide.of(self), lm, tokenizer, self.anchors if anchors is None else anchors, **options)
-
-
-def ground(
-    lm: str | nn.Module,
-    vision_encoder: Any = None,
-    tokenizer: Any = None,
-    image_processor: Any = None,
-    config: GroundingConfig | None = None,
-    adapter: str | os.PathLike | None = None,
-) -> GroundedModel:
-    """Attach an adapter between a causal LM and a vision encoder; both stay frozen.
-
-    Args:
-        lm: Hub id, local folder, a GGUF file's path, or a loaded causal LM (quantised, offloaded, or a `PeftModel`).
-        vision_encoder: Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded model of one of
-            these, or any module from pixels (n, c, h, w) to features (n, f).
-        tokenizer: a tokenizer or its name; found by the LM's name where None.
-        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where None.
-        config: the settings; `GroundingConfig()` where None.
-        adapter: local folder or Hub id of an adapter to start from, with its settings and, where none is passed, its
-            encoder; a new adapter where None.
-
-    Returns:
-        The grounded model, whose adapter is ready to be trained: with its start values, or those it was saved with.
-
-    Raises:
-        GroundingTypeError: not a causal LM, or not a vision encoder.
-        GroundingValueError: no tokenizer, preprocessing or feature width can be found; the tokenizer has `[RET]`.
-        GroundingStateError: the LM is grounded already.
-        GroundingFileError: no such adapter, or a damaged one.
-    """
-    if adapter is not None:
-        if config is not None:
-            raise GroundingValueError("A saved adapter has its own settings; pass config or adapter, not both.")
-        return GroundedModel.from_pretrained(lm, adapter, vision_encoder, tokenizer, image_processor, is_trainable=True)
-    if vision_encoder is None:
-        raise GroundingTypeError("ground needs a vision encoder, or an adapter that names one.")
-    config = GroundingConfig() if config is None else config
-    parts = find_parts(lm, vision_encoder, tokenizer, image_processor, config)
-    model = GroundedModel(parts.lm, parts.tokenizer, parts.vision, config, parts.facts, parts.names)
-    try:
-        model.start_adapter()
-    except BaseException:
-        model.unground()
-        raise
-    return model.train()

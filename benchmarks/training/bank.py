@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from visual_ground import GroundedModel, ground
 from visual_ground.demo import emoji
-from visual_ground.demo.pieces import load_language_model, load_vision
 from visual_ground.demo.run import Pairs
-from visual_ground.evaluation import recall_at
-from visual_ground.prompts import EncodedPrompt
-from visual_ground.training.contrastive import FeatureBank, contrast
+from visual_ground.demo.weights import load_lm, load_vision
+from visual_ground.evaluation.retrieval import recall_at
+from visual_ground.prompts.encoded import EncodedPrompt
+from visual_ground.training.losses.contrastive import FeatureBank, contrast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import write
@@ -33,15 +33,15 @@ SEEDS, STEPS, BATCH = 5, 200, 32
 @torch.no_grad()
 def states_at_ret(model: GroundedModel, texts: list[str]) -> torch.Tensor:
     """Return what the output head reads at a `[RET]` after each caption, (n, h)."""
-    encoder, found = model.encoder, []
+    encoder, found = model.processor, []
     for start in range(0, len(texts), 32):
-        lead = encoder.caption_lead(image=False)
+        lead = encoder.caption_prefix(image=False)
         rows = [(*lead, *encoder.encode_caption(text), model.ret_token_id) for text in texts[start : start + 32]]
         batch = model._collate([EncodedPrompt(row, ()) for row in rows], "left")
         last = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         last[:, -1] = True
-        with model.bind(None, last) as call:
-            model.run(batch["input_ids"], batch["attention_mask"], use_cache=False)
+        with model.frozen_lm.bind(None, last) as call:
+            model.frozen_lm.run(batch["input_ids"], batch["attention_mask"], use_cache=False)
         assert call.head_input is not None
         found.append(call.head_input[0])
         print("states", start, file=sys.stderr, flush=True)
@@ -52,10 +52,14 @@ def trained_recall(model: GroundedModel, data: dict, size: int, seed: int) -> tu
     """Train the retrieval layers anew; return R@1 and R@10, text to image, in percent, on held-out concepts."""
     torch.manual_seed(seed)
     adapter = model.adapter
-    for layer in (adapter.image_to_retrieval, adapter.text_to_retrieval[0]):
+    for layer in (adapter.image_retrieval_projection, adapter.text_retrieval_projection[0]):
         layer.reset_parameters()
     adapter.logit_scale.data.fill_(2.659)
-    layers = [*adapter.image_to_retrieval.parameters(), *adapter.text_to_retrieval.parameters(), adapter.logit_scale]
+    layers = [
+        *adapter.image_retrieval_projection.parameters(),
+        *adapter.text_retrieval_projection.parameters(),
+        adapter.logit_scale,
+    ]
     optimizer = torch.optim.AdamW(layers, lr=1e-3, weight_decay=0.0)
     states, features, count = data["states"], data["features"], len(data["features"])
     bank = FeatureBank(features.flatten(0, 1), torch.arange(count).repeat_interleave(2), size) if size else None
@@ -81,7 +85,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=400)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lm, words = load_language_model(options.cache)
+    lm, words = load_lm(options.cache)
     vision = load_vision()
     model, pairs = ground(lm, vision, words), Pairs(options.cache, vision, None)
     chosen = pairs.numbers("train")[:: max(1, len(pairs.numbers("train")) // options.concepts)][: options.concepts]

@@ -37,7 +37,7 @@ class Baseline(nn.Module):
         self.lm.get_input_embeddings().weight = table
         self.lm.get_output_embeddings().weight = table
         self.table, self.vision = table, model.vision
-        for name in ("image_to_rows", "image_to_retrieval", "text_to_retrieval"):
+        for name in ("image_projection", "image_retrieval_projection", "text_retrieval_projection"):
             setattr(self, name, copy.deepcopy(getattr(model.adapter, name)))
         self.logit_scale = nn.Parameter(model.adapter.logit_scale.detach().clone())
         trained = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("vision")]
@@ -48,16 +48,16 @@ class Baseline(nn.Module):
         """Return the loss of padded rows [BOS, words, RET] (b, 24) and their images."""
         pad = 1
         embed = self.lm.get_input_embeddings()
-        rows = self.image_to_rows(self.vision(pixels).float())[:, None].to(self.table.dtype)
+        rows = self.image_projection(self.vision(pixels).float())[:, None].to(self.table.dtype)
         output = self.lm(inputs_embeds=torch.cat([rows, embed(ids)], 1), output_hidden_states=True, use_cache=False)
         labels = F.pad(ids.masked_fill((ids == pad) | (ids == self.ret), -100), (1, 0), value=-100)
         caption_loss = _cross_entropy(output.logits, labels)
-        images = F.normalize(self.image_to_retrieval(self.vision(pixels).float()), dim=-1)
+        images = F.normalize(self.image_retrieval_projection(self.vision(pixels).float()), dim=-1)
         output = self.lm(inputs_embeds=embed(ids), output_hidden_states=True, use_cache=False)
         text_loss = _cross_entropy(output.logits, ids.masked_fill(ids == pad, -100))
         where = (ids == self.ret).long().argmax(1)
         states = output.hidden_states[-1][torch.arange(len(ids), device=ids.device), where].float()
-        texts = F.normalize(self.text_to_retrieval[0](states), dim=-1)
+        texts = F.normalize(self.text_retrieval_projection[0](states), dim=-1)
         scores, own = self.logit_scale.exp() * texts @ images.T, torch.arange(len(ids), device=ids.device)
         return caption_loss + text_loss + (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 

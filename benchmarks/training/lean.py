@@ -7,9 +7,9 @@ from shapes import batch
 
 from visual_ground import GroundedModel
 from visual_ground.training import GroundingObjective
-from visual_ground.training.captions import Shortcuts
-from visual_ground.training.prefixes import PrefixStore
-from visual_ground.training.shortcuts import choose_prefixes, find_shortcuts
+from visual_ground.training.losses.cached_retrieval import PrefixCache
+from visual_ground.training.losses.captioning import ComputePlan
+from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
 
 
 class Lean:
@@ -17,7 +17,7 @@ class Lean:
 
     Args:
         model: the grounded model.
-        shortcuts: how; found out where None.
+        plan: how; found out where None.
         prefixes: "none" runs whole captions, "run" their prefixes without gradient, "kept" keeps these.
         autocast: compute the LM in bfloat16.
     """
@@ -25,7 +25,7 @@ class Lean:
     def __init__(
         self,
         model: GroundedModel,
-        shortcuts: Shortcuts | None = None,
+        plan: ComputePlan | None = None,
         prefixes: str = "run",
         autocast: bool = False,
     ) -> None:
@@ -34,12 +34,12 @@ class Lean:
             for part, value in batch(model, 4).items()
             if part in ("captioning", "retrieval")
         }
-        ways = find_shortcuts(model, some["captioning"]) if shortcuts is None else shortcuts
-        store: PrefixStore | None = None
+        ways = choose_compute_plan(model, some["captioning"]) if plan is None else plan
+        store: PrefixCache | None = None
         if prefixes != "none":
-            store = choose_prefixes(model, some["retrieval"], 2**40 if prefixes == "kept" else 0, ways.packed)
+            store = choose_prefix_cache(model, some["retrieval"], 2**40 if prefixes == "kept" else 0, ways.packed)
             assert store is not None
-        self.objective = GroundingObjective(model, prefixes=store, shortcuts=ways).train()
+        self.objective = GroundingObjective(model, prefixes=store, plan=ways).train()
         self.trained = list(model.adapter.parameters())
         self.optimizer = torch.optim.AdamW(self.trained, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
         self.model, self.ways, self.autocast = model, ways, autocast

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from visual_ground import GroundingTrainer, GroundingTrainingArguments, ground
-from visual_ground.features import FeatureCache
-from visual_ground.training.sources import find_columns, load_rows
+from visual_ground.training.data.loading import find_columns, load_rows
+from visual_ground.vision.feature_cache import FeatureCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import resident_mb, write

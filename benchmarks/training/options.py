@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from lean import Lean
 from shapes import batch, grounded, parts
 
-from visual_ground.training.captions import Shortcuts
-from visual_ground.training.sequences import pieces, read, rows_of
+from visual_ground.training.losses.captioning import ComputePlan
+from visual_ground.training.speedups.packing import pieces, read, rows_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import write
 
-WHOLE = Shortcuts(direct_head=True, packed=True)
+WHOLE = ComputePlan(direct_head=True, packed=True)
 
 
 def main() -> None:
@@ -44,13 +44,13 @@ def main() -> None:
         made[model] = batch(model, options.batch)
         made[model]["image_features"] = model.vision(made[model].pop("pixel_values"))
     sides = {
-        "plain": Lean(published, Shortcuts(), "none"),
-        "direct_head": Lean(published, Shortcuts(direct_head=True), "none"),
-        "packed": Lean(published, Shortcuts(packed=True), "none"),
-        "prefixes": Lean(published, Shortcuts(), "run"),
-        "prefixes_kept": Lean(published, Shortcuts(), "kept"),
+        "plain": Lean(published, ComputePlan(), "none"),
+        "direct_head": Lean(published, ComputePlan(direct_head=True), "none"),
+        "packed": Lean(published, ComputePlan(packed=True), "none"),
+        "prefixes": Lean(published, ComputePlan(), "run"),
+        "prefixes_kept": Lean(published, ComputePlan(), "kept"),
         "direct_head_packed_prefixes": Lean(published, WHOLE, "run"),
-        "and_rows_at_once_2": Lean(published, replace(WHOLE, rows_at_once=2), "run"),
+        "and_rows_at_once_2": Lean(published, replace(WHOLE, mini_batch_size=2), "run"),
         "and_bf16_autocast": Lean(published, WHOLE, "run", autocast=True),
         "and_gradient_checkpointing": Lean(published, WHOLE, "run"),
         "prompted": Lean(prompted, WHOLE, "run"),
@@ -84,7 +84,7 @@ def main() -> None:
 def apart(model, captions: dict, texts: dict) -> float:
     """Run both passes of whole rows forward and backward, one after the other; return the labels' summed states."""
     total = 0.0
-    table = model.image_rows(image_features=torch.zeros(len(captions["input_ids"]), model.vision.feature_dim))
+    table = model.active.image_tokens(image_features=torch.zeros(len(captions["input_ids"]), model.vision.feature_dim))
     for part, images in ((captions, table), (texts, None)):
         for piece in pieces(model, rows_of(part), packed=False):
             loss = read(model, piece, images)[0].square().sum()
@@ -95,7 +95,7 @@ def apart(model, captions: dict, texts: dict) -> float:
 
 def joined(model, captions: dict, texts: dict) -> float:
     """Run the rows of both passes in one batch."""
-    table = model.image_rows(image_features=torch.zeros(len(captions["input_ids"]), model.vision.feature_dim))
+    table = model.active.image_tokens(image_features=torch.zeros(len(captions["input_ids"]), model.vision.feature_dim))
     total = 0.0
     for piece in pieces(model, [*rows_of(captions), *rows_of(texts)], packed=False):
         loss = read(model, piece, table)[0].square().sum()

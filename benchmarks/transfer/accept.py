@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from common import CACHE, OUT, RESULTS, Cost, Pairs, load_lm, recalls, text_vectors, write
 
-from visual_ground.anchors import Anchors
+from visual_ground.adapter.anchors import Anchors
 from visual_ground.demo import emoji
-from visual_ground.demo.pieces import load_vision
-from visual_ground.evaluation import caption_pair_accuracy
-from visual_ground.index import ImageIndex
+from visual_ground.demo.weights import load_vision
+from visual_ground.evaluation.retrieval import caption_pair_accuracy
+from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
-from visual_ground.saving import read_json
-from visual_ground.transfer import ImageSide, Refinement, transfer
+from visual_ground.storage.tensors import read_json
+from visual_ground.transfer.transfer import ImageSide, Refinement, transfer
 
 CONCEPTS = 750
 REFINEMENTS = {"closed_form": None, "refined": Refinement()}

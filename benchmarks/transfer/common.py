@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import machine  # noqa: E402
 
 from visual_ground.demo import emoji  # noqa: E402
-from visual_ground.demo.pieces import load_language_model as load_smollm2  # noqa: E402
 from visual_ground.demo.run import Pairs  # noqa: E402
-from visual_ground.evaluation import recall_at  # noqa: E402
+from visual_ground.demo.weights import load_lm as load_smollm2  # noqa: E402
+from visual_ground.evaluation.retrieval import recall_at  # noqa: E402
 from visual_ground.model import GroundedModel  # noqa: E402
-from visual_ground.saving import write_json  # noqa: E402
+from visual_ground.storage.tensors import write_json  # noqa: E402
 
 CACHE = Path("demo/cache")
 OUT = Path("demo/transfer")

@@ -13,8 +13,8 @@ import sys
 import torch
 from common import CACHE, OUT, Cost, Pairs, image_vectors, load_lm, recalls, text_vectors, write
 
-from visual_ground.demo.pieces import load_vision
 from visual_ground.demo.run import SETTINGS, training_arguments
+from visual_ground.demo.weights import load_vision
 from visual_ground.model import ground
 from visual_ground.training import GroundingTrainer
 

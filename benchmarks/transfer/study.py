@@ -17,10 +17,10 @@ from common import CACHE, OUT, Pairs, load_lm, recalls, texts_of, write
 from torch import Tensor
 from torch.nn import functional as F
 
-from visual_ground.demo.pieces import load_vision
+from visual_ground.demo.weights import load_vision
 from visual_ground.model import ground
-from visual_ground.transfer import ImageSide
-from visual_ground.transfer_fits import caption_states, fit_states
+from visual_ground.transfer.fit import caption_states, fit_states
+from visual_ground.transfer.transfer import ImageSide
 
 SEEDS = (0, 1, 2)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.architectures.builder import VOCABULARY, build
 from tests.tiny import Eye, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, RetrievedImage, ground
-from visual_ground.generation import RetLogitsProcessor, RetrievalSettings
+from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
 
 TEXT = torch.tensor([[5, 17, 23, 40, 61, 33, 12]])
@@ -64,7 +64,7 @@ def grounded(lm: nn.Module, num_tokens: int = VOCABULARY) -> GroundedModel:
     torch.manual_seed(0)
     model = ground(lm, Eye(), tokenizer(num_tokens), image_processor, config).eval()
     with torch.no_grad():
-        model.adapter.image_to_rows.weight.mul_(10)
+        model.adapter.image_projection.weight.mul_(10)
         model.adapter.ret_input.add_(torch.randn_like(model.adapter.ret_input) * 0.1)
     return model
 
@@ -117,7 +117,7 @@ def images(case: Case) -> None:
         batches = [case.model.prepare([p]) for p in (prompt, changed)]
         one, two = (case.model(**batch).logits for batch in batches)
         assert one.shape[:2] == batches[0]["input_ids"].shape
-        assert not torch.isfinite(one[..., case.model.facts.vocabulary.first_image_id :]).any()
+        assert not torch.isfinite(one[..., case.model.frozen_lm.vocabulary.first_image_id :]).any()
         finite = torch.isfinite(one)
         assert torch.equal(finite, torch.isfinite(two)) and finite[..., case.ret].all() and finite[..., 10:80].all()
         moved = torch.where(finite, (one - two).abs(), 0).amax(-1)[0]
@@ -219,10 +219,10 @@ def ret(case: Case) -> None:
     def ours() -> None:
         batch = case.model.prepare([PROMPT])
         ids, steer = batch["input_ids"], RetrievalSettings(max_images=1, ret_bias=1e6)
-        with case.model.bind(case.model.image_rows(batch["pixel_values"])):
+        with case.model.frozen_lm.bind(case.model.active.image_tokens(batch["pixel_values"])):
             processors = [RetLogitsProcessor(case.ret, ids.shape[1], steer)]
             answer = case.lm.generate(input_ids=ids, logits_processor=processors, **options)
-            agrees_with_uncached(answer, ids.shape[1], lambda ids: case.model.run(ids).logits)
+            agrees_with_uncached(answer, ids.shape[1], lambda ids: case.model.frozen_lm.run(ids).logits)
         assert (answer.sequences[0, ids.shape[1] :] == case.ret).tolist() == [True] + [False] * (NEW - 1)
         out = case.model.generate([PROMPT], max_images=1, ret_bias=1e6, max_new_tokens=NEW, min_new_tokens=NEW)[0]
         assert isinstance(out.parts[0], RetrievedImage)
@@ -240,7 +240,7 @@ def left_padding(case: Case) -> None:
     def base() -> None:
         alone = [case.base(input_ids=part).logits[0, -1] for part in (TEXT, SHORT)]
         options: dict[str, Any] = {"attention_mask": mask}
-        if case.model._takes_positions:
+        if case.model.frozen_lm.takes_positions:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
         batch = case.base(input_ids=ids, **options).logits[:, -1]
         close(batch, torch.stack(alone), "it reads a left-padded prompt in another way than the prompt alone")
@@ -279,7 +279,7 @@ def beams(case: Case) -> None:
     def ours() -> None:
         batch = case.model.prepare([PROMPT])
         ids = torch.cat([batch["input_ids"], torch.tensor([[case.ret, 9]])], 1)
-        with case.model.bind(case.model.image_rows(batch["pixel_values"])):
+        with case.model.frozen_lm.bind(case.model.active.image_tokens(batch["pixel_values"])):
             plain = case.lm.generate(input_ids=ids, use_cache=False, **options)
             same(case.lm.generate(input_ids=ids, **options), plain)
         assert len(case.model.generate([PROMPT], num_beams=3, max_new_tokens=NEW)) == 1

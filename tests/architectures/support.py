@@ -6,10 +6,10 @@ import json
 import platform
 from collections import defaultdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[2] / "docs"
+from tests.paths import DOCS
+
 RESULTS, PAGE = DOCS / "support.json", DOCS / "support.md"
 
 COLUMNS = {

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visual_ground.index import ImageIndex
+from visual_ground.generation.output import InterleavedOutput, RetrievedImage
+from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
-from visual_ground.output import InterleavedOutput, RetrievedImage
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Biases:
         asked = model(**model.prepare([[{"role": "user", "content": text}] for text in requests])).logits[:, -1]
         messages = [{"role": "user", "content": OTHER_STORY}]
         told = model.generate(messages, None, max_new_tokens=64, max_images=0, do_sample=False)[0].text
-        before, words = model.encoder.encode(messages).ids, model.encoder.encode_text(told)
+        before, words = model.processor.encode(messages).ids, model.processor.encode_text(told)
         said = model(torch.tensor([[*before, *words]])).logits[0, len(before) - 1 :]
         return cls(_quantile(model, asked, 0.9), _quantile(model, said, 1 / 16))
 
@@ -122,7 +122,7 @@ def converse(
         said = tuple(RetrievedImage(p[1:-1], None, pictures[p[1:-1]]) if p.startswith("<") else p for p in turn)
         messages.append({"role": "user", "content": _content(said)})
         # Outside a chat, the prompt opens as captions do in training: with the sink token.
-        opening = model.tokenizer.decode(model.encoder.sink)
+        opening = model.tokenizer.decode(model.processor.sink)
         prompt = messages if conversation.chat else [[opening, *(p if isinstance(p, str) else p.image for p in said)]]
         answer = model.generate(prompt, index, do_sample=False, ret_bias=bias, **conversation.options)[0]
         messages.append({"role": "assistant", "content": _content(answer.parts)})

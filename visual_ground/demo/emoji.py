@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from visual_ground.demo.pieces import find_package_file
-from visual_ground.demo.sayings import (
+from visual_ground.demo.templates import (
     AFTER_HEAD,
     KINDS,
     PLURALS,
@@ -21,6 +20,7 @@ from visual_ground.demo.sayings import (
     SENTENCES,
     UNCOUNTABLE,
 )
+from visual_ground.demo.weights import find_package_file
 
 STYLES = ("openmoji", "twemoji")
 TEST, VALIDATION = 150, 100

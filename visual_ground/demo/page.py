@@ -11,9 +11,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from visual_ground.demo.conversations import Exchange
-from visual_ground.folders import replacing
-from visual_ground.images import to_rgb
-from visual_ground.output import render_part
+from visual_ground.generation.output import render_part
+from visual_ground.storage.atomic import replacing
+from visual_ground.vision.images import to_rgb
 
 STYLE = """body{font-family:sans-serif;max-width:52em;margin:2em auto;padding:0 1em;line-height:1.4}
 .user,.model{padding:.5em 1em;border-radius:1em;margin:.4em 0}.user{background:#e8eef7;margin-left:6em}

@@ -27,19 +27,20 @@ from visual_ground.demo import emoji
 from visual_ground.demo.baselines import bag_of_words_ridge, chance
 from visual_ground.demo.conversations import CONVERSATIONS, Biases, Exchange, converse
 from visual_ground.demo.page import as_text, table, write_contact_sheet, write_page
-from visual_ground.demo.pieces import load_language_model, load_vision
-from visual_ground.evaluation import caption_pair_accuracy, recall_at, retrieval_recall
-from visual_ground.features import FeatureCache
-from visual_ground.index import ImageIndex
-from visual_ground.model import GroundedModel, ground
-from visual_ground.saving import write_json
+from visual_ground.demo.weights import load_lm, load_vision
+from visual_ground.evaluation.retrieval import caption_pair_accuracy, recall_at, retrieval_recall
+from visual_ground.grounding import ground
+from visual_ground.index.image_index import ImageIndex
+from visual_ground.model import GroundedModel
+from visual_ground.storage.tensors import write_json
 from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+from visual_ground.vision.feature_cache import FeatureCache
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 100,
     "per_device_train_batch_size": 128,
     "learning_rate": 1e-3,
-    "rows_learning_rate": 2e-5,
+    "projector_learning_rate": 2e-5,
     "captioning_fraction": 0.0625,
     "seed": 0,
 }
@@ -188,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {**SETTINGS, **({"max_steps": 3, "per_device_train_batch_size": 16} if options.short else {})}
     clock = Clock()
     with clock.step("load the language model and the vision encoder"):
-        lm, tokenizer = load_language_model(options.cache)
+        lm, tokenizer = load_lm(options.cache)
         vision = load_vision()
     with clock.step("draw the pictures and compute their features"):
         pairs = Pairs(options.cache, vision, 20 if options.short else None)
@@ -204,9 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         held = converse_all(model, pairs, biases)
     with clock.step("save, load on a fresh language model, converse again"):
         model.save_pretrained(options.out / "adapter")
-        fresh = GroundedModel.from_pretrained(
-            *load_language_model(options.cache)[:1], options.out / "adapter", vision, tokenizer
-        )
+        fresh = GroundedModel.from_pretrained(*load_lm(options.cache)[:1], options.out / "adapter", vision, tokenizer)
         same = _words(converse_all(fresh, pairs, biases)) == _words(held)
     clock.total()
     shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in held.values())

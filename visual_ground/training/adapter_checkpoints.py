@@ -74,7 +74,7 @@ class CheckpointsOfAdapter(Trainer):
             self.is_fsdp_enabled = enabled
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.grounded.load_weights(resume_from_checkpoint)
+        self.grounded.active.load_weights(resume_from_checkpoint, self.grounded.lm)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

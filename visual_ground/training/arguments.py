@@ -27,7 +27,8 @@ class GroundingTrainingArguments(TrainingArguments):
         prefix_cache_gb: memory for what the LM computes before each caption's `[RET]`, kept across epochs.
         prefix_cache: folder where it is kept on disk, for all epochs, runs and processes; None keeps none there.
         prefix_disk_gb: how much of it each process writes there at most.
-        rows_at_once: rows whose activations are in memory at once; the loss stays that of the whole batch. 0 holds all.
+        mini_batch_size: examples whose activations are in memory at once; the loss stays that of the whole batch. 0
+            holds all.
         bank_size: training images, drawn anew for each batch from the cached features, that its texts are told from
             besides the batch's own.
         image_column: the column with the images.
@@ -35,10 +36,10 @@ class GroundingTrainingArguments(TrainingArguments):
         image_folder: where relative paths in the image column start.
         max_skipped: the part of the images and captions that may be unreadable or empty; they are reported and left
             out, and more of them stop the run.
-        fit_start: fit the start values of a new adapter to the training pairs, see `fitted_start`; not with
-            `units="plain"`.
-        rows_learning_rate: of the layer from images to input rows; `learning_rate` where None.
-        pictures: pairs drawn as a contact sheet at every evaluation; 0 draws none.
+        data_dependent_init: fit the start values of a new adapter to the training pairs, see `fitted_start`; not with
+            `scaling="none"`.
+        projector_learning_rate: of the layer from images to input rows; `learning_rate` where None.
+        num_logged_examples: pairs drawn as a contact sheet at every evaluation; 0 draws none.
     """
 
     output_dir: str | None = field(default="grounded")
@@ -66,15 +67,15 @@ class GroundingTrainingArguments(TrainingArguments):
     prefix_cache_gb: float = field(default=0.0)
     prefix_cache: str | None = field(default=None)
     prefix_disk_gb: float = field(default=50.0)
-    rows_at_once: int = field(default=0)
+    mini_batch_size: int = field(default=0)
     bank_size: int = field(default=0)
     image_column: str = field(default="image")
     caption_column: str = field(default="caption")
     image_folder: str | None = field(default=None)
     max_skipped: float = field(default=0.01)
-    fit_start: bool = field(default=True)
-    rows_learning_rate: float | None = field(default=None)
-    pictures: int = field(default=4)
+    data_dependent_init: bool = field(default=True)
+    projector_learning_rate: float | None = field(default=None)
+    num_logged_examples: int = field(default=4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,13 +83,13 @@ class GroundingTrainingArguments(TrainingArguments):
             raise GroundingValueError("concat_captions_prob must be in [0, 1] and captioning_fraction in (0, 1].")
         if self.max_caption_length < 2:
             raise GroundingValueError(f"max_caption_length must be at least 2, got {self.max_caption_length}.")
-        for name in ("prefix_cache_gb", "prefix_disk_gb", "rows_at_once", "bank_size"):
+        for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "bank_size"):
             if getattr(self, name) < 0:
                 raise GroundingValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.bank_size and not self.cache_features:
             raise GroundingValueError("bank_size needs the cached features; leave cache_features=True.")
-        if not 0 <= self.max_skipped <= 1 or self.pictures < 0:
-            raise GroundingValueError("max_skipped must be in [0, 1], and pictures must not be negative.")
+        if not 0 <= self.max_skipped <= 1 or self.num_logged_examples < 0:
+            raise GroundingValueError("max_skipped must be in [0, 1], and num_logged_examples must not be negative.")
 
     @property
     def sampling_seed(self) -> int:

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.folders import resolve, sync
 from visual_ground.model import GroundedModel
-from visual_ground.saving import WEIGHTS_FILE, read_adapter_config, write_json
+from visual_ground.storage.atomic import resolve, sync
+from visual_ground.storage.tensors import WEIGHTS_FILE, read_adapter_config, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -126,17 +126,17 @@ def check_base(folder: str | os.PathLike, model: GroundedModel) -> None:
     own = {name: tensor.cpu() for name, tensor in model.adapter.named_buffers()}
     with safe_open(resolve(folder, WEIGHTS_FILE), framework="pt") as stored:
         found = {name: stored.get_tensor(name) for name in own if name in stored.keys()}
-    same_vision = values["vision_encoder"] == model.names["vision_encoder"]
+    same_vision = values["vision_encoder"] == model.active.provenance["vision_encoder"]
     if not same_vision or found["feature_mean"].shape != own["feature_mean"].shape:
         raise GroundingValueError(
             f"{folder} was written for another vision encoder: {values['vision_encoder']!r}, this run's is "
-            f"{model.names['vision_encoder']!r}. Use that one, or another output folder."
+            f"{model.active.provenance['vision_encoder']!r}. Use that one, or another output folder."
         )
     for name, room in (("ret_norms", 0.0), ("embedding_mean", 1e-2 * float(own["embedding_std"].mean()))):
         if found[name].shape != own[name].shape or not torch.allclose(found[name], own[name], rtol=1e-3, atol=room):
             raise GroundingValueError(
                 f"{folder} was written for another base: {values['base_model_name_or_path']!r}, this run's is "
-                f"{model.names['base_model_name_or_path']!r}. Use that language model, or another output folder."
+                f"{model.active.provenance['base_model_name_or_path']!r}. Use that language model, or another folder."
             )
 
 

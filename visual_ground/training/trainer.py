@@ -18,29 +18,30 @@ from transformers.trainer_utils import TrainOutput
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.training import checkpoints, starting
+from visual_ground.training import checkpoints
+from visual_ground.training import setup as starting
 from visual_ground.training.adapter_checkpoints import CheckpointsOfAdapter
 from visual_ground.training.arguments import GroundingTrainingArguments
-from visual_ground.training.contrastive import FeatureBank
-from visual_ground.training.devices import gathered_outside_layers, shard_base_only, share_adapter
-from visual_ground.training.examples import ExampleCollator, ExampleDataset
-from visual_ground.training.fitted_start import fit_start
-from visual_ground.training.logs import Meters, log_into, show_picture
-from visual_ground.training.losses import GroundingLoss, GroundingObjective
-from visual_ground.training.order import EpochSampler
-from visual_ground.training.rows import Skipped, is_stream
-from visual_ground.training.sheets import draw_sheet, save_sheet, sheet_rows
-from visual_ground.training.starting import (
+from visual_ground.training.contact_sheet import draw_sheet, save_sheet, sheet_rows
+from visual_ground.training.data.columns import Skipped, is_stream
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
+from visual_ground.training.data.sampler import EpochSampler
+from visual_ground.training.data.streams import ExampleStream, prepare_stream
+from visual_ground.training.distributed import gathered_outside_layers, shard_base_only, share_adapter
+from visual_ground.training.initialization.data_dependent import fit_start
+from visual_ground.training.losses.contrastive import FeatureBank
+from visual_ground.training.losses.objective import GroundingLoss, GroundingObjective
+from visual_ground.training.meters import Meters, log_into, show_picture
+from visual_ground.training.setup import (
     check_batches,
     first_examples,
     keeping_nothing,
     preparing_of,
     refill,
+    set_compute_plan,
     set_row_rate,
     standardise,
-    take_shortcuts,
 )
-from visual_ground.training.streams import ExampleStream, prepare_stream
 from visual_ground.training.validation import Validation
 
 
@@ -113,7 +114,7 @@ class GroundingTrainer(CheckpointsOfAdapter):
         """Return the optimizer; the layer from images to input rows may have a learning rate of its own."""
         if self.optimizer is None:
             super().create_optimizer(*args, **options)
-            set_row_rate(self.optimizer, self.grounded.adapter, self.args.rows_learning_rate)
+            set_row_rate(self.optimizer, self.grounded.adapter, self.args.projector_learning_rate)
         return self.optimizer
 
     # The order of the data is a function of seed and epoch, see `order`.
@@ -167,10 +168,10 @@ class GroundingTrainer(CheckpointsOfAdapter):
         fresh = standardise(self.grounded, self.train_dataset)
         if self.model.prefixes is None:
             batch = self._prepare_inputs(self.data_collator(first_examples(self.train_dataset, 8)))
-            take_shortcuts(self.model, batch, self.args, sharded=self.is_fsdp_enabled)
+            set_compute_plan(self.model, batch, self.args, sharded=self.is_fsdp_enabled)
             if self.args.bank_size:
                 self.model.bank = FeatureBank.of(self.train_dataset, self.args.bank_size)
-        if fresh and self.args.fit_start:
+        if fresh and self.args.data_dependent_init:
             # A run that goes on does it too, though its checkpoint has other values: it leaves the same prefixes kept.
             fit_start(self.model, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows)))
         share_adapter(self.grounded.adapter, self.args.world_size)
@@ -244,9 +245,9 @@ class GroundingTrainer(CheckpointsOfAdapter):
 
     def _draw(self, examples: ExampleDataset, name: str) -> None:
         step = self.state.global_step
-        if not self.args.pictures or not (self.args.should_save or self.is_fsdp_enabled):
+        if not self.args.num_logged_examples or not (self.args.should_save or self.is_fsdp_enabled):
             return
-        rows = sheet_rows(self.grounded, examples, self.args.pictures)
+        rows = sheet_rows(self.grounded, examples, self.args.num_logged_examples)
         if self.args.should_save:
             page = draw_sheet(rows, f"{name}, step {step}: caption, caption said (blue), images found for the caption")
             save_sheet(page, Path(self.args.output_dir) / "pictures" / f"{name}-{step:08d}.png")

@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from visual_ground.evaluation import recall_at
+from visual_ground.evaluation.retrieval import recall_at
 from visual_ground.model import GroundedModel
-from visual_ground.prompts import EncodedPrompt, pad_batch
-from visual_ground.training.examples import ExampleDataset
+from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
+from visual_ground.training.data.examples import ExampleDataset
 
 
 class Validation:
@@ -84,19 +84,16 @@ def text_vectors(model: GroundedModel, captions: Sequence[str]) -> tuple[Tensor,
         model: the grounded model.
         captions: n captions.
     """
-    encoder, device = model.encoder, model.adapter.logit_scale.device
-    lead = encoder.caption_lead(image=False)
+    encoder, device = model.processor, model.adapter.logit_scale.device
+    lead = encoder.caption_prefix(image=False)
     prompts = [EncodedPrompt((*lead, *encoder.encode_caption(text), model.ret_token_id), ()) for text in captions]
-    model.check_ids(prompts)
-    ids, mask = pad_batch(prompts, model.facts.vocabulary.first_image_id, model.pad_id, "left")
-    said = torch.zeros_like(ids, dtype=torch.bool)
-    said[:, -1] = True
-    read = said | said.roll(-1, 1)
-    ids, mask, said, read = (tensor.to(device) for tensor in (ids, mask, said, read))
-    with model.bind(None, read) as call:
-        output = model.run(ids, mask, use_cache=False, output_hidden_states=model.needs_hidden_states)
-        assert call.head_input is not None, "the call ran the LM"
-        call.head_input = call.head_input[:, said[read]]
-        vectors = model.ret_embeddings(call, output, said)
-    logits = output.logits[0][(~said[read]).to(output.logits.device)]
-    return vectors, (logits.argmax(-1) == model.ret_token_id).float().to(device)
+    model.processor.check_ids(prompts)
+    ids, mask = pad_batch(prompts, model.frozen_lm.vocabulary.first_image_id, model.processor.pad_token_id, "left")
+    ends = torch.arange(1, len(ids) + 1) * ids.shape[1] - 1
+    # The position before [RET], which predicts it, and its own.
+    positions = torch.stack([ends - 1, ends], 1).flatten()
+    reading = model.frozen_lm.read(
+        ids.to(device), mask.to(device), positions.to(device), layers=model.config.text_layers
+    )
+    vectors = model.active.embed_states([states[1::2] for states in reading.states])
+    return vectors, (reading.logits[0::2].argmax(-1) == model.ret_token_id).float().to(device)

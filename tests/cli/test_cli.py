@@ -1,0 +1,81 @@
+import json
+
+import pytest
+import torch
+
+from tests.golden_parts import saved_parts
+from tests.storage.hub_client import hub  # noqa: F401
+from tests.tiny import grounded, picture
+from visual_ground import ImageIndex
+from visual_ground.cli.main import main
+from visual_ground.storage.tensors import WEIGHTS_FILE
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that datasets leaves open
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_train_index_chat_eval(tmp_path, capsys):
+    lm, vision, table = saved_parts(tmp_path)
+    out = str(tmp_path / "adapter")
+    assert main(["train", lm, vision, table, "--output", out, "--steps", "2", "--batch-size", "4"]) == 0
+    assert main(["index", lm, out, str(tmp_path), "--output", str(tmp_path / "index")]) == 0
+    capsys.readouterr()
+    options = [
+        "--index",
+        str(tmp_path / "index"),
+        "--images",
+        str(tmp_path),
+        "--ret-bias",
+        "100",
+        "--max-new-tokens",
+        "2",
+    ]
+    page = tmp_path / "page.html"
+    prompt = f"look {tmp_path / '0.png'} please"
+    assert main(["chat", lm, out, *options, "--once", prompt, "--html", str(page)]) == 0
+    assert ".png]" in capsys.readouterr().out and "<img" in page.read_text()
+    assert main(["eval", lm, out, table, "--record", "some/pairs", "--dataset-revision", "abc"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 8
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "dataset_revision" not in card and "revision: abc" in card and "| some/pairs at `abc` | train | 8 |" in card
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_bad_input_is_said(tmp_path, capsys):
+    lm, vision, table = saved_parts(tmp_path)
+    for arguments, words in [
+        (["train", lm, vision, table, "--output", str(tmp_path), "--caption-column", "text"], "['text']"),
+        (["train", lm, vision, str(tmp_path / "none.csv"), "--output", str(tmp_path)], "cannot be loaded"),
+        (["index", lm, str(tmp_path / "none"), table, "--output", str(tmp_path)], "none"),
+    ]:
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_push(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HF_TOKEN", "writer")
+    grounded("llama_untied").save_pretrained(tmp_path / "adapter")
+    page = tmp_path / "adapter" / "README.md"
+    page.write_text(page.read_text().replace("## Limits", "## From me\n\nMind the step.\n\n## Limits"))
+    picture(0).save(tmp_path / "0.png")
+    ImageIndex(torch.eye(2), images=[picture(1), str(tmp_path / "0.png")]).save_pretrained(tmp_path / "index")
+    assert main(["push", str(tmp_path / "adapter"), "me/adapter", "--private", "--message", "hello"]) == 0
+    assert capsys.readouterr().out.startswith(hub.url)
+    assert hub.repos["models", "me/adapter"].private and hub.repos["models", "me/adapter"].messages[-1] == "hello"
+    assert b"Mind the step." in hub.files("me/adapter")["README.md"]
+    assert hub.files("me/adapter")[WEIGHTS_FILE] == (tmp_path / "adapter" / WEIGHTS_FILE).read_bytes()
+    assert main(["push", str(tmp_path / "index"), "me/index", "--copy-images"]) == 0
+    assert sorted(name for name in hub.files("me/index", kind="datasets") if "images/" in name) == [
+        "images/00000000.png",
+        "images/00000001.png",
+    ]
+    for folder in (tmp_path / "none", tmp_path):
+        assert main(["push", str(folder), "me/adapter"]) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0 and command in capsys.readouterr().out

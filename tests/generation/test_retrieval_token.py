@@ -1,0 +1,36 @@
+import torch
+
+from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
+from visual_ground.index.image_index import ImageIndex
+
+RET = 9
+
+
+class Letters:
+    def decode(self, ids, **kwargs):
+        return "".join("abcdefgh"[i] for i in ids)
+
+
+def test_text_after_the_last_image_is_kept():
+    assert split_at_ret([0, RET, 1, 2, RET, RET, 3], RET, Letters()) == ["a", None, "bc", None, None, "d"]
+    assert split_at_ret([RET], RET, Letters()) == [None]
+
+
+def test_processor_bias_minimum_and_maximum():
+    settings = RetrievalSettings(ret_bias=2.0, min_new_tokens_before_ret=1, max_images=1)
+    process = RetLogitsProcessor(RET, 2, settings)
+    start, later, done = torch.zeros(1, 2), torch.zeros(1, 3), torch.tensor([[0, 0, RET, 1]])
+    values = [float(process(ids.long(), torch.ones(1, 10))[0, RET]) for ids in (start, later, done)]
+    assert values == [float("-inf"), 3.0, float("-inf")]
+    apart = RetLogitsProcessor(RET, 2, RetrievalSettings(min_new_tokens_between_rets=2))
+    near, far = torch.tensor([[0, 0, RET, 1]]), torch.tensor([[0, 0, RET, 1, 1]])
+    assert [float(apart(ids, torch.ones(1, 10))[0, RET]) for ids in (near, far)] == [float("-inf"), 1.0]
+
+
+def test_no_image_twice_unless_asked_and_small_indexes_give_what_they_have():
+    index, states = ImageIndex(torch.eye(3), list("abc")), torch.tensor([[1.0, 0.5, 0.0]] * 3)
+    ids = lambda settings: [[i.id for i in images] for images in retrieve(states, index, settings)]  # noqa: E731
+    assert ids(RetrievalSettings()) == [["a"], ["b"], ["c"]]
+    assert ids(RetrievalSettings(images_per_ret=2)) == [["a", "b"], ["c"], []]
+    assert ids(RetrievalSettings(allow_repeats=True)) == [["a"], ["a"], ["a"]]
+    assert retrieve(states, None, RetrievalSettings())[0][0].id is None

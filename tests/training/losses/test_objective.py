@@ -1,0 +1,177 @@
+"""Every short way of computing the losses gives what the plain way gives, and does what it is for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import grounded
+from tests.training.test_trainer import ROWS
+from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
+from visual_ground.training.losses.cached_retrieval import PrefixCache
+from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan
+from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
+from visual_ground.training.speedups import cross_entropy as cross_entropy_module
+from visual_ground.training.speedups.checkpointing import LayerCheckpoints
+from visual_ground.training.speedups.cross_entropy import sum_of_parts
+from visual_ground.training.speedups.packing import pieces, read, rows_of
+
+# Which families take which ways: packing needs position ids, kept leads need keys and values, and so on.
+TAKEN = {
+    "llama_untied": {"packed", "direct_head", "leads", "prefixes"},
+    "opt_projected": {"packed", "direct_head", "leads", "prefixes"},
+    "gpt2": {"packed", "direct_head", "leads", "prefixes"},
+    "gemma2_scaled_capped": {"packed", "leads"},
+    "mamba": {"direct_head"},
+    "bloom": {"direct_head", "leads", "prefixes"},
+}
+
+
+def batch_of(model, count=8, concatenated=0.0):
+    rows = [dict(row, caption=row["caption"] + " w30 w31 w32 w33" * (i % 3)) for i, row in enumerate(ROWS)]
+    dataset = ExampleDataset(rows, sample=False)
+    return ExampleCollator(model, concat_captions_prob=concatenated)([dataset[i] for i in range(count)])
+
+
+def loss_and_gradients(model, batch, checkpoints=False, **options):
+    objective = GroundingObjective(model, **options)
+    if checkpoints:
+        objective.activation_checkpointing_enable()
+    model.adapter.zero_grad()
+    losses = objective(**batch)
+    losses.loss.backward()
+    return losses, {name: value.grad.clone() for name, value in model.adapter.named_parameters()}
+
+
+def check_same(plain, other, room=2e-5):
+    for name, value in plain[0].items():
+        assert torch.allclose(value, other[0][name], rtol=room, atol=room), name
+    for name, gradient in plain[1].items():
+        assert float((gradient - other[1][name]).abs().max()) <= room * max(1.0, float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_every_way_gives_what_the_plain_way_gives(family):
+    model = grounded(family, text_layers=(-1, 1), num_visual_tokens=2)
+    batch = batch_of(model, concatenated=0.5)
+    plain = loss_and_gradients(model, batch)
+    found = choose_compute_plan(model, batch["captioning"])
+    prefixes = choose_prefix_cache(model, batch["retrieval"], 2**20, found.packed)
+    ways = {name for name in ("packed", "direct_head", "leads") if getattr(found, name)}
+    assert ways | ({"prefixes"} if prefixes else set()) == TAKEN[family]
+    for way in ways:
+        check_same(plain, loss_and_gradients(model, batch, plan=ComputePlan(**{way: True})))
+    for changes in ({}, {"mini_batch_size": 3}, {"at_once": False}):
+        check_same(plain, loss_and_gradients(model, batch, plan=replace(found, **changes), prefixes=prefixes))
+    check_same(plain, loss_and_gradients(model, batch, plan=ComputePlan(mini_batch_size=3)))
+    assert all(parameter.grad is None for parameter in model.lm.parameters())
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+@pytest.mark.parametrize("family", ["llama_untied", "opt_projected", "mamba"])
+def test_checkpointed_layers_give_the_same_and_are_given_back(family, mini_batch_size):
+    model = grounded(family)
+    model.lm.config.dropout = 0.5
+    batch = batch_of(model)
+    plain = loss_and_gradients(model, batch)
+    prefixes = None if family == "mamba" else PrefixCache(model)
+    ways = ComputePlan(leads=family != "mamba", mini_batch_size=mini_batch_size)
+    check_same(plain, loss_and_gradients(model, batch, True, plan=ways, prefixes=prefixes))
+    check_same(plain, loss_and_gradients(model, batch, True, plan=ComputePlan(mini_batch_size=mini_batch_size)))
+    assert all("forward" not in module.__dict__ for module in model.lm.modules())
+
+
+def test_a_checkpointed_layer_runs_again_in_the_backward_pass():
+    model, runs = grounded(), []
+    model.lm.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    batch = batch_of(model)
+    loss_and_gradients(model, batch)
+    once = len(runs)
+    loss_and_gradients(model, batch, True)
+    assert len(runs) == 3 * once
+    with pytest.raises(GroundingStateError, match="no layers"):
+        LayerCheckpoints(torch.nn.Linear(1, 1)).enable()
+
+
+def test_logits_of_a_whole_batch_never_exist(monkeypatch):
+    model, seen = grounded(), []
+    batch = batch_of(model)
+    plain = loss_and_gradients(model, batch)
+    monkeypatch.setattr(cross_entropy_module, "LOGIT_BYTES", 0)
+    handle = model.lm.get_output_embeddings().register_forward_hook(lambda m, a, output: seen.append(output.shape[1]))
+    ways = ComputePlan(direct_head=True, packed=True)
+    check_same(plain, loss_and_gradients(model, batch, plan=ways, prefixes=PrefixCache(model)))
+    handle.remove()
+    assert max(seen) == 16 < int((batch["captioning"]["labels"] != -100).sum())
+
+
+def test_packed_rows_have_no_padding_and_are_blind_to_each_other():
+    model = grounded("gpt2")
+    rows = rows_of(batch_of(model, 12)["retrieval"])
+    (piece,) = pieces(model, rows, packed=True)
+    assert piece.ids.numel() == sum(len(row.ids) for row in rows)
+    other = rows_of(batch_of(model, 12)["retrieval"])
+    other[3] = replace(other[3], ids=(50,) * len(other[3].ids))
+    states, changed = (read(model, pieces(model, some, True)[0])[0] for some in (rows, other))
+    same = (states - changed).abs().amax(-1) < 1e-5
+    touched = int((torch.tensor(rows[3].labels) != -100).sum())
+    assert int((~same).sum()) in (touched - 1, touched)
+
+
+def test_leads_run_once():
+    model, runs = grounded(), []
+    model.lm.register_forward_pre_hook(lambda m, a, kwargs: runs.append(kwargs["input_ids"].shape), with_kwargs=True)
+    captions = CaptioningLoss(model, ComputePlan(leads=True))
+    batch = batch_of(model)["captioning"]
+    features = torch.randn(8, 12)
+    captions.loss(batch, features)
+    assert runs[0] == (1, 2)  # <s> w7, before the image
+    runs.clear()
+    captions.loss(batch, features)
+    assert (1, 2) not in runs and sum(n * s for n, s in runs) < int(batch["attention_mask"].numel())
+
+
+def test_only_rows_at_once_run_with_gradient():
+    model, rows = grounded("mamba"), []
+    model.lm.register_forward_pre_hook(lambda m, a, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    loss_and_gradients(model, batch_of(model), plan=ComputePlan(mini_batch_size=3))
+    assert max(rows) == 3
+
+
+def test_sums_are_taken_part_by_part():
+    x, w = torch.randn(6, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    unused = torch.zeros(2, requires_grad=True)
+    loss_of = lambda part, read: (read[part] @ w).square().sum()  # noqa: E731
+    whole = loss_of(slice(None), 2 * x)
+    wanted = torch.autograd.grad(3 * whole, [x, w])
+    total = sum_of_parts(loss_of, [slice(0, 4), slice(4, 6)], 2 * x, [w, unused])
+    (3 * total).backward()
+    assert torch.allclose(total, whole)
+    assert torch.allclose(x.grad, wanted[0]) and torch.allclose(w.grad, wanted[1]) and not unused.grad.any()
+    with torch.no_grad():
+        assert torch.allclose(sum_of_parts(loss_of, [slice(None)], 2 * x, [w]), whole)
+
+
+def test_autocast_leaves_the_adapter_in_float32():
+    model = grounded("llama_untied")
+    batch = batch_of(model)
+    plain = loss_and_gradients(model, batch)
+    features = torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows, vectors = model.adapter.image_tokens(features), model.adapter.embed_images(features)
+        quick = loss_and_gradients(
+            model, batch, plan=ComputePlan(packed=True, direct_head=True), prefixes=PrefixCache(model)
+        )
+    assert torch.equal(rows, model.adapter.image_tokens(features))
+    assert torch.equal(vectors, model.adapter.embed_images(features))
+    assert all(gradient.dtype == torch.float32 for gradient in quick[1].values())
+    check_same(plain, quick, room=0.1)
+
+
+def test_captions_that_say_ret_are_refused():
+    model = grounded()
+    dataset = ExampleDataset([dict(row, caption="w4 [RET] w5") for row in ROWS], sample=False)
+    batch = ExampleCollator(model)([dataset[i] for i in range(4)])
+    with pytest.raises(GroundingValueError, match=r"Rows \[0, 1, 2, 3\] .* \[RET\] once"):
+        GroundingObjective(model)(**batch)

@@ -1,0 +1,1 @@
+"""The adapter: all that is trained, and its folder on disk."""

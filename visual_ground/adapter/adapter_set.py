@@ -1,0 +1,163 @@
+"""`AdapterSet`: the adapters of a grounded model by name, of which one is active."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar, cast
+
+from torch import nn
+
+from visual_ground.adapter.attached import AttachedAdapter
+from visual_ground.adapter.files import AdapterFiles
+from visual_ground.config import GroundingConfig
+from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.lm.fingerprint import warn_of_differences
+from visual_ground.lm.freezing import FreezeGuard
+from visual_ground.lm.spec import LMSpec
+from visual_ground.vision.encoder import VisionEncoder
+
+DEFAULT = "default"
+
+
+T = TypeVar("T")
+
+
+class OfActive(Generic[T]):
+    """A read-only attribute of a grounded model that is the active adapter's attribute of the same name.
+
+    Args:
+        doc: what it is.
+    """
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, model: Any, owner: type | None = None) -> T:
+        value: Any = self if model is None else getattr(model.adapters.active, self._name)
+        return value
+
+    def __set__(self, model: Any, value: Any) -> None:
+        raise AttributeError(f"{self._name} belongs to the active adapter; change it with add_adapter or set_adapter.")
+
+
+class AdapterSet(nn.Module):
+    """Adapters by name, added, loaded and switched as PEFT does; the first is "default".
+
+    Attributes:
+        active_name: the adapter that is used, trained and saved; the others rest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._attached = nn.ModuleDict()
+        self._freeze_guard = FreezeGuard()
+        self.active_name = DEFAULT
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._attached)
+
+    def __len__(self) -> int:
+        return len(self._attached)
+
+    def __getitem__(self, name: str) -> AttachedAdapter:
+        if name not in self._attached:
+            raise GroundingValueError(f"There is no adapter {name!r}; there are {list(self)}.")
+        return cast(AttachedAdapter, self._attached[name])
+
+    @property
+    def active(self) -> AttachedAdapter:
+        """The active adapter."""
+        return self[self.active_name]
+
+    def check_new(self, name: str, config: GroundingConfig) -> None:
+        """Raise GroundingValueError where no adapter of this name and these settings can be put beside the others."""
+        if not name or "." in name or name in self._attached:
+            raise GroundingValueError(
+                f"An adapter's name must be new and without dots, got {name!r}; there are {list(self)}."
+            )
+        if config.train_lm_adapter:
+            raise GroundingValueError(
+                "An adapter with train_lm_adapter=True goes with an LM adapter of its own, which is not switched here. "
+                "Load it with GroundedModel.from_pretrained."
+            )
+
+    def add(
+        self,
+        name: str,
+        config: GroundingConfig,
+        spec: LMSpec,
+        vision: VisionEncoder,
+        tokenizer: Any,
+        max_length: int | None,
+        provenance: Mapping[str, str | None],
+    ) -> AttachedAdapter:
+        """Put a new adapter beside the others, at rest unless it is the first; its encoder is frozen.
+
+        Args:
+            name: a new name.
+            config: as in `AttachedAdapter`, likewise the others.
+            spec: see there.
+            vision: see there.
+            tokenizer: see there.
+            max_length: see there.
+            provenance: see there.
+        """
+        if not any(vision is self[other].vision for other in self):
+            self._freeze_guard.add(vision)
+        attached = AttachedAdapter(config, spec, vision, tokenizer, max_length, provenance)
+        self._attached[name] = attached
+        attached.adapter.requires_grad_(name == self.active_name)
+        return attached
+
+    def load(self, name: str, files: AdapterFiles, is_trainable: bool, lm: nn.Module) -> None:
+        """Load what was saved into an adapter; take the adapter away again where that fails.
+
+        Args:
+            name: an adapter of the saved one's settings.
+            files: what was saved.
+            is_trainable: whether it is trained while it is active.
+            lm: the LM.
+        """
+        attached = self[name]
+        try:
+            attached.load_weights(files.folder, lm)
+        except BaseException:
+            del self._attached[name]
+            raise
+        attached.metadata, attached.anchors, attached.is_trainable = files.metadata, files.anchors, is_trainable
+        base = files.metadata.provenance.get("base_model_name_or_path")
+        warn_of_differences(files.metadata.fingerprint, attached.spec.fingerprint, base)
+        attached.adapter.requires_grad_(is_trainable and name == self.active_name)
+
+    def set(self, name: str) -> None:
+        """Make an adapter the active one.
+
+        Raises:
+            GroundingValueError: no adapter has this name.
+        """
+        attached = self[name]
+        for other in self:
+            self[other].adapter.requires_grad_(False)
+        attached.adapter.requires_grad_(attached.is_trainable)
+        self.active_name = name
+
+    def delete(self, name: str) -> None:
+        """Take an adapter away.
+
+        Raises:
+            GroundingValueError: no adapter has this name.
+            GroundingStateError: it is the active one.
+        """
+        self[name]  # Raises where there is none.
+        if name == self.active_name:
+            raise GroundingStateError(f"{name!r} is the active adapter. Call set_adapter with another name first.")
+        del self._attached[name]
+
+    def release(self) -> None:
+        """Give the encoders back as they were."""
+        self._freeze_guard.restore()
+        for name in self:
+            self[name].vision.release()

@@ -1,0 +1,165 @@
+"""`AttachedAdapter`: an adapter with the vision encoder and the processor that belong to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from visual_ground.adapter.adapter import Adapter
+from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
+from visual_ground.adapter.files import FILES, published, save_adapter
+from visual_ground.adapter.metadata import AdapterMetadata, Report
+from visual_ground.config import GroundingConfig
+from visual_ground.errors import GroundingValueError
+from visual_ground.lm import peft as lm_peft
+from visual_ground.lm.spec import LMSpec
+from visual_ground.prompts.processor import GroundingProcessor
+from visual_ground.storage.hub import PushOptions, push_folder
+from visual_ground.storage.tensors import WEIGHTS_FILE, read_tensors
+from visual_ground.vision.encoder import VisionEncoder
+
+
+class AttachedAdapter(nn.Module):
+    """All that one adapter of a grounded model needs besides the LM.
+
+    Args:
+        config: the settings.
+        spec: what was read of the LM for them.
+        vision: the encoder, frozen.
+        tokenizer: the LM's, never written to.
+        max_length: ids that the LM's context holds, where it says so.
+        provenance: where the LM and the encoder come from, as `AdapterMetadata.provenance`.
+
+    Attributes:
+        adapter: what is trained.
+        processor: turns prompts into ids as the settings say.
+        metadata: what its folder says; after loading, of the LM and encoder that it was trained with.
+        anchors: captions and image features that are saved with it, so that it can move to another LM.
+        is_trainable: whether it is trained while it is active.
+    """
+
+    def __init__(
+        self,
+        config: GroundingConfig,
+        spec: LMSpec,
+        vision: VisionEncoder,
+        tokenizer: Any,
+        max_length: int | None,
+        provenance: Mapping[str, str | None],
+    ) -> None:
+        super().__init__()
+        self.config, self.spec, self.vision = config, spec, vision
+        self.processor = GroundingProcessor(tokenizer, config, spec.vocabulary, vision.preprocess, max_length)
+        self.adapter = new_adapter(config, spec, vision)
+        self.provenance = dict(provenance)
+        self.metadata = AdapterMetadata(config, self.provenance, spec.fingerprint)
+        self.anchors: Anchors | None = None
+        self.is_trainable = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter is."""
+        return self.adapter.logit_scale.device
+
+    def image_features(self, images: Any) -> Tensor:
+        """Return the frozen encoder's features (n, f) of PIL images or paths."""
+        images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
+        if not len(images):
+            raise GroundingValueError("There are no images to embed; give at least one.")
+        return self.vision(self.vision.preprocess(images))
+
+    def image_tokens(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
+        """Return the input embeddings (n * k, d) of images, or None where there are none.
+
+        Args:
+            pixel_values: (n, c, h, w).
+            image_features: (n, f), instead of pixels.
+        """
+        if image_features is None and pixel_values is not None:
+            image_features = self.vision(pixel_values)
+        return None if image_features is None else self.adapter.image_tokens(image_features.to(self.device))
+
+    @torch.no_grad()
+    def embed_images(self, images: Any = None, image_features: Tensor | None = None) -> Tensor:
+        """Map images, or their features (n, f), to unit vectors (n, q) of the retrieval space."""
+        features = self.image_features(images) if image_features is None else image_features
+        return self.adapter.embed_images(features.to(self.device))
+
+    def embed_states(self, states: list[Tensor]) -> Tensor:
+        """Map the hidden states at `[RET]`, one (r, width) per text layer, to unit vectors (r, q)."""
+        return self.adapter.embed_states([state.to(self.device) for state in states])
+
+    @property
+    def report(self) -> Report:
+        """How the adapter was made and what was measured; saved with it, and shown on its card."""
+        return self.metadata.report
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self.metadata = replace(self.metadata, report=report)
+
+    @property
+    def image_processor(self) -> Any:
+        """Maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`."""
+        return self.vision.image_processor
+
+    def record_training(self, settings: Mapping[str, Any]) -> None:
+        """Note that the adapter was trained here: from now on it belongs to this LM and encoder.
+
+        Args:
+            settings: what it was trained with, by name; numbers, texts and the like.
+        """
+        report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
+        self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
+
+    def load_weights(self, folder: str | os.PathLike, lm: nn.Module) -> None:
+        """Load saved tensors, and those of the LM's PEFT adapter where it is trained beside.
+
+        Args:
+            folder: an adapter folder.
+            lm: the LM.
+
+        Raises:
+            GroundingFileError: missing or damaged; nothing has changed then.
+            GroundingValueError: other names, shapes or dtypes; each is listed, and nothing has changed.
+        """
+        tensors = read_tensors(Path(folder) / WEIGHTS_FILE, self.adapter.state_dict())
+        if self.config.train_lm_adapter:
+            lm_peft.load_into(lm, folder)
+        self.adapter.load_state_dict(tensors)
+
+    def save(self, folder: str | os.PathLike, lm: nn.Module) -> None:
+        """Write the adapter's folder, see `GroundedModel.save_pretrained`; `lm` is the LM that it is on."""
+        self._write(folder, lm, self.metadata)
+
+    def push(self, repo_id: str, lm: nn.Module, options: PushOptions) -> str:
+        """Commit the adapter's folder to the Hub, see `GroundedModel.push_to_hub`."""
+        metadata = published(self.metadata)
+        return push_folder(lambda folder: self._write(folder, lm, metadata, repo_id), repo_id, options, FILES)
+
+    def _write(
+        self, folder: str | os.PathLike, lm: nn.Module, metadata: AdapterMetadata, repo_id: str | None = None
+    ) -> None:
+        beside = lm_peft.writers(lm) if self.config.train_lm_adapter else {}
+        if self.anchors is not None:
+            beside = {**beside, ANCHORS_FILE: self.anchors.write}
+        save_adapter(folder, self.adapter.state_dict(), metadata, repo_id, beside=beside)
+
+
+def new_adapter(config: GroundingConfig, spec: LMSpec, vision: VisionEncoder) -> Adapter:
+    """Return an adapter of the widths that fit an LM and an encoder.
+
+    Args:
+        config: the settings.
+        spec: what was read of the LM.
+        vision: the encoder.
+    """
+    ends = spec.text_dims, spec.head_dim, spec.tied
+    return Adapter(config, spec.embedding_dim, vision.feature_dim, *ends, vision.patch_dim)

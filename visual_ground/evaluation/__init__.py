@@ -1,0 +1,1 @@
+"""Measures of how well text and images find each other."""

@@ -1,0 +1,1 @@
+"""Answers: `[RET]` becomes retrieved images between the text."""

@@ -1,0 +1,35 @@
+"""What a grounded model makes of prompts without answering: retrieval vectors and likelihoods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visual_ground.adapter.attached import AttachedAdapter
+from visual_ground.lm.frozen_lm import FrozenLM
+
+
+@torch.no_grad()
+def embed_prompts(frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Any) -> Tensor:
+    """Return unit vectors (n, q): the states at a `[RET]` put after each prompt; see `GroundedModel.embed_text`."""
+    processor = attached.processor
+    batch = processor.batch(processor.encode_queries(prompts)).to(frozen_lm.device)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
+    image_tokens = attached.image_tokens(batch.get("pixel_values"))
+    states = frozen_lm.hidden_states(ids, mask, last, attached.config.text_layers, image_tokens)
+    return attached.embed_states(states)
+
+
+@torch.no_grad()
+def log_likelihood(
+    frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Any, continuations: Sequence[str]
+) -> Tensor:
+    """Return log p(continuation | prompt), (n,), in nats; see `GroundedModel.log_likelihood`."""
+    encoded, lengths = attached.processor.encode_continuations(prompts, continuations)
+    batch = attached.processor.batch(encoded).to(frozen_lm.device)
+    image_tokens = attached.image_tokens(batch.get("pixel_values"))
+    return frozen_lm.log_likelihood(batch["input_ids"], batch["attention_mask"], lengths, image_tokens)

@@ -1,0 +1,59 @@
+"""`ground`: attach a new adapter between a language model and a vision encoder."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from visual_ground.components import load_components
+from visual_ground.config import GroundingConfig
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.model import GroundedModel
+
+
+def ground(
+    lm: str | nn.Module,
+    vision_encoder: Any = None,
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    config: GroundingConfig | None = None,
+    adapter: str | os.PathLike | None = None,
+) -> GroundedModel:
+    """Attach an adapter between a causal LM and a vision encoder; both stay frozen.
+
+    Args:
+        lm: Hub id, local folder, a GGUF file's path, or a loaded causal LM (quantised, offloaded, or a `PeftModel`).
+        vision_encoder: Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded model of one of
+            these, or any module from pixels (n, c, h, w) to features (n, f).
+        tokenizer: a tokenizer or its name; found by the LM's name where None.
+        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where None.
+        config: the settings; `GroundingConfig()` where None.
+        adapter: local folder or Hub id of an adapter to start from, with its settings and, where none is passed, its
+            encoder; a new adapter where None.
+
+    Returns:
+        The grounded model, whose adapter is ready to be trained: with its start values, or those it was saved with.
+
+    Raises:
+        GroundingTypeError: not a causal LM, or not a vision encoder.
+        GroundingValueError: no tokenizer, preprocessing or feature width can be found; the tokenizer has `[RET]`.
+        GroundingStateError: the LM is grounded already.
+        GroundingFileError: no such adapter, or a damaged one.
+    """
+    if adapter is not None:
+        if config is not None:
+            raise GroundingValueError("A saved adapter has its own settings; pass config or adapter, not both.")
+        return GroundedModel.from_pretrained(lm, adapter, vision_encoder, tokenizer, image_processor, is_trainable=True)
+    if vision_encoder is None:
+        raise GroundingTypeError("ground needs a vision encoder, or an adapter that provenance one.")
+    config = GroundingConfig() if config is None else config
+    parts = load_components(lm, vision_encoder, tokenizer, image_processor, config)
+    model = GroundedModel(parts, config)
+    try:
+        model.adapter.start_from_lm(*model.frozen_lm.statistics())
+    except BaseException:
+        model.unground()
+        raise
+    return model.train()

@@ -1,0 +1,1 @@
+"""What other projects have published becomes adapters and indexes."""

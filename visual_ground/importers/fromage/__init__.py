@@ -1,0 +1,1 @@
+"""Official FROMAGe checkpoints and image embeddings, read without running what is pickled."""

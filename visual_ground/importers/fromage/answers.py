@@ -1,0 +1,138 @@
+"""Answers decoded as the published code decodes them, for comparing with the paper.
+
+`GroundedModel.generate` differs on purpose: `[RET]`'s logit is raised by adding, not by multiplying, which lowers it
+where it is negative; it stops at the end of a sentence where the LM does, and loses no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from visual_ground.errors import GroundingValueError
+from visual_ground.generation.output import InterleavedOutput
+from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve
+from visual_ground.index.image_index import ImageIndex
+from visual_ground.model import GroundedModel
+
+
+@dataclass(frozen=True)
+class PublishedDecoding:
+    """The published settings of an answer, under their published names.
+
+    Args:
+        num_words: tokens generated, always as many; 0 says the prompt again, with the images of its own `[RET]`s.
+        min_word_tokens: tokens before the first `[RET]`.
+        ret_scale_factor: what `[RET]`'s logit is multiplied by.
+        max_num_rets: `[RET]`s that are looked up; what comes after the last of them is dropped.
+        max_img_per_ret: images for each.
+    """
+
+    num_words: int = 32
+    min_word_tokens: int = 0
+    ret_scale_factor: float = 1.0
+    max_num_rets: int = 1
+    max_img_per_ret: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.num_words, self.min_word_tokens) < 0 or min(self.max_num_rets, self.max_img_per_ret) < 1:
+            raise GroundingValueError("Numbers of tokens must not be negative; numbers of images must be at least 1.")
+
+
+class ScaleRet(LogitsProcessor):
+    """Multiplies one column of the scores.
+
+    Args:
+        ret_token_id: the column.
+        factor: by what.
+    """
+
+    def __init__(self, ret_token_id: int, factor: float) -> None:
+        self.ret_token_id, self.factor = ret_token_id, factor
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores (b, v + 1) with that column multiplied."""
+        scores = scores.clone()
+        scores[:, self.ret_token_id] *= self.factor
+        return scores
+
+
+@torch.no_grad()
+def answer_as_published(
+    model: GroundedModel, prompt: Any, index: ImageIndex, decoding: PublishedDecoding | None = None
+) -> InterleavedOutput:
+    """Answer one prompt greedily, with the published conventions.
+
+    Args:
+        model: the grounded model, mostly of the preset "fromage".
+        prompt: one prompt, as in `prepare`.
+        index: where images are searched; no image comes twice in one answer.
+        decoding: the settings.
+
+    Returns:
+        Texts, each cut at its first newline or else at its first full stop, and each `[RET]`'s images after them.
+
+    Raises:
+        GroundingValueError: `num_words=0` and a prompt without `[RET]`.
+
+    Example:
+        >>> answer_as_published(model, "A picture of", index).parts  # doctest: +SKIP
+        (' a dog', RetrievedImage(id=7, ...))
+    """
+    decoding = decoding or PublishedDecoding()
+    batch = model.prepare([prompt])
+    rows = model.active.image_tokens(batch.get("pixel_values"))
+    ids = _say(model, batch, rows, decoding) if decoding.num_words else batch["input_ids"]
+    start = batch["input_ids"].shape[1] if decoding.num_words else 0
+    found = [i for i in range(start, ids.shape[1]) if ids[0, i] == model.ret_token_id]
+    said = found[: decoding.max_num_rets]
+    if not said and not decoding.num_words:
+        raise GroundingValueError(f"With num_words=0 there must be a {model.config.ret_token!r} in the prompt.")
+    if not said:
+        return InterleavedOutput((_cut(_text(model, ids[0, start:].tolist())),))
+    positions, layers = torch.tensor(said, device=ids.device), model.config.text_layers
+    states = model.frozen_lm.hidden_states(ids, torch.ones_like(ids), positions, layers, rows)
+    vectors = model.active.embed_states(states)
+    shown = retrieve(vectors.cpu(), index, RetrievalSettings(images_per_ret=decoding.max_img_per_ret))
+    parts: list[Any] = []
+    for position, images in zip(said, shown, strict=True):
+        text = _cut(_text(model, ids[0, start:position].tolist()))
+        parts += [*([text] if text else []), *images]
+        start = position + 1
+    return InterleavedOutput(tuple(parts))
+
+
+def _say(model: GroundedModel, batch: Any, rows: Tensor | None, decoding: PublishedDecoding) -> Tensor:
+    """Return the prompt's ids and `num_words` greedy ones, (1, s)."""
+    settings = RetrievalSettings(min_new_tokens_before_ret=decoding.min_word_tokens)
+    steer = RetLogitsProcessor(model.ret_token_id, batch["input_ids"].shape[1], settings)
+    processors = LogitsProcessorList([steer, ScaleRet(model.ret_token_id, decoding.ret_scale_factor)])
+    return model.frozen_lm.generate(
+        batch["input_ids"],
+        rows,
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=decoding.num_words,
+        logits_processor=processors,
+        eos_token_id=None,
+        pad_token_id=model.processor.pad_token_id,
+        do_sample=False,
+    )
+
+
+def _text(model: GroundedModel, ids: Sequence[int]) -> str:
+    """Decode the ids that are the LM's own."""
+    own = [i for i in ids if i != model.ret_token_id and i < model.frozen_lm.vocabulary.first_image_id]
+    return model.tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _cut(text: str) -> str:
+    """Cut a text at its first newline, or else at its first full stop."""
+    for mark, kept in (("\n", 0), (".", 1)):
+        if mark in text:
+            return text[: text.index(mark) + kept]
+    return text

@@ -1,0 +1,1 @@
+"""Image indexes: vectors with the images that they stand for."""

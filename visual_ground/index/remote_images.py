@@ -1,0 +1,142 @@
+"""Images that are known by their address only: on the network, or outside the folder whose index speaks of them.
+
+Nothing here is opened unless the user says so, with `LinkRules`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.vision.images import to_rgb
+
+SCHEMES = ("http", "https")
+CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class ImageLink:
+    """An image that is known by its address and was not opened.
+
+    Args:
+        address: a URL or a path.
+    """
+
+    address: str
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the address is on the network."""
+        return is_url(self.address)
+
+    def __str__(self) -> str:
+        return self.address
+
+
+@dataclass(frozen=True)
+class LinkRules:
+    """Which of the images that an index speaks of may be opened.
+
+    Args:
+        hosts: names of the hosts that images may be fetched from; ".example.org" stands for all below it.
+        folders: folders that paths may lead into, besides the index's own.
+        timeout: seconds for one image, from the first byte asked for to the last one got.
+        max_bytes: of one image.
+    """
+
+    hosts: tuple[str, ...] = ()
+    folders: tuple[str | os.PathLike, ...] = ()
+    timeout: float = 10.0
+    max_bytes: int = 20_000_000
+
+    def __post_init__(self) -> None:
+        for name in ("hosts", "folders"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, (str, os.PathLike)) else tuple(value))
+        if not self.timeout > 0 or self.max_bytes < 1:
+            raise GroundingValueError("timeout and max_bytes must be more than 0.")
+
+    def allow_host(self, url: str) -> bool:
+        """Say whether an image may be fetched from a URL."""
+        try:
+            parts = urlsplit(url)
+            host = (parts.hostname or "").lower()
+        except ValueError:
+            return False
+        below = (name.lower() for name in self.hosts)
+        return parts.scheme in SCHEMES and any(
+            host.endswith(name) if name.startswith(".") else host == name for name in below
+        )
+
+    def allow_path(self, path: str, folder: Path) -> bool:
+        """Say whether a path leads into the index's folder or another that is allowed, symbolic links followed."""
+        try:
+            target = Path(path).resolve()
+            return any(target.is_relative_to(Path(root).resolve()) for root in (folder, *self.folders))
+        except (OSError, ValueError, RuntimeError):  # A null byte, a loop of links.
+            return False
+
+    def fetch(self, url: str) -> Image.Image:
+        """Fetch an image as upright RGB.
+
+        Raises:
+            GroundingFileError: a host that is not allowed, also where it is redirected to; too slow, too large, gone.
+            GroundingValueError: not an image.
+        """
+        if not self.allow_host(url):
+            raise GroundingFileError(f"{url!r} is on no host that is allowed; those are {list(self.hosts)}.")
+        deadline = time.monotonic() + self.timeout
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "visual_ground", "Accept": "image/*"})
+            with urllib.request.build_opener(_Redirects(self)).open(request, timeout=self.timeout) as answer:
+                data = self._read(answer, url, deadline)
+        except (OSError, ValueError, urllib.error.URLError) as error:
+            if isinstance(error, GroundingFileError):
+                raise
+            raise GroundingFileError(f"{url!r} cannot be fetched: {error}.") from error
+        return to_rgb(_opened(data, url))
+
+    def _read(self, answer: Any, url: str, deadline: float) -> bytes:
+        data = bytearray()
+        # read1 returns what has come; read would wait for the whole chunk and so forget the time.
+        while piece := answer.read1(CHUNK):
+            data += piece
+            if len(data) > self.max_bytes:
+                raise GroundingFileError(f"{url!r} is larger than {self.max_bytes} bytes.")
+            if time.monotonic() > deadline:
+                raise GroundingFileError(f"{url!r} took longer than {self.timeout} s.")
+        return bytes(data)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to allowed hosts only."""
+
+    def __init__(self, rules: LinkRules) -> None:
+        self.rules = rules
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not self.rules.allow_host(newurl):
+            raise GroundingFileError(f"{req.full_url!r} leads to {newurl!r}, whose host is not allowed.")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def is_url(address: str) -> bool:
+    """Say whether an address is on the network, and no path."""
+    return "://" in address
+
+
+def _opened(data: bytes, url: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise GroundingValueError(f"{url!r} is not an image that Pillow can read.") from error

@@ -1,0 +1,127 @@
+"""`Fingerprint`: a few numbers by which a language model is known again, in any dtype and under any name."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SAMPLED_ROWS, SAMPLED_TOKENS, SAMPLED_DIMS = 8, 64, 8
+# Relative differences below these are a change of dtype, not of the LM: SmolLM2-135M in bfloat16 differs by 0.2 % and
+# 1.9 % from itself in float32; with linear layers of 8 bits, by 0 % and 5.3 % (benchmarks/results/fingerprints.json).
+ROW_TOLERANCE, STATE_TOLERANCE = 0.01, 0.04
+
+
+def spread(count: int, number: int) -> list[int]:
+    """Return `number` positions spread evenly over `count`, or all of them where there are fewer.
+
+    Example:
+        >>> spread(100, 4)
+        [12, 37, 62, 87]
+    """
+    number = min(count, number)
+    return [(2 * i + 1) * count // (2 * number) for i in range(number)]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is compared between the LM that an adapter was trained on and the one that it is loaded on.
+
+    Args:
+        tokens: how many the tokenizer has.
+        vocabulary: hash of some of the tokens with their ids.
+        rows: parts of some rows of the input embedding, (8, 8) numbers.
+        state: parts of what the output head reads after two tokens, 16 numbers. Every layer has a say in it.
+    """
+
+    tokens: int
+    vocabulary: str
+    rows: tuple[tuple[float, ...], ...]
+    state: tuple[float, ...]
+
+    @classmethod
+    def of(cls, vocabulary: Mapping[str, int], rows: Tensor, state: Tensor) -> Fingerprint:
+        """Take a fingerprint.
+
+        Args:
+            vocabulary: the tokens' ids.
+            rows: (8, d) embeddings of `spread(number of rows, 8)`.
+            state: (h,) what the output head reads.
+        """
+        tokens = max(vocabulary.values()) + 1
+        chosen = set(spread(tokens, SAMPLED_TOKENS))
+        named = sorted((number, token) for token, number in vocabulary.items() if number in chosen)
+        return cls(
+            tokens=tokens,
+            vocabulary=hashlib.sha256(repr(named).encode("utf-8", "backslashreplace")).hexdigest()[:16],
+            rows=tuple(_rounded(row[spread(len(row), SAMPLED_DIMS)]) for row in rows),
+            state=_rounded(state[spread(len(state), 2 * SAMPLED_DIMS)]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return {**asdict(self), "rows": [list(row) for row in self.rows], "state": list(self.state)}
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Say in words what was compared and is not the same; empty for the same LM, whatever its dtype.
+
+        Example:
+            >>> one = Fingerprint(2, "a", ((1.0, 0.0),), (3.0, 4.0))
+            >>> one.differences(Fingerprint(2, "a", ((1.0, 0.0),), (3.0, 4.5)))
+            ['the last hidden state after two tokens differs by 10 %']
+        """
+        if self.tokens != other.tokens or self.vocabulary != other.vocabulary:
+            return [f"the vocabulary is another one ({other.tokens} tokens here, {self.tokens} in training)"]
+        told = []
+        rows = relative_difference(sum(self.rows, ()), sum(other.rows, ()))
+        state = relative_difference(self.state, other.state)
+        if rows > ROW_TOLERANCE:
+            told.append(f"{len(self.rows)} sampled embedding rows differ by {100 * rows:.2g} %")
+        if state > STATE_TOLERANCE:
+            told.append(f"the last hidden state after two tokens differs by {100 * state:.2g} %")
+        return told
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    # Numbers that are not finite (an LM with broken weights) would be no JSON.
+    return tuple(float(f"{value:.5g}") if math.isfinite(value) else 0.0 for value in values.float().tolist())
+
+
+def relative_difference(one: Sequence[float], two: Sequence[float]) -> float:
+    """Return the distance of two vectors in parts of the first one's length."""
+    if len(one) != len(two):
+        return math.inf
+    length = math.hypot(*one)
+    apart = math.dist(one, two)
+    return apart / length if length else math.inf if apart else 0.0
+
+
+def warn_of_differences(trained: Fingerprint | None, present: Fingerprint | None, name: str | None) -> None:
+    """Log a warning, once for the same finding, where an adapter is loaded on another LM than it was trained on.
+
+    Args:
+        trained: of the LM it was trained on, as the adapter says.
+        present: of the LM it is loaded on.
+        name: of the LM it was trained on.
+    """
+    if trained is None or present is None:
+        return
+    if found := trained.differences(present):
+        _tell(
+            f"This adapter was trained on another language model than this one ({name or 'one without a name'}). "
+            f"Compared were the vocabulary, embedding rows and a hidden state: {'; '.join(found)}. On a fine-tune, a "
+            "merged LoRA or a quantised copy an adapter mostly works as it is: measure it before you rely on it."
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _tell(message: str) -> None:
+    logger.warning(message)

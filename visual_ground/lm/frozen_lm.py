@@ -1,0 +1,249 @@
+"""`FrozenLM`: a causal language model where it is, run with virtual tokens; the only place that touches the hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visual_ground.errors import GroundingStateError
+from visual_ground.lm.freezing import FreezeGuard
+from visual_ground.lm.hook_context import HookContext
+from visual_ground.lm.peft import base_model_of, tuner_layers
+from visual_ground.lm.reading import LMReading
+from visual_ground.lm.spec import LMSpec
+from visual_ground.lm.virtual_tokens import VirtualTokens
+from visual_ground.lm.weights import EmbeddingStatistics, embedding_device, embedding_vectors, head_vectors
+
+LAST = (-1,)
+
+
+class FrozenLM:
+    """A frozen causal LM with hooks at its two ends.
+
+    Args:
+        lm: a causal LM; may be a `PeftModel`.
+        spec: what was read of it.
+        ret_embeddings: returns `[RET]`'s input (d,) and output embedding (h,), read anew in each forward.
+        mask_spare_columns: as in `GroundingConfig`.
+        train_lm_adapter: let what PEFT has put into the LM learn, and nothing else.
+
+    Attributes:
+        lm: the transformers model, where it was.
+        vocabulary: which ids are its own and which are virtual.
+        virtual_tokens: the hooks.
+        takes_positions: whether its forward takes position_ids.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        spec: LMSpec,
+        ret_embeddings: Callable[[], tuple[Tensor, Tensor]],
+        mask_spare_columns: bool = False,
+        train_lm_adapter: bool = False,
+    ) -> None:
+        self.lm, self.spec, self.vocabulary = lm, spec, spec.vocabulary
+        tuned = tuner_layers(lm) if train_lm_adapter else []
+        self._freeze_guard = FreezeGuard(lm)
+        for layer in tuned:
+            layer.set_adapter(layer.active_adapters)
+        core = base_model_of(lm)
+        parameters = inspect.signature(core.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        # transformers 5.24 renamed what older ones call past_key_values.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, mask_spare_columns)
+        self.virtual_tokens.attach()
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids should be."""
+        return embedding_device(self.lm)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of number that the LM computes in."""
+        return getattr(self.lm, "dtype", torch.float32)
+
+    @property
+    def max_length(self) -> int | None:
+        """How many ids the LM's context holds, where its config says so."""
+        limit = getattr(self.lm.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    # On and off.
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block, the LM behaves as if nothing were attached."""
+        with self.virtual_tokens.bind(enabled=False):
+            yield
+
+    def release(self) -> nn.Module:
+        """Take everything off the LM and hand it back, bit for bit what it was."""
+        self.virtual_tokens.detach()
+        self._freeze_guard.restore()
+        return self.lm
+
+    # Running it.
+
+    def bind(
+        self, image_tokens: Tensor | None = None, **settings: Any
+    ) -> contextlib.AbstractContextManager[HookContext]:
+        """Return the context in which the LM, called in whatever way, knows these images.
+
+        Args:
+            image_tokens: (n * k, d), or None.
+            settings: `positions`, `max_logits`, `has_virtual`, as in `HookContext`.
+
+        Raises:
+            GroundingStateError: `release` was called, or images come while the adapter is disabled.
+        """
+        if not self.virtual_tokens.attached:
+            raise GroundingStateError("This model was ungrounded; ground the LM again.")
+        disabled = self.virtual_tokens.disabled
+        if disabled and image_tokens is not None:
+            raise GroundingStateError(
+                "The adapter is disabled here, so images cannot be read. Leave disable_adapter()."
+            )
+        return self.virtual_tokens.bind(image_tokens=image_tokens, enabled=not disabled, **settings)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Run the LM over ids that may be virtual; return its own output, with logits (b, s, >= v + 1).
+
+        Args:
+            input_ids: (b, s).
+            attention_mask: (b, s).
+            image_tokens: (n * k, d), of the images in the ids, in order.
+            options: any other argument of the LM's forward.
+        """
+        with self.bind(image_tokens):
+            return self.run(input_ids, attention_mask, **options)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, **options: Any) -> Any:
+        """Run the LM inside `bind`; left-padded sequences get the positions that they have alone.
+
+        Args:
+            input_ids: (b, s).
+            attention_mask: (b, p + s), or what the LM takes in its place.
+            cache: keys and values of p earlier positions.
+            options: for the LM; with `position_ids` among them, the mask is not looked at.
+        """
+        if cache is not None:
+            options[self._cache_name] = cache
+        if attention_mask is not None and self.takes_positions and "position_ids" not in options:
+            if attention_mask.dim() == 2 and not bool(attention_mask[:, 0].all()):
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+                options["position_ids"] = positions[:, -input_ids.shape[1] :]
+        return self.lm(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        image_tokens: Tensor | None = None,
+        layers: Sequence[int] = (),
+        max_logits: int | None = None,
+        has_virtual: bool | None = None,
+        **options: Any,
+    ) -> LMReading:
+        """Run the LM and read it at some positions only; its output head runs at no others.
+
+        Args:
+            input_ids: (b, s).
+            attention_mask: as in `run`.
+            positions: (r,) long, positions of the flattened ids.
+            image_tokens: (n * k, d).
+            layers: whose hidden states to return, as in `GroundingConfig.text_layers`.
+            max_logits: as in `HookContext`.
+            has_virtual: as in `HookContext`.
+            options: for `run`.
+        """
+        settings: dict[str, Any] = {"positions": positions, "max_logits": max_logits, "has_virtual": has_virtual}
+        options = {"use_cache": False, "output_hidden_states": any(layer != -1 for layer in layers), **options}
+        with self.bind(image_tokens, **settings) as context:
+            output = self.run(input_ids, attention_mask, **options)
+        assert context.head_input is not None, "the head ran"
+        head_input = context.head_input[0]
+        states = [
+            head_input
+            if layer == -1
+            else (found := output.hidden_states[layer]).flatten(0, 1).index_select(0, positions.to(found.device))
+            for layer in layers
+        ]
+        return LMReading(head_input, states, output.logits[0], output)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        layers: Sequence[int] = LAST,
+        image_tokens: Tensor | None = None,
+        **options: Any,
+    ) -> list[Tensor]:
+        """Run the LM; return its states at `positions`, one (r, width) for each layer. As `read`, without logits."""
+        return self.read(input_ids, attention_mask, positions, image_tokens, layers, 1, **options).states
+
+    def log_likelihood(
+        self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int], image_tokens: Tensor | None = None
+    ) -> Tensor:
+        """Return the log likelihood of each sequence's last ids, summed, in nats, (b,).
+
+        Args:
+            input_ids: (b, s), padded on the left.
+            attention_mask: (b, s).
+            lengths: how many ids of each sequence are scored, at least 1.
+            image_tokens: (n * k, d).
+        """
+        width = input_ids.shape[1]
+        places = [[row * width + column for column in range(width - n, width)] for row, n in enumerate(lengths)]
+        scored = torch.tensor([place for row in places for place in row], device=input_ids.device)
+        logits = self.read(input_ids, attention_mask, scored - 1, image_tokens).logits
+        targets = input_ids.flatten()[scored].to(logits.device)
+        values = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
+        return torch.stack([part.sum() for part in values.split(list(lengths))])
+
+    def generate(self, input_ids: Tensor, image_tokens: Tensor | None = None, **options: Any) -> Tensor:
+        """Run transformers' own `generate`; return ids (b * num_return_sequences, s).
+
+        Args:
+            input_ids: (b, s), padded on the left.
+            image_tokens: (n * k, d).
+            options: for `generate`.
+        """
+        with self.bind(image_tokens):
+            output = self.lm.generate(input_ids=input_ids, **options)
+        return output if isinstance(output, Tensor) else output.sequences
+
+    def head_logits(self, states: Tensor) -> Tensor:
+        """Run the output head, with `[RET]`'s column, over what it reads (r, h); return float32 (r, columns)."""
+        with self.bind():
+            return self.lm.get_output_embeddings()(states.unsqueeze(0))[0].float()
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the LM's own input embeddings (..., d) of its own ids (...)."""
+        with self.disabled():
+            return self.lm.get_input_embeddings()(ids.reshape(1, -1).to(self.device))[0].view(*ids.shape, -1)
+
+    def statistics(self) -> tuple[EmbeddingStatistics, EmbeddingStatistics | None]:
+        """Return the statistics of the input embeddings, and of the output embeddings where they are not tied."""
+        count = min(self.vocabulary.num_rows, self.vocabulary.num_tokens)
+        with self.disabled():
+            inputs = EmbeddingStatistics.of(embedding_vectors(self.lm, count))
+            if self.spec.tied:
+                return inputs, None
+            return inputs, EmbeddingStatistics.of(head_vectors(self.lm, count, self.spec.head_dim))

@@ -1,0 +1,97 @@
+"""What one call of the LM binds for the hooks, in a context variable, so that two threads never see each other's."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(eq=False)
+class HookContext:
+    """What one call binds for the hooks, and what they hand back.
+
+    Args:
+        owner: the hooks that this context is meant for.
+        image_tokens: (n * k, d) input embeddings of the images, or None.
+        positions: (r,) long, positions of the flattened (b, s) ids; where given, the output head runs only there and
+            logits are (1, r, v + 1).
+        enabled: False makes the LM behave as if nothing were attached.
+        max_logits: the output head runs at no more than so many of the positions; `head_input` has all of them.
+        has_virtual: whether there are virtual ids, where the caller knows; looked up in the ids where None, for which a
+            GPU has to be waited for.
+        unbound: a forward outside any `VirtualTokens.bind` block; the context ends with it.
+        outer: the context around this one.
+        shape: (b, s) of the ids of the latest forward.
+        head_input: (b, s, h) or (1, r, h), what the head read in the latest forward.
+        virtual, table_index, safe_ids: (b, s) of the latest forward: which ids are virtual, which row of the table of
+            virtual embeddings each is, and the ids that the LM saw instead.
+        embedded: whether the virtual embeddings were written.
+        selected: whether the head ran at the positions only.
+        packed: how many positions of the logits hold `[RET]`'s column, for LMs that cut their logits.
+    """
+
+    owner: object
+    image_tokens: Tensor | None = None
+    positions: Tensor | None = None
+    enabled: bool = True
+    max_logits: int | None = None
+    has_virtual: bool | None = None
+    unbound: bool = False
+    outer: HookContext | None = None
+    shape: tuple[int, ...] = ()
+    head_input: Tensor | None = None
+    virtual: Tensor | None = None
+    table_index: Tensor | None = None
+    safe_ids: Tensor | None = None
+    embedded: bool = False
+    selected: bool = False
+    packed: int = 0
+
+    def start_forward(self) -> None:
+        """Forget what the forward before this one left."""
+        self.virtual, self.embedded, self.head_input, self.packed = None, False, None, 0
+
+    def locate(self, seen: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Find the virtual ids in the ids that the embedding was given: as they are, transposed, fewer, or more.
+
+        Matched by content, never by shape alone: XLNet transposes to (s, b), XLM leaves out what its cache holds
+        already, CPM-Ant puts ids of its own in front, Reformer fills up its last chunk with pads.
+
+        Returns:
+            Which of the ids seen are virtual, and their rows in the table; None where these are other ids.
+        """
+        safe, virtual, index = self.safe_ids, self.virtual, self.table_index
+        assert safe is not None and virtual is not None and index is not None, "they are set together"
+        if seen is safe:
+            return virtual, index
+        if seen.dim() != 2 or seen.is_floating_point():
+            return None
+        safe, marked = safe.to(seen.device), virtual.to(seen.device)
+        if seen.shape == safe.shape and (torch.equal(seen, safe) or torch.equal(seen[marked], safe[marked])):
+            # Equal at our positions is enough: some models replace their own placeholder ids by pad elsewhere.
+            return virtual, index
+        if seen.shape == safe.T.shape and torch.equal(seen, safe.T):
+            return virtual.T, index.T
+        extra = seen.shape[1] - safe.shape[1]
+        if seen.shape[0] == safe.shape[0] and extra < 0 and torch.equal(seen, safe[:, -extra:]):
+            return virtual[:, -extra:], index[:, -extra:]
+        if seen.shape[0] == safe.shape[0] and extra > 0:
+            for part, pads in ((seen[:, extra:], (extra, 0)), (seen[:, :-extra], (0, extra))):
+                if torch.equal(part, safe):
+                    return pad(virtual, pads), pad(index, pads)
+        return None
+
+
+current: ContextVar[HookContext | None] = ContextVar("visual_ground_hook_context", default=None)
+
+
+def context_of(owner: object) -> HookContext | None:
+    """Return the innermost context that is meant for these hooks."""
+    context = current.get()
+    while context is not None and context.owner is not owner:
+        context = context.outer
+    return context

@@ -1,0 +1,80 @@
+"""Loading a causal language model with its tokenizer, and refusing what is none."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+
+from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+
+
+def load_lm(
+    lm: str | nn.Module, tokenizer: Any = None, revision: str | None = None, **hub: Any
+) -> tuple[nn.Module, Any]:
+    """Load a causal LM and its tokenizer, or check those given. Code that comes with a model is never run.
+
+    Args:
+        lm: Hub id, local folder, a GGUF file as a path or "owner/repository/file.gguf", or a loaded model (also a
+            `PeftModel`).
+        tokenizer: a tokenizer or its name; found by the LM's name where None.
+        revision: of a Hub id.
+        hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
+
+    Raises:
+        GroundingFileError: no LM can be loaded by that name, or a path to a GGUF file that is not there.
+        GroundingTypeError: not a causal LM.
+        GroundingValueError: no tokenizer can be found.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"revision": revision, "trust_remote_code": False, **hub}
+    if isinstance(lm, str):
+        tokenizer = lm if tokenizer is None else tokenizer
+        folder, file = _gguf_file(lm)
+        try:
+            lm = AutoModelForCausalLM.from_pretrained(folder, **options, **file)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise GroundingFileError(f"The language model {lm!r} cannot be loaded: {error}") from error
+    check_causal_lm(lm)
+    source = tokenizer if tokenizer is not None else getattr(lm.config, "_name_or_path", "")
+    if not source:
+        raise GroundingValueError(f"{type(lm).__name__} names no tokenizer; pass tokenizer=.")
+    if not isinstance(source, str):
+        return lm, source
+    try:
+        folder, file = _gguf_file(source)
+        return lm, AutoTokenizer.from_pretrained(folder, **options, **file)
+    except (OSError, ValueError) as error:
+        raise GroundingValueError(f"No tokenizer was found at {source!r}; pass tokenizer=. ({error})") from error
+
+
+def _gguf_file(name: str) -> tuple[str, dict[str, str]]:
+    """Return the folder or Hub id of a name, and how to ask for the GGUF file in it where the name is of one."""
+    if not name.lower().endswith(".gguf"):
+        return name, {}
+    folder, file = os.path.split(name)
+    if not os.path.isfile(name) and (os.path.isdir(folder) or folder.count("/") != 1):
+        raise GroundingFileError(f"{name!r} is no file. Give a GGUF file's path, or owner/repository/file.gguf.")
+    return folder or ".", {"gguf_file": file}
+
+
+def check_causal_lm(lm: Any) -> None:
+    """Raise unless `lm` is a causal language model with both of its ends."""
+    name = type(lm).__name__
+    for method in ("generate", "get_input_embeddings", "get_output_embeddings"):
+        if not callable(getattr(lm, method, None)):
+            raise GroundingTypeError(f"{name} is not a causal language model: it has no {method}().")
+    if getattr(lm.config, "is_encoder_decoder", False):
+        raise GroundingTypeError(f"{name} is an encoder-decoder; grounding needs a decoder-only causal LM.")
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if embedding is None or head is None:
+        raise GroundingTypeError(
+            f"{name} has no language-model head over a vocabulary, as reward models and classifiers have none; load it "
+            "with AutoModelForCausalLM."
+        )
+    if isinstance(embedding, nn.ModuleList) or isinstance(head, nn.ModuleList):
+        raise GroundingTypeError(
+            f"{name} reads or says several codebooks at once, as audio decoders do; grounding needs one stream of text."
+        )

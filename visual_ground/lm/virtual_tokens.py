@@ -1,0 +1,253 @@
+"""Virtual tokens: vocabulary entries that a frozen language model gets from hooks at its two ends.
+
+Ids that the frozen embedding does not have travel through the LM's own forward and `generate`:
+
+    id                               enters as                          leaves as
+    ret_token_id                     the adapter's [RET] embedding      one logit, head input . [RET] output embedding
+    first_image_id + i, i < n * k    embedding i of this call's images  -inf
+
+Before anything inside the LM sees them, a hook swaps those ids for a real one; a hook on the input embedding then
+writes our embeddings over those positions; a hook on the output head adds the columns. Nothing in the LM is resized,
+copied or written. What one call needs is in its `HookContext`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from visual_ground.errors import GroundingIndexError, GroundingStateError
+from visual_ground.lm.hook_context import HookContext, context_of, current
+from visual_ground.lm.vocabulary import VirtualVocabulary
+
+
+class VirtualTokens:
+    """The hooks that give a frozen LM its virtual tokens.
+
+    Args:
+        lm: a causal LM with `get_input_embeddings` and `get_output_embeddings`.
+        vocabulary: which ids are the LM's and which are virtual.
+        ret_embeddings: returns `[RET]`'s input (d,) and output embedding (h,), read anew in each forward.
+        mask_spare_columns: set the logits of ids that no token has to -inf.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        vocabulary: VirtualVocabulary,
+        ret_embeddings: Callable[[], tuple[Tensor, Tensor]],
+        mask_spare_columns: bool = False,
+    ) -> None:
+        self.lm, self.vocabulary, self.ret_embeddings = lm, vocabulary, ret_embeddings
+        self.mask_spare_columns = mask_spare_columns
+        self._parameters = list(inspect.signature(lm.forward).parameters)
+        self._handles: list[RemovableHandle] = []
+        # Whether the LM leaves -inf in its logits as it is: one that caps or scales them does not. Found at first use.
+        self._keeps_infinity: bool | None = None
+
+    def attach(self) -> None:
+        """Put the hooks on the LM."""
+        if self._handles:
+            raise GroundingStateError("The hooks are attached already; call detach() first.")
+        embedding, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        self._handles = [
+            self.lm.register_forward_pre_hook(self._swap_ids, with_kwargs=True, prepend=True),
+            self.lm.register_forward_hook(self._finish, always_call=True),
+            embedding.register_forward_hook(self._write_embeddings, with_kwargs=True),
+            head.register_forward_pre_hook(self._select_positions),
+            head.register_forward_hook(self._add_columns),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off; the LM is what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the LM."""
+        return bool(self._handles)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether this runs inside a context with `enabled=False`."""
+        context = context_of(self)
+        return context is not None and not context.enabled
+
+    @contextlib.contextmanager
+    def bind(self, **settings: Any) -> Iterator[HookContext]:
+        """Bind what the forwards inside the block need.
+
+        Args:
+            settings: `image_tokens`, `positions`, `enabled`, `max_logits`, `has_virtual` of the `HookContext`.
+        """
+        context = HookContext(self, outer=current.get(), **settings)
+        token = current.set(context)
+        try:
+            yield context
+        finally:
+            current.reset(token)
+
+    def _active(self) -> HookContext | None:
+        context = context_of(self)
+        return context if context is not None and context.enabled else None
+
+    # Ids in.
+
+    def _swap_ids(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        bound = context_of(self)
+        if bound is not None and not bound.enabled:
+            return None
+        context = bound or HookContext(self, unbound=True, outer=current.get())
+        context.start_forward()
+        if context.unbound:
+            current.set(context)
+        slot = self._parameters.index("input_ids") if "input_ids" in self._parameters else 0
+        ids = args[slot] if len(args) > slot else kwargs.get("input_ids")
+        if ids is None:
+            return None
+        context.shape = ids.shape
+        if not self._find_virtual(context, ids):
+            return None
+        if len(args) > slot:
+            return (*args[:slot], context.safe_ids, *args[slot + 1 :]), kwargs
+        return args, {**kwargs, "input_ids": context.safe_ids}
+
+    def _find_virtual(self, context: HookContext, ids: Tensor) -> bool:
+        """Note which ids are virtual; return whether any is."""
+        if context.has_virtual is False:
+            return False
+        virtual = self.vocabulary.is_virtual(ids)
+        if context.has_virtual is None and not bool(virtual.any()):
+            return False
+        context.virtual = virtual
+        context.table_index = self._table_index(ids, context)
+        context.safe_ids = torch.where(virtual, torch.full_like(ids, self.vocabulary.safe_id), ids)
+        return True
+
+    def _table_index(self, ids: Tensor, context: HookContext) -> Tensor:
+        """Map virtual ids to rows of the table [RET, image tokens...]; the LM's own ids map to 0."""
+        count = 0 if context.image_tokens is None else len(context.image_tokens)
+        if context.has_virtual is None and bool((ids >= self.vocabulary.first_image_id + count).any()):
+            raise GroundingIndexError(
+                f"Token id {int(ids.max())} points past this call's {count} image tokens, whose ids start at "
+                f"{self.vocabulary.first_image_id}. Pass the images that the ids were prepared with."
+            )
+        return (ids - (self.vocabulary.first_image_id - 1)).clamp_min(0)
+
+    def _write_embeddings(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        context = self._active()
+        if context is None or context.virtual is None:
+            return None
+        place = context.locate(args[0] if args else next(iter(kwargs.values())))
+        if place is None:
+            return None
+        virtual, index = place
+        context.embedded = True
+        table = self.ret_embeddings()[0].unsqueeze(0)
+        if context.image_tokens is not None:
+            table = torch.cat([table, context.image_tokens.to(table)])
+        embeddings = table.to(output.device, output.dtype)[index.to(output.device)]
+        return torch.where(virtual.to(output.device).unsqueeze(-1), embeddings, output)
+
+    # Logits out.
+
+    def _select_positions(self, module: nn.Module, args: tuple) -> tuple | None:
+        context = self._active()
+        if context is None:
+            return None
+        hidden = args[0]
+        context.selected = False
+        if context.positions is not None and hidden.shape[:-1] == context.shape:
+            hidden, context.selected = _at(hidden, context.positions), True
+        # Heads that predict several tokens ahead read (b, g, s, h); the first of the g is the next token's.
+        context.head_input = hidden if hidden.dim() == 3 else hidden[:, 0]
+        return (hidden if context.max_logits is None else hidden[..., : context.max_logits, :], *args[1:])
+
+    def _add_columns(self, module: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
+        context = self._active()
+        if context is None:
+            return None
+        embedding, width = self.ret_embeddings()[1], self.vocabulary.num_columns
+        largest = torch.finfo(logits.dtype).max
+        column = (args[0].to(embedding) @ embedding.to(args[0].device)).clamp(-largest, largest).to(logits)
+        if self.vocabulary.widens:
+            return self._with_ours(logits, column, context)
+        # The LM will cut its logits to `width` columns, so [RET]'s travels through the rest of it as further positions.
+        context.packed = -(-column.shape[1] // width)
+        room = nn.functional.pad(column, (0, context.packed * width - column.shape[1]))
+        room = room.unflatten(1, (context.packed, width))
+        return torch.cat([logits, nn.functional.pad(room, (0, logits.shape[-1] - width))], dim=1)
+
+    def _with_ours(self, logits: Tensor, column: Tensor, context: HookContext) -> Tensor:
+        """Put `[RET]`'s column (b, s) and those of images, which no one may say, into logits (b, s, v)."""
+        words, column = self.vocabulary, column.unsqueeze(-1)
+        own, width = logits.shape[-1], words.first_image_id
+        width += 0 if context.image_tokens is None else len(context.image_tokens)
+        gap = lambda count: logits.new_full((*logits.shape[:-1], count), float("-inf"))  # noqa: E731
+        if words.ret_is_spare:
+            spare = logits[..., words.ret_token_id + 1 :]
+            after = gap(spare.shape[-1]) if self.mask_spare_columns else spare
+            return torch.cat([logits[..., : words.ret_token_id], column, after, gap(width - own)], dim=-1)
+        if self.mask_spare_columns and words.num_tokens < own:
+            logits = torch.cat([logits[..., : words.num_tokens], gap(own - words.num_tokens)], dim=-1)
+        before, after = gap(words.ret_token_id - own), gap(width - words.ret_token_id - 1)
+        return torch.cat([logits, before, column, after], dim=-1)
+
+    def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        context = self._active()
+        if context is None:
+            return None
+        if context.unbound:
+            current.set(context.outer)
+        if context.virtual is not None and not context.embedded and output is not None:
+            raise GroundingStateError(
+                f"{type(self.lm).__name__} did not pass its input ids to the module that get_input_embeddings() "
+                "returns, so the embeddings of images and [RET] could not be written. Please report this architecture."
+            )
+        context.virtual = None
+        if context.packed and hasattr(output, "logits"):
+            own, ours = output.logits[:, : -context.packed], output.logits[:, -context.packed :].flatten(1)
+            output.logits = self._with_ours(own, ours[:, : own.shape[1]], context)
+        if context.positions is not None and not context.selected and context.head_input is not None:
+            output.logits = _at(output.logits, context.positions)
+            context.head_input = _at(context.head_input, context.positions)
+        return self._forbid_columns(output)
+
+    def _forbid_columns(self, output: Any) -> Any:
+        """Put -inf back into the columns that no one may say, where the LM capped or scaled its logits."""
+        if self._keeps_infinity or not hasattr(output, "logits"):
+            return None
+        columns, words, logits = [slice(self.vocabulary.first_image_id, None)], self.vocabulary, output.logits
+        if self.mask_spare_columns:
+            columns.append(slice(words.ret_token_id + 1 if words.ret_is_spare else words.num_tokens, words.num_columns))
+        columns = [part for part in columns if logits[..., part].numel()]
+        if columns and self._keeps_infinity is None:
+            self._keeps_infinity = all(bool(logits[0, 0, part][0] == float("-inf")) for part in columns)
+        if not columns or self._keeps_infinity:
+            return None
+        logits = logits.clone() if logits.requires_grad else logits
+        for part in columns:
+            logits[..., part] = float("-inf")
+        output.logits = logits
+        return output
+
+
+def is_attached(lm: nn.Module) -> bool:
+    """Return whether some `VirtualTokens` is on this LM's input embedding."""
+    hooks = lm.get_input_embeddings()._forward_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), VirtualTokens) for hook in hooks)
+
+
+def _at(values: Tensor, positions: Tensor) -> Tensor:
+    """Return values (b, s, ...) at flat positions (r,), as (1, r, ...)."""
+    return values.flatten(0, 1).index_select(0, positions.to(values.device)).unsqueeze(0)

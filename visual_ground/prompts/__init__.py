@@ -1,0 +1,1 @@
+"""Prompts: interleaved text, images and chat messages become ids."""

@@ -1,0 +1,238 @@
+"""`GroundingProcessor`: interleaved text and images, or chat messages, become ids and pixels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+
+from visual_ground.config import GroundingConfig
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.prompts.chat import is_chat, render_chat
+from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
+from visual_ground.vision.images import to_rgb
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
+
+
+class GroundingProcessor:
+    """Turns prompts into what a grounded model reads, as transformers' processors do.
+
+    Args:
+        tokenizer: a transformers tokenizer, never written to.
+        config: which tokens stand for `[RET]` and in front of captions, and k, the ids per image.
+        vocabulary: which ids are the LM's and which are virtual.
+        preprocess: maps a list of images to pixels (n, c, h, w).
+        max_length: ids that the LM's context holds, where it says so.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: GroundingConfig,
+        vocabulary: VirtualVocabulary,
+        preprocess: Callable[[Sequence[Any]], Tensor],
+        max_length: int | None = None,
+    ) -> None:
+        self.tokenizer, self.config, self.vocabulary = tokenizer, config, vocabulary
+        self.preprocess, self.max_length = preprocess, max_length
+
+    def __call__(self, prompts: Any, padding_side: str = "left") -> BatchFeature:
+        """Turn prompts into a batch on the CPU; see `GroundedModel.prepare`."""
+        return self.batch([self.encode(prompt) for prompt in as_batch(prompts)], padding_side)
+
+    def batch(self, encoded: Sequence[EncodedPrompt], padding_side: str = "left") -> BatchFeature:
+        """Pad encoded prompts into input_ids and attention_mask (b, s), with pixel_values where there are images.
+
+        Args:
+            encoded: the prompts.
+            padding_side: "left", for generation, or "right".
+
+        Raises:
+            GroundingValueError: no prompts, or ids that the LM cannot read.
+        """
+        self.check_ids(encoded)
+        ids, mask = pad_batch(encoded, self.vocabulary.first_image_id, self.pad_token_id, padding_side)
+        batch = BatchFeature({"input_ids": ids, "attention_mask": mask})
+        if images := [image for prompt in encoded for image in prompt.images]:
+            batch["pixel_values"] = self.preprocess(images)
+        return batch
+
+    def check_ids(self, encoded: Sequence[EncodedPrompt]) -> None:
+        """Raise GroundingValueError where ids exceed the LM's context, or are tokens without an embedding in the LM."""
+        length = max((len(prompt.ids) for prompt in encoded), default=0)
+        if self.max_length is not None and self.max_length < length:
+            raise GroundingValueError(
+                f"A prompt has {length} ids, and the LM's context holds {self.max_length}. Shorten it."
+            )
+        rows = self.vocabulary.num_rows
+        if lost := {i for prompt in encoded for i in prompt.ids if i >= rows and i != self.ret_token_id}:
+            names = self.tokenizer.convert_ids_to_tokens(sorted(lost))
+            raise GroundingValueError(
+                f"The tokens {names} have ids {sorted(lost)}, and the LM's embedding has {rows} rows. They were added "
+                "to the tokenizer and not to the LM; leave them out of the prompts, or load the LM's own tokenizer."
+            )
+
+    @property
+    def ret_token_id(self) -> int:
+        """The id of `[RET]`."""
+        return self.vocabulary.ret_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills up a batch: the tokenizer's PAD or EOS where the LM has it; being masked, any does."""
+        own, rows = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id), self.vocabulary.num_rows
+        return next((i for i in own if i is not None and i < rows), self.vocabulary.safe_id)
+
+    def encode(self, prompt: Any) -> EncodedPrompt:
+        """Encode one prompt.
+
+        Args:
+            prompt: a string, a PIL image, a path to an image, a list mixing them, or a list of chat messages.
+
+        Raises:
+            GroundingTypeError: a part that is none of these.
+            GroundingValueError: chat messages without a chat template, an unreadable image, or nothing at all.
+        """
+        chat = is_chat(prompt)
+        parts = (
+            render_chat(self.tokenizer, prompt) if chat else prompt if isinstance(prompt, (list, tuple)) else [prompt]
+        )
+        ids: list[int] = []
+        images: list[Image.Image] = []
+        texts = 0
+        for part in parts:
+            if isinstance(part, str) and not _names_image(part):
+                opening = self._opening if not (chat or texts) and (self.config.image_first or not images) else ()
+                ids += [*opening, *(self.continue_text(part) if ids else self.encode_text(part))]
+                texts += 1
+            elif isinstance(part, (str, os.PathLike, Image.Image)):
+                # An LM's first position is its attention sink, which an image must not become.
+                sink = () if chat or ids or self.config.image_first else self.sink
+                ids += [*sink, *self._marks(len(images))]
+                images.append(to_rgb(part))
+            else:
+                raise GroundingTypeError(
+                    "A prompt is a string, a PIL image, a path, a list mixing them, or a list of chat messages; "
+                    f"got a part of type {type(part).__name__}."
+                )
+        if not ids:
+            raise GroundingValueError("The prompt is empty: it has neither text nor images. Give at least one token.")
+        return EncodedPrompt(tuple(ids), tuple(images))
+
+    def encode_queries(self, prompts: Any) -> list[EncodedPrompt]:
+        """Encode prompts with a `[RET]` put after each; a plain string stands where a caption stands in training."""
+        encoded = []
+        for prompt in as_batch(prompts):
+            if isinstance(prompt, str):
+                whole = EncodedPrompt((*self.caption_prefix(image=False), *self.encode_caption(prompt)), ())
+            else:
+                whole = self.encode(prompt)
+            encoded.append(EncodedPrompt((*whole.ids, self.ret_token_id), whole.images))
+        return encoded
+
+    def encode_continuations(self, prompts: Any, continuations: Sequence[str]) -> tuple[list[EncodedPrompt], list[int]]:
+        """Encode prompts with a text put after each; return them with the numbers of ids of the texts.
+
+        Raises:
+            GroundingValueError: another number of texts than of prompts, or one with no tokens.
+        """
+        prompts = as_batch(prompts)
+        if isinstance(continuations, str) or len(continuations) != len(prompts):
+            count = 1 if isinstance(continuations, str) else len(continuations)
+            raise GroundingValueError(f"{len(prompts)} prompts need a list of as many continuations, got {count}.")
+        tails = [self.continue_text(text) for text in continuations]
+        if empty := [i for i, tail in enumerate(tails) if not tail]:
+            raise GroundingValueError(f"Continuations {empty} have no tokens.")
+        heads = [self.encode(prompt) for prompt in prompts]
+        whole = [EncodedPrompt((*h.ids, *tail), h.images) for h, tail in zip(heads, tails, strict=True)]
+        return whole, [len(tail) for tail in tails]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text without special tokens in front; `[RET]` in it becomes its id."""
+        ids: list[int] = []
+        for i, piece in enumerate(text.split(self.config.ret_token)):
+            ids += [self.ret_token_id] if i else []
+            ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+        return ids
+
+    def continue_text(self, text: str) -> list[int]:
+        """Return the ids of a text that stands after other ids.
+
+        Tokenizers that put a space before every text themselves are not given a second one.
+        """
+        return self.encode_text(text[1:] if self._adds_space and text[:1] == " " and text[1:] else text)
+
+    def encode_caption(self, caption: str) -> list[int]:
+        """Return the ids of a caption as it stands after `caption_prefix`; these are what the losses are about.
+
+        Raises:
+            GroundingTypeError: not a string.
+            GroundingValueError: a caption with no tokens.
+        """
+        if not isinstance(caption, str):
+            raise GroundingTypeError(f"A caption must be a string, got {type(caption).__name__}.")
+        text = caption.strip()
+        ids = self.continue_text(" " + text) if self.config.caption_prompt else self.encode_text(text)
+        if not ids or not caption.strip():
+            raise GroundingValueError(f"The caption {caption!r} has no tokens. Leave the example out.")
+        return [*self.sink, *ids] if self.config.image_first else ids
+
+    def caption_prefix(self, image: bool) -> list[int]:
+        """Return what stands before a caption: the sink token and the prompt, with the image's marks where asked.
+
+        With `image_first` the sink token belongs to the caption: it comes after the image, and is predicted from it.
+        """
+        sink = [] if self.config.image_first else list(self.sink)
+        prompt = self.config.image_prompt if image else self.config.caption_prompt
+        before, _, after = prompt.partition("{image}")
+        marks = self._marks(0) if image else []
+        return [*sink, *self.encode_text(before), *marks, *self.continue_text(after)]
+
+    def _marks(self, image: int) -> list[int]:
+        return [-1 - image] * self.config.num_visual_tokens
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer puts a space, which sentencepiece and byte-level tokens show, before every text."""
+        first = self.tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+        return any(token[:1] in ("\u2581", "\u0120") for token in self.tokenizer.convert_ids_to_tokens(first))
+
+    @cached_property
+    def _opening(self) -> tuple[int, ...]:
+        """The special ids that the tokenizer puts in front of a text by itself."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        return tuple(next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), []))
+
+    @cached_property
+    def sink(self) -> tuple[int, ...]:
+        """The ids that open a sequence: the configured sink token, or the tokenizer's own opening, BOS or EOS."""
+        if self.config.sink_token is not None:
+            return tuple(self.tokenizer(self.config.sink_token, add_special_tokens=False)["input_ids"])
+        own = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return self._opening or tuple(token for token in own if token is not None)[:1]
+
+
+def as_batch(prompts: Any) -> list[Any]:
+    """Return a list of prompts: one string, image, path or chat alone is a batch of one.
+
+    Raises:
+        GroundingTypeError: neither a prompt nor a list of prompts.
+    """
+    if isinstance(prompts, (str, os.PathLike, Image.Image)) or is_chat(prompts):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise GroundingTypeError(f"Prompts must be a list of prompts, or one alone, got {type(prompts).__name__}.")
+    return list(prompts)
+
+
+def _names_image(text: str) -> bool:
+    """Return whether a string is a path to an existing image file rather than text."""
+    return os.path.splitext(text)[1].lower() in IMAGE_SUFFIXES and "\n" not in text and os.path.isfile(text)

@@ -1,0 +1,1 @@
+"""Training data: datasets of any kind become batches."""

@@ -1,0 +1,146 @@
+"""Examples that come one after the other: a `datasets.IterableDataset`, of which no process sees another's part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import IterableDataset as Rows
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from visual_ground.errors import GroundingError, GroundingValueError
+from visual_ground.training.data.columns import Columns, Skipped, open_rows
+from visual_ground.training.data.examples import example_of, read_image
+from visual_ground.training.data.preparing import Preparing
+from visual_ground.training.data.sampler import picker
+from visual_ground.vision.feature_cache import image_key
+from visual_ground.vision.feature_store import FeatureFile
+from visual_ground.vision.images import image_name
+
+
+@dataclass(frozen=True)
+class CachedPart:
+    """The cached features of a process's part of a stream.
+
+    Args:
+        file: the cache's file.
+        places: where the features of one epoch's usable images are.
+    """
+
+    file: FeatureFile
+    places: np.ndarray
+
+    def spread(self, limit: int) -> Tensor:
+        """Return the features of all images, or of `limit` of them, evenly spread, (n, f)."""
+        return self.file.read(self.places[:: max(1, -(-len(self.places) // limit))])
+
+
+class ExampleStream(IterableDataset):
+    """The rows of a stream, over and over, each time with the stream's own next epoch of shuffling.
+
+    Made by `prepare_stream`. What cannot be used is left out; without a cache it is put down in the next example's
+    `skipped`.
+
+    Args:
+        rows: this process's part of the stream.
+        columns: where the images and captions are.
+        features: of its images; None decodes the images.
+        seed: of what is taken at random.
+    """
+
+    def __init__(self, rows: Rows, columns: Columns, features: CachedPart | None, seed: int = 0) -> None:
+        self.rows, self.columns, self.features, self.seed = rows, columns, features, seed
+        state = PartialState()
+        self._process, self._processes = state.process_index, state.num_processes
+
+    def some(self, number: int) -> list[dict[str, Any]]:
+        """Return the first examples."""
+        return list(islice(self, number))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.features is not None:
+            self.features.file.refresh()
+        # A copy of its own: workers share the epoch of a stream that they were given together.
+        rows, worker = deepcopy(self.rows), get_worker_info()
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        draw, step = index * self._processes + self._process, workers * self._processes
+        skipped: list[str] = []
+        for epoch in count():
+            rows.set_epoch(epoch)
+            before = draw
+            for row in rows:
+                example = self._example(row, draw, skipped)
+                if example is not None:
+                    yield {**example, "skipped": skipped}
+                    draw, skipped = draw + step, []
+            if draw == before:
+                raise GroundingValueError(f"A part of the stream has no example that can be used: {skipped[:3]}")
+
+    def _example(self, row: Mapping[str, Any], draw: int, skipped: list[str]) -> dict[str, Any] | None:
+        """Return an example, or None where the row cannot be used."""
+        if not self.columns.captions(row):
+            return None
+        take = picker(self.seed, draw)
+        example = {**example_of(row, self.columns, take), "row": draw, "draw": draw}
+        image = take(self.columns.images(row))
+        try:
+            key = image_key(image)
+        except GroundingError as error:
+            skipped.append(f"{image_name(image)}: {error}")
+            return None
+        example["group"] = int(key[:15], 16)
+        if self.features is None:
+            readable = read_image(image, skipped)
+            return None if readable is None else {**example, "image": readable}
+        place = self.features.file.rows.get(key)
+        return None if place is None else {**example, "image_features": self.features.file.read([place])[0]}
+
+
+class _Pictures:
+    """The images of a stream's usable rows, and an error for every other row."""
+
+    def __init__(self, rows: Rows, columns: Columns) -> None:
+        self.rows, self.columns = rows, columns
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self.rows:
+            if self.columns.captions(row):
+                yield from self.columns.images(row)
+            else:
+                yield GroundingValueError("its caption is empty")
+
+
+def prepare_stream(rows: Rows, preparing: Preparing) -> ExampleStream:
+    """Return the examples of this process's part of a stream; where there is a cache, its images are cached first.
+
+    Args:
+        rows: the stream.
+        preparing: how.
+
+    Raises:
+        GroundingTypeError, GroundingValueError: as in `Preparing.examples`.
+    """
+    columns, cache, state = preparing.columns, preparing.cache, PartialState()
+    part = open_rows(rows, columns)
+    if state.num_processes > 1:
+        part = split_dataset_by_node(part, rank=state.process_index, world_size=state.num_processes)
+    if cache is None:
+        return ExampleStream(part, columns, None, preparing.seed)
+    skipped = Skipped(preparing.max_skipped)
+
+    def refuse(position: int, error: GroundingError) -> None:
+        skipped.seen = position + 1
+        skipped.add(f"image {position} of the stream: {error}")
+
+    pictures = _Pictures(part, columns)
+    places = cache.place(pictures, preparing.batch_size, preparing.workers, preparing.progress, refuse)
+    skipped.check(len(places))
+    skipped.finish()
+    return ExampleStream(part, columns, CachedPart(cache.file, places[places >= 0]), preparing.seed)

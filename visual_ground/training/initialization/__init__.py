@@ -1,0 +1,1 @@
+"""Start values that are computed from the training pairs."""

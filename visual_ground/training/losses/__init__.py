@@ -1,0 +1,1 @@
+"""The losses: captioning, text retrieval and contrastive."""

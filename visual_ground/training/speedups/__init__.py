@@ -1,0 +1,1 @@
+"""The same numbers for less time and memory."""

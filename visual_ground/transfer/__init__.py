@@ -1,0 +1,1 @@
+"""An adapter moves to another language model."""

@@ -1,0 +1,1 @@
+"""Vision encoders: images become features, which are computed once and kept."""

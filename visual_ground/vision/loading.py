@@ -1,0 +1,194 @@
+"""Vision encoders by name or as they come, each with the preprocessing that belongs to it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.vision.encoder import TransformProcessor, VisionEncoder
+
+logger = logging.getLogger(__name__)
+
+
+def load_vision(
+    vision_encoder: str | nn.Module,
+    image_processor: Any = None,
+    revision: str | None = None,
+    num_patch_tokens: int = 0,
+    **hub: Any,
+) -> VisionEncoder:
+    """Load or wrap a vision encoder.
+
+    Args:
+        vision_encoder: a Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded module, or a
+            `VisionEncoder` made by hand. A Hub id or folder may end with "#SUBMODULE":
+            "openai/clip-vit-large-patch14#vision_model" is CLIP's tower alone, before its projection.
+        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
+        revision: of a Hub id.
+        num_patch_tokens: parts of the picture wanted besides the pooled features.
+        hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
+
+    Raises:
+        GroundingTypeError: neither a name nor a module, or no image encoder.
+        GroundingValueError: no preprocessing can be found, or no features of a fixed width.
+    """
+    if isinstance(vision_encoder, VisionEncoder):
+        given = vision_encoder
+        if image_processor is None and given.num_patch_tokens == num_patch_tokens:
+            return given
+        processor = image_processor or given.image_processor
+        given.release()
+        return VisionEncoder(given.model, processor, given.name, None, num_patch_tokens, given.use_pooler)
+    name = vision_encoder if isinstance(vision_encoder, str) else None
+    use_pooler = True
+    if name is not None:
+        model, found, use_pooler = _load_by_name(name, image_processor, {"revision": revision, **hub})
+    elif isinstance(vision_encoder, nn.Module):
+        model, found = vision_encoder, image_processor or processor_of(vision_encoder)
+    else:
+        raise GroundingTypeError(f"vision_encoder must be a name or a module, got {type(vision_encoder).__name__}.")
+    return VisionEncoder(model, found, name, None, num_patch_tokens, use_pooler)
+
+
+def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple[nn.Module, Any, bool]:
+    """Return a model, its preprocessing, and whether its pooler can be trusted."""
+    if name.startswith("open_clip:"):
+        model, found = _load_open_clip(name.removeprefix("open_clip:"))
+        return model, image_processor or found, True
+    if name.startswith("timm:"):
+        import timm
+
+        model = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0)
+        return model, image_processor or processor_of(model), True
+    from transformers import AutoModel
+
+    name, _, part = name.partition("#")
+    model, loading = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **hub)
+    missing = sorted(loading["missing_keys"])
+    no_pooler = any("pooler" in key for key in missing)
+    if no_pooler:
+        logger.warning(
+            "%s has no weights for the pooler of %s, which would be random: the mean of its tokens is taken instead.",
+            name,
+            type(model).__name__,
+        )
+    if others := [key for key in missing if "pooler" not in key]:
+        logger.warning("%s lacks weights, which are random now: %s.", name, ", ".join(others[:10]))
+    processor = image_processor or processor_of(model, name, **hub)
+    try:
+        return model.get_submodule(part).eval(), processor, not no_pooler
+    except AttributeError as error:
+        inside = [child for child, _ in model.named_children()]
+        raise GroundingValueError(f"{name!r} has no submodule {part!r}; it has {inside}.") from error
+
+
+def _load_open_clip(name: str) -> tuple[nn.Module, Any]:
+    import open_clip
+
+    if ":" in name.partition("/")[0]:  # "hf-hub:owner/model" and "local-dir:folder" name their weights themselves.
+        model, _, transform = open_clip.create_model_and_transforms(name)
+        return model.eval(), TransformProcessor(transform)
+    architecture, _, pretrained = name.partition("/")
+    if architecture not in open_clip.list_models():
+        raise GroundingValueError(
+            f"open_clip knows no {architecture!r}; open_clip.list_models() names the {len(open_clip.list_models())} "
+            "that it knows."
+        )
+    if not pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        raise GroundingValueError(
+            f'"open_clip:{architecture}" names no weights. Write "open_clip:{architecture}/TAG" with one of {tags}, or '
+            "the path of a file of weights for TAG; for random weights pass the model itself."
+        )
+    model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=pretrained)
+    return model.eval(), TransformProcessor(transform)
+
+
+def processor_of(model: nn.Module, name: str | None = None, **hub: Any) -> Any:
+    """Find the preprocessing that belongs to a loaded model.
+
+    Args:
+        model: a timm, open_clip or transformers model.
+        name: where it was loaded from; what its config says where None.
+        hub: revision, token, cache_dir and local_files_only, for transformers' `from_pretrained`.
+
+    Raises:
+        GroundingValueError: nothing is known of it.
+    """
+    if getattr(model, "pretrained_cfg", None) is not None:
+        from timm.data import create_transform, resolve_data_config
+
+        return TransformProcessor(create_transform(**resolve_data_config({}, model=model), is_training=False))
+    visual = getattr(model, "visual", None)
+    if visual is not None and hasattr(visual, "preprocess_cfg"):
+        import open_clip
+
+        settings = open_clip.transform.PreprocessCfg(**visual.preprocess_cfg)
+        return TransformProcessor(open_clip.transform.image_transform_v2(settings, is_train=False))
+    config = getattr(model, "config", None)
+    path = name or getattr(config, "_name_or_path", "")
+    error: Exception | None = None
+    if path:
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(path, trust_remote_code=False, **hub)
+        except (OSError, ValueError, ImportError) as problem:
+            error = problem
+    if (usual := _usual_processor(config)) is not None:
+        logger.warning(
+            "No preprocessing is saved with %s, so that of its kind is taken, %s with its default settings. Pass "
+            "image_processor= where it was trained with another.",
+            path or type(model).__name__,
+            type(usual).__name__,
+        )
+        return usual
+    raise GroundingValueError(
+        f"No preprocessing is known for {type(model).__name__}. Pass image_processor=, which maps a list of PIL images "
+        'to {"pixel_values": (n, c, h, w)}.'
+    ) from error
+
+
+def _usual_processor(config: Any) -> Any:
+    """Return the processor that transformers pairs with a config, or with the model that this config is a part of."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    if config is None:
+        return None
+    kinds = IMAGE_PROCESSOR_MAPPING.get(type(config), None)
+    if kinds is None:
+        for whole in IMAGE_PROCESSOR_MAPPING.keys():
+            if type(config) in getattr(whole, "sub_configs", {}).values():
+                kinds = IMAGE_PROCESSOR_MAPPING[whole]
+                break
+    choices = list(kinds.values()) if isinstance(kinds, dict) else [kind for kind in kinds or () if kind is not None]
+    kind = next((choice for choice in choices if isinstance(choice, type)), None)
+    if kind is None:
+        return None
+    try:
+        usual = kind()
+    except TypeError:  # It has no defaults: timm's, inside transformers, needs to know the model.
+        return None
+    sizes = {name: _resized(getattr(usual, name, None), _image_size(config)) for name in ("size", "crop_size")}
+    return kind(**{name: size for name, size in sizes.items() if size is not None})
+
+
+def _image_size(config: Any) -> tuple[int, int] | None:
+    """Return the height and width that a config names, its own or its vision part's."""
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if isinstance(size, int):
+        return size, size
+    return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) and len(size) == 2 else None
+
+
+def _resized(size: Any, wanted: tuple[int, int] | None) -> dict[str, int] | None:
+    """Return a processor's size, a dict by its own keys, for the wanted height and width."""
+    if wanted is None or not callable(getattr(size, "get", None)):
+        return None
+    names = {name for name in ("height", "width", "shortest_edge", "longest_edge") if size.get(name)}
+    if "height" in names:
+        return {"height": wanted[0], "width": wanted[1]}
+    return {"shortest_edge": min(wanted)} if names == {"shortest_edge"} else None
