@@ -218,7 +218,7 @@ def test_a_size_bomb_is_refused_before_anything_is_allocated(key, bomb, monkeypa
     values["config"][key] = bomb
     folder = written({**ADAPTER, CONFIG_FILE: json.dumps(values).encode()})
     # The reader is what makes an adapter that is not on the meta device.
-    monkeypatch.setattr("visual_ground.assembly.new_adapter", None)
+    monkeypatch.setattr("visual_ground.adapter.attached.new_adapter", None)
     with pytest.raises(GroundingError, match=f"this model needs .*{bomb}|this model needs .*{bomb * 32}"):
         GroundedModel.from_pretrained(LM, folder, EYE, WORDS, image_processor)
     shutil.rmtree(folder)

@@ -70,33 +70,30 @@ def load_components(
     if not isinstance(config, GroundingConfig):
         raise GroundingTypeError(f"config must be a GroundingConfig, got {type(config).__name__}.")
     named, hub = named or {}, hub or {}
-    if lm is None:
-        name, commit = named.get("base_model_name_or_path"), named.get("revision")
-        lm, tokenizer = _named_language_model(named, tokenizer, hub)
-    else:
-        name = lm if isinstance(lm, str) else None
-        lm, tokenizer = load_lm(lm, tokenizer)
-        commit = cached_commit(name) if name else getattr(lm.config, "_commit_hash", None)
+    lm, tokenizer, provenance = _load_language_model(lm, tokenizer, named, hub)
     if is_attached(lm):
         raise GroundingStateError("This LM is grounded already. Call unground() on its GroundedModel first.")
     check_ret_token(tokenizer, config)
-    vision, vision_commit = load_encoder(vision_encoder, image_processor, config, named, hub)
-    names = {
-        "base_model_name_or_path": name or getattr(lm.config, "_name_or_path", None) or None,
-        "revision": commit,
-        "vision_encoder": vision.name,
-        "vision_revision": vision_commit,
-    }
-    return Components(lm, tokenizer, vision, read_spec(lm, tokenizer, config.text_layers), names)
+    vision, commit = load_encoder(vision_encoder, image_processor, config, named, hub)
+    provenance |= {"vision_encoder": vision.name, "vision_revision": commit}
+    return Components(lm, tokenizer, vision, read_spec(lm, tokenizer, config.text_layers), provenance)
 
 
-def _named_language_model(
-    named: Mapping[str, str | None], tokenizer: Any, hub: Mapping[str, Any]
-) -> tuple[nn.Module, Any]:
-    name = named.get("base_model_name_or_path")
-    if name is None:
+def _load_language_model(
+    lm: str | nn.Module | None, tokenizer: Any, named: Mapping[str, str | None], hub: Mapping[str, Any]
+) -> tuple[nn.Module, Any, dict[str, str | None]]:
+    """Return the LM, its tokenizer, and its name and commit where it has such."""
+    name = named.get("base_model_name_or_path") if lm is None else lm if isinstance(lm, str) else None
+    if lm is not None:
+        lm, tokenizer = load_lm(lm, tokenizer)
+        commit = cached_commit(name) if name else getattr(lm.config, "_commit_hash", None)
+    elif name is not None:
+        commit = named.get("revision")
+        lm, tokenizer = load_lm(name, tokenizer, commit, **hub)
+    else:
         raise GroundingValueError("This adapter was trained on a language model that no name can load. Pass it first.")
-    return load_lm(name, tokenizer, named.get("revision"), **hub)
+    name = name or getattr(lm.config, "_name_or_path", None) or None
+    return lm, tokenizer, {"base_model_name_or_path": name, "revision": commit}
 
 
 def check_ret_token(tokenizer: Any, config: GroundingConfig) -> None:

@@ -67,7 +67,7 @@ class GroundingConfig:
         >>> GroundingConfig(num_visual_tokens=4).num_visual_tokens
         4
         >>> GroundingConfig.preset("fromage").scaling
-        'plain'
+        'none'
     """
 
     num_visual_tokens: int = 1
@@ -103,7 +103,7 @@ class GroundingConfig:
 
     @property
     def num_patch_tokens(self) -> int:
-        """Components of the picture that the vision encoder must give besides its pooled features."""
+        """Parts of the picture that the vision encoder must give besides its pooled features."""
         return self.num_visual_tokens if self.visual_tokens_from == "patches" else 0
 
     @classmethod

@@ -42,12 +42,18 @@ def ground(
         GroundingStateError: the LM is grounded already.
         GroundingFileError: no such adapter, or a damaged one.
     """
-    if adapter is not None:
-        if config is not None:
-            raise GroundingValueError("A saved adapter has its own settings; pass config or adapter, not both.")
-        return GroundedModel.from_pretrained(lm, adapter, vision_encoder, tokenizer, image_processor, is_trainable=True)
+    if adapter is None:
+        return _with_new_adapter(lm, vision_encoder, tokenizer, image_processor, config)
+    if config is not None:
+        raise GroundingValueError("A saved adapter has its own settings; pass config or adapter, not both.")
+    return GroundedModel.from_pretrained(lm, adapter, vision_encoder, tokenizer, image_processor, is_trainable=True)
+
+
+def _with_new_adapter(
+    lm: str | nn.Module, vision_encoder: Any, tokenizer: Any, image_processor: Any, config: GroundingConfig | None
+) -> GroundedModel:
     if vision_encoder is None:
-        raise GroundingTypeError("ground needs a vision encoder, or an adapter that provenance one.")
+        raise GroundingTypeError("ground needs a vision encoder, or an adapter that names one.")
     config = GroundingConfig() if config is None else config
     parts = load_components(lm, vision_encoder, tokenizer, image_processor, config)
     model = GroundedModel(parts, config)

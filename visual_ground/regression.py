@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Components of the inputs' own spread; which of them is right depends on the data, so it is tried on held-out groups.
+# Parts of the inputs' own spread; which of them is right depends on the data, so it is tried on held-out groups.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 HELD_OUT = 5
 

@@ -9,7 +9,7 @@ from visual_ground.adapter.anchors import Anchors
 from visual_ground.cli.main import main
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.evaluation.retrieval import retrieval_recall
-from visual_ground.transfer.fit import fit_image_rows, fit_states
+from visual_ground.transfer.fit import caption_states, fit_image_rows, fit_states
 from visual_ground.transfer.transfer import ImageSide, Refinement, transfer
 
 PICTURES = [picture(i) for i in range(24)]
@@ -52,7 +52,7 @@ def told_by(lm, count, scaling):
     texts = [f"w{10 + i % 13} w{30 + i % 17} w{50 + i % 19}" for i in range(count)]
     torch.manual_seed(0)
     reader = ground(lm, source(scaling).vision, tokenizer(), config=GroundingConfig(scaling=scaling))
-    states = reader.adapter.scale_states(reader.text_states(texts))[0]
+    states = caption_states(reader, texts)
     reader.unground()
     torch.manual_seed(1)
     return texts, (states - states.mean(0)) / states.std(0) @ torch.randn(states.shape[1], 12) / 3
@@ -71,10 +71,10 @@ def test_the_closed_form_finds_images_of_captions_that_are_no_anchors(scaling):
 def test_several_text_layers_are_fitted_together():
     new = transfer(ImageSide.of(source()), build("gpt2"), tokenizer(), text_layers=(-1, 1), num_visual_tokens=3)
     assert new.config.text_layers == (-1, 1) and new.config.num_visual_tokens == 3
-    states = new.adapter.scale_states(new.text_states(CAPTIONS))
+    states = caption_states(new, CAPTIONS)
     side = ImageSide.of(new)
-    fitted = fit_states(torch.cat(states, -1), side.embed(new.anchors.features), new.anchors.images)
-    mapped = torch.nn.functional.normalize(fitted(torch.cat(states, -1)), dim=-1)
+    fitted = fit_states(states, side.embed(new.active.anchors.features), new.active.anchors.images)
+    mapped = torch.nn.functional.normalize(fitted(states), dim=-1)
     assert torch.allclose(new.embed_text(CAPTIONS), mapped, atol=1e-3)
 
 
@@ -104,15 +104,17 @@ def test_saved_with_anchors_it_moves_without_its_old_lm(tmp_path):
     old = source()
     old.save_pretrained(tmp_path)
     side = ImageSide.load(tmp_path)
-    assert side.anchors.captions == old.anchors.captions
+    assert side.anchors.captions == old.active.anchors.captions
     side = ImageSide(side.config, side.tensors, old.vision, side.anchors)
     new = transfer(side, build("gpt2"), tokenizer())
     assert torch.equal(new.embed_images(PICTURES), old.embed_images(PICTURES))
-    assert torch.allclose(side.embed(old.anchors.features), old.embed_images(image_features=old.anchors.features))
+    assert torch.allclose(
+        side.embed(old.active.anchors.features), old.embed_images(image_features=old.active.anchors.features)
+    )
     new.save_pretrained(tmp_path / "new")
     again = GroundedModel.from_pretrained(build("gpt2"), tmp_path / "new", old.vision, tokenizer(), image_processor)
     assert torch.equal(again.embed_text(CAPTIONS), new.eval().embed_text(CAPTIONS))
-    assert again.anchors.captions == old.anchors.captions
+    assert again.active.anchors.captions == old.active.anchors.captions
 
 
 def test_what_cannot_be_transferred_is_said_and_leaves_the_lm_alone(tmp_path):
@@ -124,7 +126,7 @@ def test_what_cannot_be_transferred_is_said_and_leaves_the_lm_alone(tmp_path):
     ]:
         with pytest.raises(GroundingValueError, match=words):
             transfer(ImageSide.of(old), lm, tokenizer(), **options)
-    old.anchors = None
+    old.active.anchors = None
     with pytest.raises(GroundingValueError, match="without anchors"):
         transfer(ImageSide.of(old), lm, tokenizer())
     with pytest.raises(GroundingFileError):

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class FreezeGuard:
-    """FreezeGuard modules in evaluation mode, and what it takes to give them back as they were.
+    """Modules that are frozen, in evaluation mode, and what it takes to give them back as they were.
 
     Args:
         modules: the modules to freeze.

@@ -48,7 +48,7 @@ class VirtualTokens:
         self.mask_spare_columns = mask_spare_columns
         self._parameters = list(inspect.signature(lm.forward).parameters)
         self._handles: list[RemovableHandle] = []
-        # Whether the LM leaves -inf in its logits as it is: one that caps or scales them does not. Found at first use.
+        # Whether the LM leaves -inf in its logits as it is: one that caps or scales them does not.
         self._keeps_infinity: bool | None = None
 
     def attach(self) -> None:
@@ -171,7 +171,8 @@ class VirtualTokens:
             hidden, context.selected = _at(hidden, context.positions), True
         # Heads that predict several tokens ahead read (b, g, s, h); the first of the g is the next token's.
         context.head_input = hidden if hidden.dim() == 3 else hidden[:, 0]
-        return (hidden if context.max_logits is None else hidden[..., : context.max_logits, :], *args[1:])
+        cut = context.selected and context.max_logits is not None
+        return (hidden[:, : context.max_logits] if cut else hidden, *args[1:])
 
     def _add_columns(self, module: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
         context = self._active()
@@ -221,17 +222,18 @@ class VirtualTokens:
         if context.positions is not None and not context.selected and context.head_input is not None:
             output.logits = _at(output.logits, context.positions)
             context.head_input = _at(context.head_input, context.positions)
-        return self._forbid_columns(output)
+        return self._forbid_columns(output, context)
 
-    def _forbid_columns(self, output: Any) -> Any:
+    def _forbid_columns(self, output: Any, context: HookContext) -> Any:
         """Put -inf back into the columns that no one may say, where the LM capped or scaled its logits."""
-        if self._keeps_infinity or not hasattr(output, "logits"):
+        if not hasattr(output, "logits"):
             return None
         columns, words, logits = [slice(self.vocabulary.first_image_id, None)], self.vocabulary, output.logits
         if self.mask_spare_columns:
             columns.append(slice(words.ret_token_id + 1 if words.ret_is_spare else words.num_tokens, words.num_columns))
         columns = [part for part in columns if logits[..., part].numel()]
-        if columns and self._keeps_infinity is None:
+        # Looking waits for a GPU, so a caller that knows its ids (in training) takes what was found the last time.
+        if columns and (self._keeps_infinity is None or context.has_virtual is None):
             self._keeps_infinity = all(bool(logits[0, 0, part][0] == float("-inf")) for part in columns)
         if not columns or self._keeps_infinity:
             return None
