@@ -1,8 +1,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
+# For `make test`, such as "-n 2" or "-k index".
+PYTEST_ARGS ?=
 
-.PHONY: demo demo-short test fuzz test-slow test-architectures test-vision test-real lint types docs clean
+.PHONY: demo demo-short test fuzz test-slow test-architectures test-vision test-real lint types docs package clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -12,7 +14,7 @@ demo-short: $(VENV)/demo-installed
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m visual_ground.demo.run --short --out demo/short
 
 test: $(VENV)/dev-installed
-	$(PY) -m pytest
+	$(PY) -m pytest $(PYTEST_ARGS)
 
 # Every kind of image encoder; writes docs/vision.json and from it docs/vision.md.
 test-vision: $(VENV)/demo-installed $(VENV)/dev-installed
@@ -45,6 +47,13 @@ types: $(VENV)/dev-installed
 docs: $(VENV)/docs-installed
 	$(VENV)/bin/mkdocs build --strict
 
+# The wheel and the sdist, in dist/; looked through, and the wheel tried in an environment of its own.
+package: $(VENV)/dev-installed
+	rm -rf build dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) .ci/check_packages.py
+
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
@@ -63,4 +72,4 @@ $(VENV)/docs-installed: pyproject.toml | $(PY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo site
+	rm -rf $(VENV) build demo dist site

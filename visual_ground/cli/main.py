@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from visual_ground.cli import commands as run
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="visual-ground", description="Give any language model eyes.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('visual-ground')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train, transfer = _add_train(commands), _add_transfer(commands)
     index = commands.add_parser("index", help="embed images so that they can be found")

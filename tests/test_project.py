@@ -1,0 +1,53 @@
+"""What the project says of itself in several places agrees."""
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+import visual_ground
+from visual_ground.cli import main
+
+ROOT = Path(__file__).parent.parent
+PROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_command_tells_the_installed_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"visual-ground {version('visual-ground')}\n"
+
+
+def test_the_package_is_a_command():
+    shown = subprocess.run([sys.executable, "-m", "visual_ground", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: visual-ground"), shown.stderr
+
+
+def test_types_are_published():
+    assert (Path(visual_ground.__file__).parent / "py.typed").exists()
+
+
+def test_one_address():
+    (address,) = re.findall(r'^Repository = "(.*)"$', PROJECT, re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["repository-code"] == citation["url"] == address
+    assert f"repo_url: {address}\n" in (ROOT / "mkdocs.yml").read_text()
+    assert f"{address}/security/advisories/new" in (ROOT / "SECURITY.md").read_text()
+
+
+def test_ci_runs_every_python_that_the_package_names():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    tested = workflow["jobs"]["quick"]["strategy"]["matrix"]["python"]
+    assert tested == re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PROJECT)
+
+
+def test_pre_commit_runs_what_ci_runs():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    gate = (ROOT / ".ci" / "run").read_text()
+    for hook in hooks:
+        command, target = hook["entry"].split()
+        assert command == "make" and f"make VENV=.ci/venv {target}\n" in gate
