@@ -19,12 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from tests.gguf_file import write_gguf
 from tests.paths import GOLDEN
 from tests.storage.hub_client import hub  # noqa: F401
 from tests.tiny import build, picture
-from visual_ground import ground
+from visual_ground import ImageIndex, ground
+from visual_ground.adapter.anchors import Anchors
 
 LANGUAGE_MODELS = (
     "Qwen/Qwen2.5-0.5B-Instruct",
@@ -84,6 +86,17 @@ def _language_model():
     )
 
 
+def _whole_clip(folder: Path) -> dict[str, bytes]:
+    """Return the files of a CLIP model whose tower is that of tests/golden/vision."""
+    tower = CLIPVisionModel.from_pretrained(GOLDEN / "vision")
+    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=tower.config.to_dict(), projection_dim=16))
+    model.vision_model.load_state_dict(tower.state_dict())
+    model.save_pretrained(folder)
+    shutil.copy(GOLDEN / "vision" / "preprocessor_config.json", folder)
+    return folder_of(folder)
+
+
 def _put_models(server, folder: Path) -> None:
     made = folder / "made"
     _language_model().save_pretrained(made / "lm")
@@ -97,11 +110,14 @@ def _put_models(server, folder: Path) -> None:
     for name in ENCODERS:
         server.put("models", name, vision)
     server.put("models", "facebook/opt-6.7b", folder_of(GOLDEN / "lm"))
-    server.put("models", "openai/clip-vit-large-patch14", vision)
+    server.put("models", "openai/clip-vit-large-patch14", _whole_clip(made / "clip"))
     _write_lora(folder / "me" / "my-lora")
     model = ground(LANGUAGE_MODELS[0], ENCODERS[0])
+    captions = [[f"the number {i}"] for i in range(8)]
+    model.active.anchors = Anchors(captions, torch.randn(len(captions), model.vision.feature_dim))
     for name in ("me/adapter", "me/birds"):
         model.push_to_hub(name)
+    ImageIndex.build(model, [picture(i) for i in range(4)]).push_to_hub("me/index")
 
 
 def _write_pictures(folder: Path) -> None:
