@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from visual_ground.errors import GroundingStateError, GroundingTypeError, Ground
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.compute_plan import choose_prefix_cache
-from visual_ground.training.losses.contrastive import contrastive_losses
+from visual_ground.training.losses.contrastive import contrast
 from visual_ground.training.losses.retrieval import plain_retrieval
 
 TEMPLATE = "{% for m in messages %}w50 {{ m.content }} w51 {% endfor %}{% if add_generation_prompt %}w52 {% endif %}"
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i} w9"} for i in range(12)]
+
+
+# Features are the vectors, and the temperature is 1.
+PLAIN = SimpleNamespace(embed_images=lambda features: features, logit_scale=torch.tensor(0.0))
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -106,13 +111,13 @@ def test_prefixes_give_what_the_plain_computation_gives(family, prompted):
 
 
 def test_untrained_zero_vectors_cost_log_batch():
-    text, image = contrastive_losses(torch.zeros(7, 7))
-    assert text == pytest.approx(math.log(7)) and image == pytest.approx(math.log(7))
+    found = contrast(PLAIN, torch.zeros(7, 3), torch.zeros(7, 3), torch.arange(7))
+    assert found.text_to_image == pytest.approx(math.log(7)) and found.image_to_text == pytest.approx(math.log(7))
 
 
 def test_pairs_of_one_group_are_no_negatives():
     scores = torch.tensor([[1.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    apart = contrastive_losses(scores, torch.tensor([0, 0, 1]))[0]
+    apart = contrast(PLAIN, scores, torch.eye(3), torch.tensor([0, 0, 1])).text_to_image
     wanted = torch.stack(
         [-torch.log_softmax(torch.tensor(row), 0)[0] for row in ([1.0, 0.0], [1.0, 0.0], [1.0, 0.0, 0.0])]
     )

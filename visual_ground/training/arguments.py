@@ -29,8 +29,6 @@ class GroundingTrainingArguments(TrainingArguments):
         prefix_disk_gb: how much of it each process writes there at most.
         mini_batch_size: examples whose activations are in memory at once; the loss stays that of the whole batch. 0
             holds all.
-        bank_size: training images, drawn anew for each batch from the cached features, that its texts are told from
-            besides the batch's own.
         image_column: the column with the images.
         caption_column: the column with the captions.
         image_folder: where relative paths in the image column start.
@@ -68,7 +66,6 @@ class GroundingTrainingArguments(TrainingArguments):
     prefix_cache: str | None = field(default=None)
     prefix_disk_gb: float = field(default=50.0)
     mini_batch_size: int = field(default=0)
-    bank_size: int = field(default=0)
     image_column: str = field(default="image")
     caption_column: str = field(default="caption")
     image_folder: str | None = field(default=None)
@@ -83,11 +80,9 @@ class GroundingTrainingArguments(TrainingArguments):
             raise GroundingValueError("concat_captions_prob must be in [0, 1] and captioning_fraction in (0, 1].")
         if self.max_caption_length < 2:
             raise GroundingValueError(f"max_caption_length must be at least 2, got {self.max_caption_length}.")
-        for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "bank_size"):
+        for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size"):
             if getattr(self, name) < 0:
                 raise GroundingValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.bank_size and not self.cache_features:
-            raise GroundingValueError("bank_size needs the cached features; leave cache_features=True.")
         if not 0 <= self.max_skipped <= 1 or self.num_logged_examples < 0:
             raise GroundingValueError("max_skipped must be in [0, 1], and num_logged_examples must not be negative.")
 

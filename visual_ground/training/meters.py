@@ -42,7 +42,7 @@ class Meters:
         for name, value in parts.items():
             if name != "loss":
                 self._parts.setdefault(name, []).append(float(value))
-        self._tokens += int(sum(batch[name]["attention_mask"].sum() for name in ("captioning", "retrieval")))
+        self._tokens += sum(len(sequence.ids) for name in ("captioning", "retrieval") for sequence in batch[name])
         self._images += len(batch["groups"])
 
     @torch.no_grad()

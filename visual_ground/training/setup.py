@@ -73,15 +73,9 @@ def check_batches(examples: ExampleDataset | ExampleStream | None, args: Groundi
     """Raise where there is no batch to train on; give a cached stream's epochs as steps.
 
     Raises:
-        GroundingValueError: a batch of one, fewer rows than a batch, a stream of unknown length without max_steps, or
-            a bank of a stream's images.
+        GroundingValueError: a batch of one, fewer rows than a batch, or a stream of unknown length without max_steps.
     """
     size, processes = args.train_batch_size, args.world_size
-    if args.bank_size and isinstance(examples, ExampleStream):
-        raise GroundingValueError(
-            f"bank_size={args.bank_size} draws from all images of the dataset, and a stream never has all of them at "
-            "hand. Give the dataset by number, not streaming, or leave bank_size at 0."
-        )
     if args.retrieval_loss_scale and size * processes < 2:
         raise GroundingValueError(
             "A batch of one has no wrong pair to tell the right one from, and the contrastive loss needs one. Use "
@@ -103,7 +97,7 @@ def check_batches(examples: ExampleDataset | ExampleStream | None, args: Groundi
 def first_examples(examples: ExampleDataset | ExampleStream, count: int) -> list[dict[str, Any]]:
     """Return the first examples, fewer where there are fewer."""
     if isinstance(examples, ExampleStream):
-        return examples.some(count)
+        return examples.take(count)
     return [examples[i] for i in range(min(len(examples), count))]
 
 
@@ -123,11 +117,11 @@ def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) 
     # An image side that was brought from elsewhere is frozen, and stays as it is (`transfer`).
     if model.config.scaling != "embedding" or not fresh or not adapter.image_retrieval_projection.weight.requires_grad:
         return False
-    spread = getattr(examples.features, "spread", None)
-    if spread is None:
+    sample = getattr(examples.features, "sample", None)
+    if sample is None:
         features = image_features(model, first_examples(examples, WITHOUT_CACHE))
     else:
-        features = spread(STATISTICS_OF)
+        features = sample(STATISTICS_OF)
     adapter.standardise_with(features.to(adapter.feature_mean.device))
     return True
 
@@ -148,7 +142,7 @@ def set_compute_plan(
     if objective.model.config.train_lm_adapter:
         return
     model, room, folder = objective.model, int(args.prefix_cache_gb * 2**30), args.prefix_cache
-    ways = choose_compute_plan(model, batch["captioning"], args.mini_batch_size or None, at_once=not sharded)
+    ways = choose_compute_plan(model, batch["captioning"], args.mini_batch_size or None, gradients_in_forward=not sharded)
     keeper = PrefixFiles(folder, model, int(args.prefix_disk_gb * 2**30)) if folder else None
     objective.plan = ways
     objective.prefixes = choose_prefix_cache(model, batch["retrieval"], room, ways.packed, keeper)
@@ -212,7 +206,7 @@ def set_row_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> 
 def keeping_nothing(objective: GroundingObjective) -> Iterator[None]:
     """Inside the block, prefixes are run and not kept: a restart does not evaluate again what was evaluated before."""
     kept = objective.prefixes
-    objective.prefixes = None if kept is None else PrefixCache(objective.model, packed=kept.packed, leads=kept.leads)
+    objective.prefixes = None if kept is None else kept.without_memory()
     try:
         yield
     finally:

@@ -29,8 +29,7 @@ from visual_ground.training.data.sampler import EpochSampler
 from visual_ground.training.data.streams import ExampleStream, prepare_stream
 from visual_ground.training.distributed import gathered_outside_layers, shard_base_only, share_adapter
 from visual_ground.training.initialization.data_dependent import fit_start
-from visual_ground.training.losses.contrastive import FeatureBank
-from visual_ground.training.losses.objective import GroundingLoss, GroundingObjective
+from visual_ground.training.losses.objective import FromageLoss, GroundingLoss, GroundingObjective
 from visual_ground.training.meters import Meters, log_into, show_picture
 from visual_ground.training.setup import (
     check_batches,
@@ -88,7 +87,7 @@ class GroundingTrainer(CheckpointsOfAdapter):
         train = None if train_dataset is None else self._examples(train_dataset, sample=True)
         evaluated = None if eval_dataset is None else self._examples(eval_dataset, sample=False)
         check_batches(train, args)
-        objective = GroundingObjective(model, args.caption_loss_scale, args.retrieval_loss_scale)
+        objective = GroundingObjective(model, FromageLoss(args.caption_loss_scale, args.retrieval_loss_scale))
         collator = ExampleCollator(
             model,
             args.max_caption_length,
@@ -169,8 +168,6 @@ class GroundingTrainer(CheckpointsOfAdapter):
         if self.model.prefixes is None:
             batch = self._prepare_inputs(self.data_collator(first_examples(self.train_dataset, 8)))
             set_compute_plan(self.model, batch, self.args, sharded=self.is_fsdp_enabled)
-            if self.args.bank_size:
-                self.model.bank = FeatureBank.of(self.train_dataset, self.args.bank_size)
         if fresh and self.args.data_dependent_init:
             # A run that goes on does it too, though its checkpoint has other values: it leaves the same prefixes kept.
             fit_start(self.model, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows)))

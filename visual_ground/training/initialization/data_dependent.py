@@ -23,7 +23,7 @@ from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.initialization.idf import caption_ids, fit_image_tokens_to_words, idf_weights
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.retrieval import plain_states
-from visual_ground.training.speedups.packing import KeysValues, SharedPrefixCache, fixed_cache
+from visual_ground.training.speedups.kv_cache import KeysValues, SharedPrefixCache, expanded, fixed_cache
 from visual_ground.training.validation import image_features
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def fit_start(
 def _spread_out(examples: ExampleDataset | ExampleStream) -> list[dict[str, Any]]:
     """Return evenly spread examples of two epochs, in which a row's several images and captions take turns."""
     if isinstance(examples, ExampleStream):
-        return examples.some(PAIRS)
+        return examples.take(PAIRS)
     count = 2 * len(examples)
     return [examples[i] for i in range(0, count, -(-count // PAIRS))]
 

@@ -43,7 +43,7 @@ class PrefixFiles:
         self._name, self._written = uuid.uuid4().hex, 0
         self._places: dict[str, tuple[Path, int, int]] = {}
         self._read_to: dict[Path, int] = {}
-        self._device = model.adapter.logit_scale.device
+        self._device = model.frozen_lm.device
 
     def get(self, key: Key) -> CaptionKV | None:
         """Return what some process has written, or None."""
