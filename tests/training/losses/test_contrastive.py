@@ -74,7 +74,7 @@ def test_the_trainer_takes_disk_and_parts(tmp_path):
     model = grounded()
     trainer = GroundingTrainer(model, arguments(tmp_path, **options), ROWS)
     trainer.train()
-    assert len(list(tmp_path.glob("prefixes/*/*.prefixes"))) == 1
+    assert len(list(tmp_path.glob("prefixes/*/prefixes.bin"))) == 1
     assert trainer.model.plan == ComputePlan(True, True, True, 2)
     with pytest.raises(GroundingValueError, match="mini_batch_size must not be negative"):
         arguments(tmp_path, mini_batch_size=-1)
