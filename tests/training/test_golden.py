@@ -152,7 +152,10 @@ def test_concatenated_logits_and_prompted_losses(golden):
     checked, marks = golden_collator(model).checked, [-1] * model.config.num_visual_tokens
     captioning = checked([TokenSequence.of([*marks, *prompt], row[:-1]) for row in rows])
     close(captioning_loss(model, captioning, features), tensors["cap_prefix.loss"])
-    close(plain_retrieval(model, checked([TokenSequence.of(prompt, row) for row in rows])).loss, tensors["ret_prefix.loss"])
+    close(
+        plain_retrieval(model, checked([TokenSequence.of(prompt, row) for row in rows])).loss,
+        tensors["ret_prefix.loss"],
+    )
 
 
 def test_captions_become_the_official_token_rows(golden):

@@ -4,8 +4,8 @@
     FOLDER/index.jsonl   {"row": R, "keys": [...], "sizes": [...]} per batch: record R + i is keys[i]'s
     FOLDER/lock          held by the process that reads or writes the index
 
-A batch counts from the moment that its line in the index is whole. Its records are written before that line is begun, so
-a process that is killed loses its last batch at most, and what it left is cut off before the next one is written.
+A batch counts from the moment that its line in the index is whole. Its records are written before that line is begun,
+so a process that is killed loses its last batch at most, and what it left is cut off before the next one is written.
 """
 
 from __future__ import annotations
@@ -93,17 +93,9 @@ class AppendOnlyStore:
         if self.record_size is None:
             entry["sizes"] = [len(record) for record in records.values()]
         with open(self.data_path, "ab") as file:
-            self._append(file, self._end_of(len(self.numbers)), b"".join(records.values()))
+            _append(file, self._end_of(len(self.numbers)), b"".join(records.values()), self.durable)
         with open(self.folder / INDEX_FILE, "ab") as file:
-            self._append(file, self._index_end, (json.dumps(entry) + "\n").encode())
-
-    def _append(self, file: BinaryIO, end: int, data: bytes) -> None:
-        """Cut off what a killed process left behind `end`, and write there."""
-        file.truncate(end)
-        file.write(data)
-        file.flush()
-        if self.durable:
-            os.fsync(file.fileno())
+            _append(file, self._index_end, (json.dumps(entry) + "\n").encode(), self.durable)
 
     def _read_index(self) -> None:
         """Read what is new in the index; the lock is held."""
@@ -147,6 +139,15 @@ class AppendOnlyStore:
     def _lock(self) -> FileLock:
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / LOCK_FILE)
+
+
+def _append(file: BinaryIO, end: int, data: bytes, durable: bool) -> None:
+    """Cut off what a killed process left behind `end`, and write there."""
+    file.truncate(end)
+    file.write(data)
+    file.flush()
+    if durable:
+        os.fsync(file.fileno())
 
 
 def size_of(path: Path) -> int:

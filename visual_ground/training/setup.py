@@ -19,7 +19,7 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.data.columns import Columns
-from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.examples import ExampleDataset, image_features
 from visual_ground.training.data.preparing import Preparing
 from visual_ground.training.data.sampler import EpochSampler
 from visual_ground.training.data.streams import ExampleStream
@@ -27,7 +27,6 @@ from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.prefix_files import PrefixFiles
-from visual_ground.training.validation import image_features
 from visual_ground.vision.feature_cache import FeatureCache
 
 STATISTICS_OF = 65_536
@@ -142,10 +141,10 @@ def set_compute_plan(
     if objective.model.config.train_lm_adapter:
         return
     model, room, folder = objective.model, int(args.prefix_cache_gb * 2**30), args.prefix_cache
-    ways = choose_compute_plan(model, batch["captioning"], args.mini_batch_size or None, gradients_in_forward=not sharded)
-    keeper = PrefixFiles(folder, model, int(args.prefix_disk_gb * 2**30)) if folder else None
-    objective.plan = ways
-    objective.prefixes = choose_prefix_cache(model, batch["retrieval"], room, ways.packed, keeper)
+    plan = choose_compute_plan(model, batch["captioning"], args.mini_batch_size or None, not sharded)
+    storage = PrefixFiles(folder, model, int(args.prefix_disk_gb * 2**30)) if folder else None
+    objective.plan = plan
+    objective.prefixes = choose_prefix_cache(model, batch["retrieval"], room, plan.packed, storage)
 
 
 def record_settings(model: GroundedModel, args: GroundingTrainingArguments, examples: Any) -> None:

@@ -28,7 +28,7 @@ from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.data.sampler import EpochSampler
 from visual_ground.training.data.streams import ExampleStream, prepare_stream
 from visual_ground.training.distributed import gathered_outside_layers, shard_base_only, share_adapter
-from visual_ground.training.initialization.data_dependent import fit_start
+from visual_ground.training.initialization.data_dependent import initialize_from_data
 from visual_ground.training.losses.objective import FromageLoss, GroundingLoss, GroundingObjective
 from visual_ground.training.meters import Meters, log_into, show_picture
 from visual_ground.training.setup import (
@@ -170,7 +170,8 @@ class GroundingTrainer(CheckpointsOfAdapter):
             set_compute_plan(self.model, batch, self.args, sharded=self.is_fsdp_enabled)
         if fresh and self.args.data_dependent_init:
             # A run that goes on does it too, though its checkpoint has other values: it leaves the same prefixes kept.
-            fit_start(self.model, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows)))
+            collate = lambda rows: self._prepare_inputs(self.data_collator(rows))  # noqa: E731
+            initialize_from_data(self.model, self.train_dataset, collate)
         share_adapter(self.grounded.adapter, self.args.world_size)
         kept = self.model.prefixes is not None and self.args.prefix_cache_gb > 0
         if kept and steps_done and isinstance(self.train_dataset, ExampleDataset):

@@ -12,7 +12,7 @@ from torch import Tensor
 from visual_ground.evaluation.retrieval import recall_at
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
-from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.examples import ExampleDataset, image_features
 
 
 class Validation:
@@ -64,16 +64,6 @@ class Validation:
         batches = [range(i * self.size, (i + 1) * self.size) for i in range(count)]
         costs = [cost([self.examples[i] for i in numbers]).detach().float()[None] for numbers in self._share(batches)]
         return float(self._gathered(costs, count).mean())
-
-
-@torch.no_grad()
-def image_features(model: GroundedModel, rows: Sequence[Mapping[str, Any]], size: int = 64) -> Tensor:
-    """Return the image features (n, f) of examples, `size` of them computed at once where they are not known."""
-    vision, device = model.vision, model.adapter.logit_scale.device
-    if "image_features" in rows[0]:
-        return torch.stack([row["image_features"] for row in rows]).to(device)
-    batches = [vision.preprocess([row["image"] for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
-    return torch.cat([vision(pixels).to(device) for pixels in batches])
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Image features on disk, found by key: the file that a feature cache keeps its features in.
 
-    FOLDER/features.f16   vectors of f little-endian float16 numbers, in an `AppendOnlyStore`
+FOLDER/features.f16   vectors of f little-endian float16 numbers, in an `AppendOnlyStore`
 """
 
 from __future__ import annotations

@@ -129,7 +129,9 @@ def test_the_shared_prefix_runs_once():
     assert runs[0] == (1, 2)  # <s> w7, before the image
     runs.clear()
     captions.loss(batch, features)
-    assert (1, 2) not in runs and sum(n * s for n, s in runs) < len(batch) * max(len(sequence.ids) for sequence in batch)
+    assert (1, 2) not in runs and sum(n * s for n, s in runs) < len(batch) * max(
+        len(sequence.ids) for sequence in batch
+    )
 
 
 def test_only_rows_at_once_run_with_gradient():

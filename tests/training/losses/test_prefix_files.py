@@ -6,6 +6,7 @@ import torch
 
 from tests.tiny import grounded
 from tests.training.losses.test_objective import batch_of, check_same, loss_and_gradients
+from visual_ground.storage import append_only
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.prefix_files import PrefixFiles, lm_fingerprint
 
@@ -47,7 +48,7 @@ def test_a_torn_record_does_not_count_and_a_full_disk_does_not_stop(tmp_path, mo
     plain = PrefixCache(model).run(batch)
     assert torch.equal(PrefixCache(model, storage=after).run(batch).vectors, plain.vectors)
     full = PrefixFiles(tmp_path / "full", model, 2**20)
-    monkeypatch.setattr(full.store, "_append", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    monkeypatch.setattr(append_only, "_append", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     assert torch.equal(PrefixCache(model, storage=full).run(batch).vectors, plain.vectors)
     assert full.limit_bytes == 0
     small = PrefixFiles(tmp_path / "small", model, 1)

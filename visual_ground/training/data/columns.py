@@ -175,9 +175,7 @@ def _have_captions(rows: Iterable[Mapping[str, Any]], columns: Columns) -> list[
                 )
         usable.append(bool(columns.captions(row)))
     if not any(usable):
-        raise GroundingValueError(
-            f"All captions in the column {columns.caption!r} are empty. Choose another column."
-        )
+        raise GroundingValueError(f"All captions in the column {columns.caption!r} are empty. Choose another column.")
     return usable
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from visual_ground.errors import GroundingValueError
@@ -106,6 +107,22 @@ def example_of(row: Mapping[str, Any], columns: Columns, choose: Callable[[Seque
         if texts := row.get(name):
             example[name] = choose([texts] if isinstance(texts, str) else texts)
     return example
+
+
+@torch.no_grad()
+def image_features(model: GroundedModel, examples: Sequence[Mapping[str, Any]], batch_size: int = 64) -> Tensor:
+    """Return the image features (n, f) of examples, on the adapter's device.
+
+    Args:
+        model: the grounded model, whose encoder runs where the examples have images and no features.
+        examples: n examples.
+        batch_size: images that are encoded at once.
+    """
+    vision, device = model.vision, model.adapter.logit_scale.device
+    if "image_features" in examples[0]:
+        return torch.stack([example["image_features"] for example in examples]).to(device)
+    parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    return torch.cat([vision(vision.preprocess([example["image"] for example in part])).to(device) for part in parts])
 
 
 class ExampleCollator:

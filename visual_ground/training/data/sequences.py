@@ -1,7 +1,7 @@
 """`TokenSequence`: one unpadded training sequence, which is what the collator hands over.
 
-Nothing is padded before the losses know how the language model can read it: `speedups.packing` decides the layout. Until
-then everything is plain Python numbers, so that asking for one never waits for a GPU.
+Nothing is padded before the losses know how the language model can read it: `speedups.packing` decides the layout.
+Until then everything is plain Python numbers, so that asking for one never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def number_images(sequences: Sequence[TokenSequence], first_image_id: int) -> li
         first_image_id: id of the batch's first image token.
 
     Example:
-        >>> [sequence.ids for sequence in number_images([TokenSequence.of([-1, -1], [7]), TokenSequence.of([-1], [8])], 100)]
+        >>> sequences = [TokenSequence.of([-1, -1], [7]), TokenSequence.of([-1], [8])]
+        >>> [sequence.ids for sequence in number_images(sequences, 100)]
         [(100, 101, 7), (102, 8)]
     """
     image_id = count(first_image_id)

@@ -80,7 +80,9 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
                     yield {**example, "skipped": skipped}
                     draw, skipped = draw + step, []
             if draw == epoch_start:
-                raise GroundingValueError(f"This process's part of the stream has no usable example. The first are: {skipped[:3]}")
+                raise GroundingValueError(
+                    f"This process's part of the stream has no usable example. The first are: {skipped[:3]}"
+                )
 
     def _example(self, row: Mapping[str, Any], draw: int, skipped: list[str]) -> dict[str, Any] | None:
         """Return an example, or None where the row cannot be used."""

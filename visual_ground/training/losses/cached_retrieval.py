@@ -26,7 +26,7 @@ from visual_ground.training.speedups.cross_entropy import normalisers_without_re
 from visual_ground.training.speedups.kv_cache import SharedPrefixCache, fixed_cache, keys_values_of
 from visual_ground.training.speedups.packing import PackedBatch, additive_mask, lay_out, on_device, read
 
-# Captions that run up to their `[RET]` together. Sorted by length, more would only cost memory.
+# Captions that run up to their `[RET]` together, which bounds the memory. They are sorted by length before.
 CAPTIONS_PER_RUN = 32
 
 # A caption's ids, `[RET]` last, and the index of its first label.
@@ -143,9 +143,7 @@ class PrefixCache:
     def _compute_after(self, prefix: tuple[int, ...], keys: Sequence[Key]) -> dict[Key, CaptionKV]:
         n, fresh = len(prefix), {}
         # Without `[RET]`'s id and with its label: the last id is the one that predicts it.
-        sequences = [
-            TokenSequence(ids[n:-1], (*[IGNORE_INDEX] * (first - n), *ids[first:])) for ids, first in keys
-        ]
+        sequences = [TokenSequence(ids[n:-1], (*[IGNORE_INDEX] * (first - n), *ids[first:])) for ids, first in keys]
         for batch in lay_out(self.model, sequences, self.packed, prefix_length=n):
             for index, caption in self._run(batch, prefix):
                 fresh[keys[index]] = caption
@@ -182,12 +180,16 @@ class PrefixCache:
         longest = max(lengths)
         layers = []
         for layer in range(len(captions[0].keys_values)):
-            padded = [pad(caption.keys_values[layer], (0, 0, longest - caption.keys_values[layer].shape[2], 0)) for caption in captions]
+            padded = [
+                pad(caption.keys_values[layer], (0, 0, longest - caption.keys_values[layer].shape[2], 0))
+                for caption in captions
+            ]
             keys, values = torch.stack(padded, 1).to(device)
             layers.append((keys, values))
         seen = torch.arange(longest + 1) >= longest - torch.tensor(lengths)[:, None]
         options: dict[str, Any] = {"position_ids": on_device(lengths, device)[:, None]}
-        # An LM that takes packed sequences takes this mask too; of one (b, s), transformers asks the GPU if it is needed.
+        # An LM that takes packed sequences takes this mask too. Given one (b, s), transformers waits for the GPU to see
+        # whether anything is masked at all.
         mask = additive_mask(seen[:, None, None], model.frozen_lm.dtype) if self.packed else seen.long()
         return model.frozen_lm.hidden_states(
             torch.full((len(captions), 1), model.ret_token_id, device=device),

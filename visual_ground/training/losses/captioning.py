@@ -92,8 +92,9 @@ class CaptioningLoss:
         prefix, batch = part
         direct = self.plan.direct_head
         # Where the head runs by itself, the LM's own run of it is cut to one position: it cannot be left out.
-        options = {"prefix": self._prefixes.get(prefix), "max_logits": 1 if direct else None}
-        reading = read(self.model, batch, image_tokens=image_tokens, **options)
+        max_logits = 1 if direct else None
+        keys_values = self._prefixes.get(prefix)
+        reading = read(self.model, batch, image_tokens=image_tokens, prefix=keys_values, max_logits=max_logits)
         if direct:
             return summed_cross_entropy(self.model, reading.head_input, batch.targets)
         logits = reading.logits.float()

@@ -91,7 +91,7 @@ def _loss_and_gradients(model: GroundedModel, sequences: Sequence[TokenSequence]
 
 
 def _agree(plain: list[Tensor], faster: list[Tensor], dtype: torch.dtype) -> bool:
-    # Far above rounding, in the order of which ways may differ, and far below the error of a wrong mask.
+    # Ways may round differently, which is far below this; a wrong mask or position is far above it.
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     pairs = zip(plain, faster, strict=True)
     return all(bool((a - b).abs().max() <= tolerance * a.abs().max()) for a, b in pairs)

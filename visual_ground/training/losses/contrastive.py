@@ -103,7 +103,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
-        return total.split(ctx.counts)[dist.get_rank()], None
+        start = sum(ctx.counts[: dist.get_rank()])
+        return total[start : start + ctx.counts[dist.get_rank()]], None
 
 
 def share_of_processes(count: int, device: torch.device) -> Tensor:

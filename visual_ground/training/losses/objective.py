@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from visual_ground.model import GroundedModel
 from visual_ground.training.data.sequences import TokenSequence
@@ -156,7 +156,7 @@ class GroundingObjective(nn.Module):
         """
         self._checkpoints.enable(activation_checkpointing_kwargs)
 
-    # What `Trainer` calls: the first from transformers 5.24 on, this one before.
+    # `Trainer` calls the one or the other, depending on the version of transformers.
     gradient_checkpointing_enable = activation_checkpointing_enable
 
     def forward(

@@ -1,6 +1,6 @@
 """Captions' keys and values on disk, so that each runs through the LM once in all epochs, runs and processes.
 
-    FOLDER/FINGERPRINT/prefixes.bin   a safetensors file for each caption, in an `AppendOnlyStore`; one folder per LM
+FOLDER/FINGERPRINT/prefixes.bin   a safetensors file for each caption, in an `AppendOnlyStore`; one folder per LM
 """
 
 from __future__ import annotations

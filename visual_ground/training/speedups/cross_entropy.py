@@ -1,9 +1,9 @@
 """Cross entropy a few labels at a time, whose gradients are computed within the forward pass.
 
 Logits are wide: 400 labels of a vocabulary of 50,000 are 80 MB in float32, and as much again for every copy that a
-plain cross entropy and its gradient make. Here the head runs over a few labels, their loss and its gradient are computed
-at once, and the logits are dropped. The same is done with whole parts of a batch (`sum_of_parts`): where a loss is a
-sum, every part can run forward and backward before the next, at no cost but one part's memory.
+plain cross entropy and its gradient make. Here the head runs over a few labels, their loss and its gradient are
+computed at once, and the logits are dropped. The same is done with whole parts of a batch (`sum_of_parts`): where a
+loss is a sum, every part can run forward and backward before the next, at no cost but one part's memory.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from visual_ground.model import GroundedModel
 
-# Bytes of float32 logits that exist at once: 167 labels of 50,000 columns. Larger parts are no faster on a CPU.
+# Bytes of float32 logits that exist at once: 32 MB, or 167 labels of 50,000 columns.
 LOGIT_BYTES = 2**25
-# The head runs over so many labels at least, however wide the vocabulary: its weights are read once for each part.
+# The head runs over so many labels at least, however wide the vocabulary, because each part reads all its weights.
 MIN_LABELS = 16
 
 Part = TypeVar("Part")

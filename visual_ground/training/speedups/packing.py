@@ -21,7 +21,7 @@ from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
 from visual_ground.training.speedups.kv_cache import KeysValues, expanded, fixed_cache, growing_cache
 
 # Positions in a packed row, or more where one sequence is longer. Attention costs the square of a row's length, so rows
-# stay short; 128 positions are enough to leave next to no padding.
+# stay short, and yet several captions long, so that little is left for padding.
 PACKED_WIDTH = 128
 
 
