@@ -21,9 +21,9 @@ from torch import Tensor
 from visual_ground import GroundedModel, ground
 from visual_ground.demo.run import Pairs
 from visual_ground.demo.weights import load_lm, load_vision
-from visual_ground.evaluation.retrieval import caption_pair_accuracy
+from visual_ground.evaluation.captions import caption_pair_accuracy
+from visual_ground.evaluation.pairs import image_features
 from visual_ground.training import ExampleDataset
-from visual_ground.training.data.examples import image_features
 from visual_ground.training.initialization import data_dependent
 from visual_ground.training.initialization.idf import fit_image_tokens_to_words, without_sentence_marks
 from visual_ground.training.setup import standardise

@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter(tmp_path):
         return losses if len(calls) < 3 else type(losses)(**{**losses, "loss": losses.loss * float("nan")})
 
     trainer.model.forward = poisoned
-    with pytest.raises(GroundingValueError, match=r"nan at step 2, in the batch of rows \["):
+    with pytest.raises(GroundingValueError, match=r"nan at step 2, in the batch of examples \["):
         trainer.train()
     assert all(torch.equal(calls[-1][name], value) for name, value in model.adapter.named_parameters())
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()

@@ -109,22 +109,6 @@ def example_of(row: Mapping[str, Any], columns: Columns, choose: Callable[[Seque
     return example
 
 
-@torch.no_grad()
-def image_features(model: GroundedModel, examples: Sequence[Mapping[str, Any]], batch_size: int = 64) -> Tensor:
-    """Return the image features (n, f) of examples, on the adapter's device.
-
-    Args:
-        model: the grounded model, whose encoder runs where the examples have images and no features.
-        examples: n examples.
-        batch_size: images that are encoded at once.
-    """
-    vision, device = model.vision, model.adapter.logit_scale.device
-    if "image_features" in examples[0]:
-        return torch.stack([example["image_features"] for example in examples]).to(device)
-    parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    return torch.cat([vision(vision.preprocess([example["image"] for example in part])).to(device) for part in parts])
-
-
 class ExampleCollator:
     """Turns examples into one batch of unpadded sequences; the losses decide how these are laid out for the LM.
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from visual_ground.errors import GroundingStateError
+from visual_ground.evaluation.pairs import image_features
 from visual_ground.lm.layers import find_layers, layer_states
 from visual_ground.model import GroundedModel
-from visual_ground.training.data.examples import ExampleDataset, image_features
+from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.initialization.idf import caption_ids, fit_image_tokens_to_words, idf_weights
 from visual_ground.training.losses.objective import GroundingObjective
