@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny import grounded
 from tests.training.losses.test_objective import batch_of, loss_and_gradients
-from tests.training.test_trainer import ROWS, arguments
+from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingTrainer
 from visual_ground.errors import GroundingValueError
 from visual_ground.training import GroundingObjective

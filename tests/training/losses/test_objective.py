@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import grounded
-from tests.training.test_trainer import ROWS
+from tests.training.runs import ROWS
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
 from visual_ground.training.losses.cached_retrieval import PrefixCache
