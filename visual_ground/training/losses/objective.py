@@ -62,8 +62,8 @@ class Loss(Protocol):
     """What `GroundingObjective` and `GroundingTrainer` take as `loss=`: a callable that gives a batch's loss.
 
     It may use the passes of the objective, which run by the fastest way that the LM allows, or the model itself
-    (`objective.model`). A loss with parameters of its own is an `nn.Module`; `GroundingTrainer` refuses trainable ones, since
-    its checkpoints hold only the adapter's.
+    (`objective.model`). A loss with parameters of its own is an `nn.Module`; `GroundingTrainer` refuses trainable ones,
+    since its checkpoints hold only the adapter's.
 
     Example:
         >>> def only_captioning(objective, batch):
