@@ -1,11 +1,11 @@
-"""What image rows should imitate, and how deep in the LM, on the demo's weights and pictures (run `make demo` first).
+"""What image tokens should imitate, and how deep in the LM, on the demo's weights and pictures (run `make demo` first).
 
     python benchmarks/data_dependent_init.py
 
 Caption pair accuracy in percent on the validation concepts (eight wrong images a caption), before any step of training:
-with rows fitted to their captions' words in closed form (`training.idf_weights`), and after the imitation that follows
-(`training.fitted_start`), with every word of an image's captions weighted by its rarity as there, with all words
-weighted alike, and with the last word of the shortest caption alone; and the first of these at other depths.
+with image tokens fitted to their captions' words in closed form (`initialization.idf`), and after the imitation that
+follows (`initialization.data_dependent`), with idf-weighted words of all of an image's captions as there, with all
+words weighted alike, and with the last word of the shortest caption alone; and the first of these at other depths.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor
 from visual_ground import GroundedModel, ground
 from visual_ground.demo.run import Pairs
 from visual_ground.demo.weights import load_lm, load_vision
-from visual_ground.evaluation.retrieval import caption_pair_accuracy
+from visual_ground.evaluation.captions import caption_pair_accuracy
+from visual_ground.evaluation.pairs import image_features
 from visual_ground.training import ExampleDataset
 from visual_ground.training.initialization import data_dependent
 from visual_ground.training.initialization.idf import fit_image_tokens_to_words, without_sentence_marks
 from visual_ground.training.setup import standardise
-from visual_ground.training.validation import image_features
 
 CACHE = Path("demo/cache")
 OTHER_DEPTHS = (0.13, 0.2, 0.35, 0.5)
-Told = Callable[[data_dependent.Imitation, Sequence[Mapping[str, Any]]], Tensor]
+Targets = Callable[[data_dependent.Imitation, Sequence[Mapping[str, Any]]], Tensor]
 rare_words_more = data_dependent.target_hidden_states
 
 
@@ -53,16 +53,17 @@ def _states(imitation: data_dependent.Imitation, captions: list[str], weigh: Cal
     return torch.cat([imitation.text_states(part, [weigh(len(text)) for text in part]) for part in parts])
 
 
-def accuracy(model: GroundedModel, pairs: Pairs, told: Told | None, depth: float = data_dependent.DEPTH) -> float:
-    """Fit the image rows anew, in closed form and by what is told, and return the caption pair accuracy."""
+def accuracy(model: GroundedModel, pairs: Pairs, targets: Targets | None, depth: float = data_dependent.DEPTH) -> float:
+    """Fit the image projection anew, in closed form and by imitation of the targets; return the caption pair accuracy."""
     examples = ExampleDataset(pairs.rows(), features=pairs.row_features())
-    taken = data_dependent._spread_out(examples)
-    features = torch.cat([image_features(model, taken[i : i + 128]) for i in range(0, len(taken), 128)])
-    if told is None:
-        fit_image_tokens_to_words(model, [row["caption"] for row in taken], features, [row["group"] for row in taken])
+    sampled = data_dependent.evenly_sampled(examples)
+    features = torch.cat([image_features(model, sampled[i : i + 128]) for i in range(0, len(sampled), 128)])
+    if targets is None:
+        captions, groups = [row["caption"] for row in sampled], [row["group"] for row in sampled]
+        fit_image_tokens_to_words(model, captions, features, groups)
     else:
-        data_dependent.target_hidden_states, data_dependent.DEPTH = told, depth
-        data_dependent.start_image_tokens(model, taken, features)
+        data_dependent.target_hidden_states, data_dependent.DEPTH = targets, depth
+        data_dependent.start_image_tokens(model, sampled, features)
     texts, features = pairs.pairs(pairs.numbers("validation"))
     return round(caption_pair_accuracy(model, texts, features, wrong_images=8), 1)
 
@@ -80,7 +81,7 @@ def main() -> None:
         "all words alike": all_words_alike,
         "last word of the shortest": last_word_of_the_shortest,
     }
-    figures |= {name: accuracy(model, pairs, told) for name, told in ways.items()}
+    figures |= {name: accuracy(model, pairs, targets) for name, targets in ways.items()}
     by_depth = {str(depth): accuracy(model, pairs, rare_words_more, depth) for depth in OTHER_DEPTHS}
     write("data_dependent_init", {"caption_pair_accuracy": figures, "by_depth": by_depth})
 

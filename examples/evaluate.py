@@ -10,12 +10,11 @@ import sys
 from datasets import load_dataset
 
 from visual_ground import GroundedModel
-from visual_ground.evaluation.retrieval import caption_pair_accuracy, retrieval_recall
+from visual_ground.evaluation import CaptionPairEvaluator, EvaluationPairs, RetrievalEvaluator
 
 lm, adapter, folder = sys.argv[1:4]
 model = GroundedModel.from_pretrained(lm, adapter)
 pairs = load_dataset("imagefolder", data_dir=folder, split="train")
-features = model.vision(model.vision.preprocess(pairs["image"][:]))
-captions = pairs["caption"][:]
-print(retrieval_recall(model, captions, features))
-print("a true image beats a wrong one in", caption_pair_accuracy(model, captions, features), "% of cases")
+pairs = EvaluationPairs(pairs)  # so that both evaluators encode the images once
+for evaluator in (RetrievalEvaluator(pairs), CaptionPairEvaluator(pairs)):
+    print(evaluator.name, evaluator(model))

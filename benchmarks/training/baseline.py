@@ -81,5 +81,4 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def padded_ids(batch: dict, length: int = 24) -> torch.Tensor:
     """Return the retrieval rows of a batch, padded with pad (1) to `length` as the reference pads."""
-    ids, mask = batch["retrieval"]["input_ids"], batch["retrieval"]["attention_mask"]
-    return F.pad(ids.masked_fill(mask == 0, 1), (0, length - ids.shape[1]), value=1)
+    return torch.tensor([[*sequence.ids, *[1] * (length - len(sequence.ids))] for sequence in batch["retrieval"]])

@@ -31,7 +31,7 @@ def to(value, device: str):
     """Move a batch."""
     if isinstance(value, dict):
         return {name: to(part, device) for name, part in value.items()}
-    return value.to(device)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def useful_flops(model, made: dict, side: str) -> float:
@@ -40,7 +40,8 @@ def useful_flops(model, made: dict, side: str) -> float:
     head = model.lm.get_output_embeddings().weight.numel()
     tower = sum(p.numel() for p in model.vision.parameters())
     image_positions = (224 // model.vision.model.config.patch_size) ** 2 + 1
-    words, labels = int(made["captioning"]["attention_mask"].sum()), int((made["captioning"]["labels"] != -100).sum())
+    words = sum(len(sequence.ids) for sequence in made["captioning"])
+    labels = sum(sequence.num_labels for sequence in made["captioning"])
     rows = len(made["groups"])
     captions = 4 * (words * body + labels * head)  # forward, and backward to the images
     prefixes = 0 if "prefixes" in side else 2 * labels * (body + head)
@@ -54,7 +55,7 @@ def measured(side: str, options: argparse.Namespace) -> dict:
     model = grounded(*parts(options.lm, "vit-l/14", torch.bfloat16, "cuda"))
     made = to(batch(model, options.batch), "cuda")
     if side == "baseline":
-        baseline, ids = Baseline(model).to("cuda"), padded_ids(made)
+        baseline, ids = Baseline(model).to("cuda"), padded_ids(made).to("cuda")
         call = lambda: baseline.step(ids, made["pixel_values"])  # noqa: E731
     else:
         if "features" in side:

@@ -29,20 +29,16 @@ class Lean:
         prefixes: str = "run",
         autocast: bool = False,
     ) -> None:
-        some = {
-            part: {name: tensor.to(model.adapter.logit_scale.device) for name, tensor in value.items()}
-            for part, value in batch(model, 4).items()
-            if part in ("captioning", "retrieval")
-        }
-        ways = choose_compute_plan(model, some["captioning"]) if plan is None else plan
+        tried = batch(model, 4)
+        plan = choose_compute_plan(model, tried["captioning"]) if plan is None else plan
         store: PrefixCache | None = None
         if prefixes != "none":
-            store = choose_prefix_cache(model, some["retrieval"], 2**40 if prefixes == "kept" else 0, ways.packed)
+            store = choose_prefix_cache(model, tried["retrieval"], 2**40 if prefixes == "kept" else 0, plan.packed)
             assert store is not None
-        self.objective = GroundingObjective(model, prefixes=store, plan=ways).train()
+        self.objective = GroundingObjective(model, prefixes=store, plan=plan).train()
         self.trained = list(model.adapter.parameters())
         self.optimizer = torch.optim.AdamW(self.trained, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
-        self.model, self.ways, self.autocast = model, ways, autocast
+        self.model, self.autocast = model, autocast
 
     def step(self, inputs: dict) -> float:
         """Run one whole step; return its loss."""

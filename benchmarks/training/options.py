@@ -20,7 +20,7 @@ from lean import Lean
 from shapes import batch, grounded, parts
 
 from visual_ground.training.losses.captioning import ComputePlan
-from visual_ground.training.speedups.packing import pieces, read, rows_of
+from visual_ground.training.speedups.packing import lay_out, read
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import write
@@ -54,7 +54,7 @@ def main() -> None:
         "and_bf16_autocast": Lean(published, WHOLE, "run", autocast=True),
         "and_gradient_checkpointing": Lean(published, WHOLE, "run"),
         "prompted": Lean(prompted, WHOLE, "run"),
-        "prompted_and_leads": Lean(prompted, replace(WHOLE, leads=True), "run"),
+        "prompted_and_leads": Lean(prompted, replace(WHOLE, shared_prefix=True), "run"),
     }
     sides["and_gradient_checkpointing"].objective.activation_checkpointing_enable()
     calls = {name: (lambda side=side: side.step(made[side.model])) for name, side in sides.items()}
@@ -81,24 +81,24 @@ def main() -> None:
     write(options.name, results)
 
 
-def apart(model, captions: dict, texts: dict) -> float:
-    """Run both passes of whole rows forward and backward, one after the other; return the labels' summed states."""
+def apart(model, captions: list, texts: list) -> float:
+    """Run both passes of whole sequences forward and backward, one after the other; return the summed states."""
     total = 0.0
-    table = model.active.image_tokens(image_features=torch.zeros(len(captions["input_ids"]), model.vision.feature_dim))
+    table = model.active.image_tokens(image_features=torch.zeros(len(captions), model.vision.feature_dim))
     for part, images in ((captions, table), (texts, None)):
-        for piece in pieces(model, rows_of(part), packed=False):
-            loss = read(model, piece, images)[0].square().sum()
+        for laid_out in lay_out(model, part, packed=False):
+            loss = read(model, laid_out, image_tokens=images).head_input.square().sum()
             loss.backward(retain_graph=True)
             total += float(loss.detach())
     return total
 
 
-def joined(model, captions: dict, texts: dict) -> float:
-    """Run the rows of both passes in one batch."""
-    table = model.active.image_tokens(image_features=torch.zeros(len(captions["input_ids"]), model.vision.feature_dim))
+def joined(model, captions: list, texts: list) -> float:
+    """Run the sequences of both passes in one batch."""
+    table = model.active.image_tokens(image_features=torch.zeros(len(captions), model.vision.feature_dim))
     total = 0.0
-    for piece in pieces(model, [*rows_of(captions), *rows_of(texts)], packed=False):
-        loss = read(model, piece, table)[0].square().sum()
+    for laid_out in lay_out(model, [*captions, *texts], packed=False):
+        loss = read(model, laid_out, image_tokens=table).head_input.square().sum()
         loss.backward(retain_graph=True)
         total += float(loss.detach())
     return total

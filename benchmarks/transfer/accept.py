@@ -26,7 +26,7 @@ from common import CACHE, OUT, RESULTS, Cost, Pairs, load_lm, recalls, text_vect
 from visual_ground.adapter.anchors import Anchors
 from visual_ground.demo import emoji
 from visual_ground.demo.weights import load_vision
-from visual_ground.evaluation.retrieval import caption_pair_accuracy
+from visual_ground.evaluation.captions import caption_pair_accuracy
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import read_json

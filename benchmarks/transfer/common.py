@@ -18,7 +18,7 @@ from measure import machine  # noqa: E402
 from visual_ground.demo import emoji  # noqa: E402
 from visual_ground.demo.run import Pairs  # noqa: E402
 from visual_ground.demo.weights import load_lm as load_smollm2  # noqa: E402
-from visual_ground.evaluation.retrieval import recall_at  # noqa: E402
+from visual_ground.evaluation.metrics import recall_at  # noqa: E402
 from visual_ground.model import GroundedModel  # noqa: E402
 from visual_ground.storage.tensors import write_json  # noqa: E402
 

@@ -34,7 +34,9 @@ def test_train_index_chat_eval(tmp_path, capsys):
     assert main(["chat", lm, out, *options, "--once", prompt, "--html", str(page)]) == 0
     assert ".png]" in capsys.readouterr().out and "<img" in page.read_text()
     assert main(["eval", lm, out, table, "--record", "some/pairs", "--dataset-revision", "abc"]) == 0
-    assert json.loads(capsys.readouterr().out)["pairs"] == 8
+    results = json.loads(capsys.readouterr().out)
+    assert results["pairs"] == 8 and 0 <= results["text_to_image_r1"] <= results["text_to_image_r5"] <= 100
+    assert 0 <= results["image_to_text_r1"] <= 100 and 0 <= results["caption_pair_accuracy"] <= 100
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "dataset_revision" not in card and "revision: abc" in card and "| some/pairs at `abc` | train | 8 |" in card
 

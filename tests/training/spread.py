@@ -44,7 +44,7 @@ class Watched(GroundingTrainer):
         """Note which captions there are."""
         if model.training:
             self.seen.append(inputs["rows"].tolist())
-            self.captions += [ids.tolist() for ids in inputs["retrieval"]["input_ids"]]
+            self.captions += [list(sequence.ids) for sequence in inputs["retrieval"]]
         return super().compute_loss(model, inputs, *args, **options)
 
 

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, T
 from tests.paths import GOLDEN
 from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ImageIndex, ground
 from visual_ground.training import GroundingObjective
-from visual_ground.training.data.examples import LabelledIds
+from visual_ground.training.data.sequences import TokenSequence
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import captioning_loss
 from visual_ground.training.losses.retrieval import plain_retrieval
+from visual_ground.training.speedups.packing import pad_in_order
 
 RET = 501
 SETTINGS = {"a": dict(num_visual_tokens=1, text_layers=(-1,)), "b": dict(num_visual_tokens=4, text_layers=(-1, 1))}
@@ -64,13 +65,13 @@ def batch_of(golden, concatenated=False):
         row[:n].tolist()
         for row, n in zip(tensors["inputs.tokens"], tensors["inputs.caption_len"].tolist(), strict=True)
     ]
-    captioning = [LabelledIds.of([-1] * k, row[:-1]) for row in rows]
+    captioning = [TokenSequence.of([-1] * k, row[:-1]) for row in rows]
     if concatenated:
         captioning = [one + two for one, two in zip(captioning[::2], captioning[1::2], strict=True)]
-    pad = golden_collator(model)._pad
+    checked = golden_collator(model).checked
     return {
-        "captioning": pad(captioning),
-        "retrieval": pad([LabelledIds.of([], row) for row in rows]),
+        "captioning": checked(captioning),
+        "retrieval": checked([TokenSequence.of([], row) for row in rows]),
         "groups": torch.arange(len(rows)),
         "rows": torch.arange(len(rows)),
         "pixel_values": tensors["inputs.pixel_values"],
@@ -81,6 +82,12 @@ def golden_collator(model):
     from visual_ground.training import ExampleCollator
 
     return ExampleCollator(model)
+
+
+def padded(model, sequences):
+    """Return sequences as ids and mask (b, s), as the official implementation reads them."""
+    batch = pad_in_order(model, sequences)
+    return batch.ids, batch.attention_mask
 
 
 def close(ours, theirs, room=1e-5):
@@ -111,16 +118,15 @@ def test_losses_and_gradients(golden, concatenated, quick):
 def test_logits_and_embeddings(golden):
     model, tensors, batch = golden.model, golden.tensors, batch_of(golden)
     for name, part, pixels in (("cap_concat0", "captioning", batch["pixel_values"]), ("ret", "retrieval", None)):
-        ids, mask = batch[part]["input_ids"], batch[part]["attention_mask"]
+        ids, mask = padded(model, batch[part])
         logits = model(ids, mask, pixels).logits[:2]
         theirs = tensors[f"{name}.logits"]
         for ours, wanted, kept in zip(logits, theirs, mask[:2].bool(), strict=True):
             length = int(kept.sum())
             close(ours[:length, : RET + 1], wanted[:length])
-    part = batch["retrieval"]
-    positions = (part["input_ids"] == RET).flatten().nonzero()[:, 0]
-    layers = model.config.text_layers
-    states = model.frozen_lm.hidden_states(part["input_ids"], part["attention_mask"], positions, layers)
+    ids, mask = padded(model, batch["retrieval"])
+    positions = (ids == RET).flatten().nonzero()[:, 0]
+    states = model.frozen_lm.hidden_states(ids, mask, positions, model.config.text_layers)
     vectors = model.active.embed_states(states)
     theirs = tensors["ret.last_embedding"]
     close(vectors, theirs / theirs.norm(dim=-1, keepdim=True), 1e-6)
@@ -132,20 +138,24 @@ def test_logits_and_embeddings(golden):
 @torch.no_grad()
 def test_concatenated_logits_and_prompted_losses(golden):
     """Two captions in one row; and a prompt between the image and its caption."""
-    model, tensors, batch = golden.model, golden.tensors, batch_of(golden, concatenated=True)["captioning"]
+    model, tensors = golden.model, golden.tensors
+    ids, mask = padded(model, batch_of(golden, concatenated=True)["captioning"])
     features = model.vision(tensors["inputs.pixel_values"])
     close(features, tensors["pooler_output"])
-    logits = model(batch["input_ids"], batch["attention_mask"], image_features=features).logits[:2]
-    for ours, wanted, kept in zip(logits, tensors["cap_concat1.logits"], batch["attention_mask"].bool(), strict=False):
+    logits = model(ids, mask, image_features=features).logits[:2]
+    for ours, wanted, kept in zip(logits, tensors["cap_concat1.logits"], mask.bool(), strict=False):
         length = int(kept.sum())
         close(ours[:length, : RET + 1], wanted[:length])
     prompt = model.tokenizer("A picture of", add_special_tokens=False)["input_ids"]
     lengths = tensors["inputs.caption_len"].tolist()
     rows = [row[:n].tolist() for row, n in zip(tensors["inputs.tokens"], lengths, strict=True)]
-    pad, marks = golden_collator(model)._pad, [-1] * model.config.num_visual_tokens
-    captioning = pad([LabelledIds.of([*marks, *prompt], row[:-1]) for row in rows])
+    checked, marks = golden_collator(model).checked, [-1] * model.config.num_visual_tokens
+    captioning = checked([TokenSequence.of([*marks, *prompt], row[:-1]) for row in rows])
     close(captioning_loss(model, captioning, features), tensors["cap_prefix.loss"])
-    close(plain_retrieval(model, pad([LabelledIds.of(prompt, row) for row in rows])).loss, tensors["ret_prefix.loss"])
+    close(
+        plain_retrieval(model, checked([TokenSequence.of(prompt, row) for row in rows])).loss,
+        tensors["ret_prefix.loss"],
+    )
 
 
 def test_captions_become_the_official_token_rows(golden):

@@ -14,6 +14,7 @@ from tests.training.killed import POINTS, train
 from visual_ground import GroundedModel, GroundingTrainer
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.training import checkpoints
+from visual_ground.training.adapter_checkpoints import check_base
 
 
 def run(folder, *points):
@@ -29,7 +30,7 @@ def test_killed_anywhere_ends_bit_identical(tmp_path):
     whole = found.pop("none")
     assert whole["ended"] == [0]
     full = found.pop("disk full")
-    assert full["ended"] == [1, 0] and "could not be written" in said and "['checkpoint-2'] are whole" in said
+    assert full["ended"] == [1, 0] and "could not be written" in said and "['checkpoint-2'] are complete" in said
     assert len(found) >= 10 and all(result["ended"] == [-9, 0] for result in found.values())
     wrong = [point for point, result in {**found, "disk full": full}.items() if result["adapter"] != whole["adapter"]]
     assert not wrong
@@ -38,7 +39,7 @@ def test_killed_anywhere_ends_bit_identical(tmp_path):
 def test_what_is_half_written_does_not_count(tmp_path):
     trainer = train(tmp_path, steps=4, save_total_limit=None)
     run = tmp_path / "run"
-    assert [path.name for path in checkpoints.whole_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in checkpoints.complete_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
     last = run / "checkpoint-4"
     for path in sorted(last.iterdir()):
         kept = path.read_bytes()
@@ -46,7 +47,7 @@ def test_what_is_half_written_does_not_count(tmp_path):
         assert checkpoints.choose(True, run) == run / "checkpoint-2"
         path.unlink()
         assert checkpoints.choose(True, run) == run / "checkpoint-2"
-        with pytest.raises(GroundingFileError, match="no whole checkpoint"):
+        with pytest.raises(GroundingFileError, match="not a complete checkpoint"):
             trainer.train(resume_from_checkpoint=str(last))
         path.write_bytes(kept)
     assert checkpoints.choose(True, run) == last
@@ -87,14 +88,14 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     lm = build("qwen2_tied")
     lm.get_input_embeddings().weight.data.mul_(1.5)
     for model, words in [
-        (grounded(lm=lm), "another base"),
-        (grounded("llama_untied"), "another base"),
+        (grounded(lm=lm), "another base model"),
+        (grounded("llama_untied"), "another base model"),
         (grounded("qwen2_tied", retrieval_dim=5), r"other settings.*retrieval_dim.*\(6, 5\)"),
     ]:
         with pytest.raises(GroundingValueError, match=words):
-            checkpoints.check_base(checkpoint, model)
+            check_base(checkpoint, model)
     other = grounded("qwen2_tied")
     other.active.provenance["vision_encoder"] = "another/encoder"
     with pytest.raises(GroundingValueError, match="another vision encoder"):
-        checkpoints.check_base(checkpoint, other)
-    checkpoints.check_base(checkpoint, grounded("qwen2_tied"))
+        check_base(checkpoint, other)
+    check_base(checkpoint, grounded("qwen2_tied"))

@@ -3,37 +3,31 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import EarlyStoppingCallback
 
-from tests.tiny import FAMILIES, build, grounded, picture, tokenizer
-from visual_ground import GroundedModel, GroundingError, GroundingTrainer, GroundingTrainingArguments
+from tests.tiny import FAMILIES, build, grounded, tokenizer
+from tests.training.runs import ROWS, TEMPLATE, arguments, examples
+from visual_ground import GroundedModel, GroundingError, GroundingTrainer
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
+from visual_ground.evaluation import CaptionPairEvaluator, EvaluationPairs, RetrievalEvaluator
+from visual_ground.training import ExampleCollator, ExampleDataset, GroundingLoss, GroundingObjective
+from visual_ground.training.checkpoints import complete_checkpoints
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.compute_plan import choose_prefix_cache
-from visual_ground.training.losses.contrastive import contrastive_losses
+from visual_ground.training.losses.contrastive import contrast
 from visual_ground.training.losses.retrieval import plain_retrieval
 
-TEMPLATE = "{% for m in messages %}w50 {{ m.content }} w51 {% endfor %}{% if add_generation_prompt %}w52 {% endif %}"
-ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i} w9"} for i in range(12)]
+# Features are the vectors, and the temperature is 1.
+PLAIN = SimpleNamespace(embed_images=lambda features: features, logit_scale=torch.tensor(0.0))
 
 
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request):
     return request.param
-
-
-def arguments(tmp_path, **changes):
-    settings = dict(output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2)
-    settings |= dict(save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=1, seed=3)
-    return GroundingTrainingArguments(**{**settings, **changes})
-
-
-def examples(model, rows=ROWS, count=4):
-    dataset = ExampleDataset(rows, sample=False)
-    return ExampleCollator(model, concat_captions_prob=0.0)([dataset[i] for i in range(count)])
 
 
 @pytest.mark.parametrize("num_tokens", [100, 95], ids=["appended", "spare"])
@@ -106,13 +100,13 @@ def test_prefixes_give_what_the_plain_computation_gives(family, prompted):
 
 
 def test_untrained_zero_vectors_cost_log_batch():
-    text, image = contrastive_losses(torch.zeros(7, 7))
-    assert text == pytest.approx(math.log(7)) and image == pytest.approx(math.log(7))
+    found = contrast(PLAIN, torch.zeros(7, 3), torch.zeros(7, 3), torch.arange(7))
+    assert found.text_to_image == pytest.approx(math.log(7)) and found.image_to_text == pytest.approx(math.log(7))
 
 
 def test_pairs_of_one_group_are_no_negatives():
     scores = torch.tensor([[1.0, 9.0, 0.0], [9.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    apart = contrastive_losses(scores, torch.tensor([0, 0, 1]))[0]
+    apart = contrast(PLAIN, scores, torch.eye(3), torch.tensor([0, 0, 1])).text_to_image
     wanted = torch.stack(
         [-torch.log_softmax(torch.tensor(row), 0)[0] for row in ([1.0, 0.0], [1.0, 0.0], [1.0, 0.0, 0.0])]
     )
@@ -178,7 +172,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter(tmp_path):
         return losses if len(calls) < 3 else type(losses)(**{**losses, "loss": losses.loss * float("nan")})
 
     trainer.model.forward = poisoned
-    with pytest.raises(GroundingValueError, match=r"nan at step 2, in the batch of rows \["):
+    with pytest.raises(GroundingValueError, match=r"nan at step 2, in the batch of examples \["):
         trainer.train()
     assert all(torch.equal(calls[-1][name], value) for name, value in model.adapter.named_parameters())
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
@@ -223,3 +217,128 @@ def test_pixels_and_cached_features_cost_the_same(tmp_path):
     features = model.vision(batch.pop("pixel_values"))
     pixels = objective(**examples(model))
     assert torch.allclose(objective(**batch, image_features=features).loss, pixels.loss)
+
+
+class Scores:
+    """An evaluator that gives the next of these scores at each evaluation."""
+
+    name, primary_metric = "quality", "score"
+
+    def __init__(self, *scores):
+        self.scores = list(scores)
+
+    def __call__(self, model):
+        assert not model.adapter.training
+        return {"score": self.scores.pop(0), "other": 0.0}
+
+
+def evaluated_arguments(tmp_path, **changes):
+    strategies = dict(save_strategy="steps", eval_strategy="steps", save_steps=1, eval_steps=1)
+    return arguments(tmp_path, **{**strategies, "load_best_model_at_end": True, **changes})
+
+
+@pytest.mark.parametrize("metric", ["quality", "eval_quality_score"])
+@pytest.mark.parametrize("eval_dataset", [None, ROWS], ids=["alone", "beside"])
+def test_the_best_checkpoint_by_an_evaluator_is_kept_and_loaded(tmp_path, eval_dataset, metric):
+    args = evaluated_arguments(tmp_path, metric_for_best_model=metric, max_steps=4, save_total_limit=1)
+    trainer = GroundingTrainer(grounded(), args, ROWS, eval_dataset, evaluator=Scores(1.0, 5.0, 3.0, 2.0))
+    trainer.train()
+    assert trainer.state.best_metric == 5.0 and trainer.state.best_global_step == 2
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+    again = GroundedModel.from_pretrained(
+        build("llama_untied"), tmp_path / "checkpoint-2", trainer.grounded.vision, tokenizer()
+    )
+    trained = trainer.grounded.adapter.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in again.adapter.state_dict().items())
+    evaluations = [entry for entry in trainer.state.log_history if "eval_quality" in entry]
+    assert [entry["eval_quality_score"] for entry in evaluations] == [1.0, 5.0, 3.0, 2.0]
+    assert all(("eval_loss" in entry) == (eval_dataset is not None) for entry in evaluations)
+
+
+def test_early_stopping_looks_at_an_evaluator(tmp_path):
+    args = evaluated_arguments(tmp_path, metric_for_best_model="quality", max_steps=9)
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = GroundingTrainer(grounded(), args, ROWS, evaluator=Scores(*[2.0, 1.0, 0.0, 9.0]), callbacks=[stopping])
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_several_evaluators_and_a_dataset_report_together(tmp_path):
+    model = grounded()
+    pairs = EvaluationPairs(ROWS)
+    evaluators = [RetrievalEvaluator(pairs), CaptionPairEvaluator(pairs), RetrievalEvaluator(ROWS[:4], name="few")]
+    metrics = GroundingTrainer(model, arguments(tmp_path), ROWS, ROWS, evaluators).evaluate()
+    for name in ("text_to_image_r1", "image_to_text_r10"):
+        assert metrics[f"eval_retrieval_{name}"] == metrics[f"eval_{name}"]
+    assert metrics["eval_few"] == metrics["eval_few_text_to_image_r1"]
+    assert metrics["eval_captions"] == metrics["eval_captions_caption_pair_accuracy"] and "eval_loss" in metrics
+    with pytest.raises(GroundingTypeError, match="got int"):
+        GroundingTrainer(model, arguments(tmp_path), ROWS, evaluator=3)
+    with pytest.raises(GroundingValueError, match="nothing to evaluate on"):
+        GroundingTrainer(model, arguments(tmp_path), ROWS).evaluate()
+
+
+def test_a_loss_of_ones_own(tmp_path):
+    def only_captioning(objective, batch):
+        captioning = objective.captioning(batch)
+        return GroundingLoss(loss=2 * captioning, captioning=captioning.detach())
+
+    model = grounded()
+    start = {name: value.detach().clone() for name, value in model.adapter.named_parameters()}
+    trainer = GroundingTrainer(model, arguments(tmp_path, data_dependent_init=False), ROWS, ROWS, loss=only_captioning)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["loss"] == pytest.approx(2 * entry["captioning"], abs=1e-3) for entry in steps) and len(steps) == 3
+    assert "text_retrieval" not in steps[0]
+    changed = {name for name, value in model.adapter.named_parameters() if not torch.equal(start[name], value)}
+    assert "image_projection.weight" in changed and "image_retrieval_projection.weight" not in changed
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(GroundingTypeError, match="got int"):
+        GroundingTrainer(model, arguments(tmp_path), ROWS, loss=3)
+    with pytest.raises(GroundingValueError, match=r"\['weight', 'bias'\]"):
+        GroundingTrainer(model, arguments(tmp_path), ROWS, loss=torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_in_a_part_of_a_step_stops_the_step(tmp_path, where):
+    """The question is asked once for all batches of an accumulated step."""
+    model = grounded()
+    trainer = GroundingTrainer(model, arguments(tmp_path, gradient_accumulation_steps=3), ROWS)
+    calls, asked, weights = [], [], {}
+    objective, run = trainer.model.forward, trainer._finite_check.run
+    trainer._finite_check.run = lambda *args, **options: asked.append(1) or run(*args, **options)
+
+    def poisoned(**inputs):
+        calls.append(inputs["rows"].tolist())
+        weights.update({name: value.detach().clone() for name, value in model.adapter.named_parameters()})
+        losses = objective(**inputs)
+        if len(calls) == 1 and where == "loss":
+            # The loss alone is not finite; its gradient is that of the loss.
+            losses = type(losses)(**{**losses, "loss": losses.loss + torch.tensor(float("inf"))})
+        if len(calls) == 1 and where == "gradient":
+            losses.loss.register_hook(lambda gradient: gradient * float("nan"))
+        return losses
+
+    trainer.model.forward = poisoned
+    with pytest.raises(GroundingValueError, match="not finite|became inf") as error:
+        trainer.train()
+    named = calls[0] if where == "loss" else sum(calls, [])
+    assert f"at step 0, in the batch of examples {named}" in str(error.value)
+    assert len(calls) == 3 and asked == [1]
+    assert all(torch.equal(weights[name], value) for name, value in model.adapter.named_parameters())
+
+
+def test_an_evaluation_loss_that_is_not_finite_is_named(tmp_path):
+    trainer = GroundingTrainer(grounded(), arguments(tmp_path, per_device_eval_batch_size=4), ROWS, ROWS)
+    objective, calls = trainer.model.forward, []
+
+    def poisoned(**inputs):
+        calls.append(1)
+        losses = objective(**inputs)
+        return losses if len(calls) != 2 else type(losses)(**{**losses, "loss": losses.loss * float("nan")})
+
+    trainer.model.forward = poisoned
+    with pytest.raises(
+        GroundingValueError, match=r"evaluation loss became nan in the batch .* \[4, 5, 6, 7\]"
+    ):
+        trainer.evaluate()

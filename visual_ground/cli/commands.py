@@ -107,26 +107,18 @@ def chat(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Print what a saved adapter reaches on a dataset."""
-    import torch
-
-    from visual_ground.evaluation.retrieval import caption_pair_accuracy, retrieval_recall
+    from visual_ground.evaluation import CaptionPairEvaluator, EvaluationPairs, RetrievalEvaluator
+    from visual_ground.training import ExampleDataset
     from visual_ground.training.data.loading import load_rows
 
     rows = load_rows(options.dataset, options.split)
-    columns = _columns(options, rows)
+    pairs = EvaluationPairs(ExampleDataset(rows, sample=False, columns=_columns(options, rows)))
     model = _load(options)
-    captions = [columns.captions(row)[0] for row in rows]
-    parts = []
-    for start in range(0, len(rows), 32):
-        images = [columns.images(rows[i])[0] for i in range(start, min(start + 32, len(rows)))]
-        parts.append(model.vision(model.vision.preprocess(images)))
-    features = torch.cat(parts)
-    results = retrieval_recall(model, captions, features)
-    results["caption_pair_accuracy"] = caption_pair_accuracy(model, captions, features)
-    print(json.dumps({"pairs": len(rows), **results}, indent=2))
+    results = {**RetrievalEvaluator(pairs)(model), **CaptionPairEvaluator(pairs)(model)}
+    print(json.dumps({"pairs": len(pairs), **results}, indent=2))
     if options.record:
         where = {"revision": options.dataset_revision, "split": options.split}
-        model.active.report = model.active.report.measured(options.record, results, len(rows), **where)
+        model.active.report = model.active.report.measured(options.record, results, len(pairs), **where)
         model.save_pretrained(options.adapter)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visual_ground.evaluation.retrieval import RANKS, recall_at
+from visual_ground.evaluation.metrics import RANKS, recall_at
 
 ALPHAS = (1.0, 10.0, 100.0, 1000.0)
 

@@ -28,7 +28,7 @@ from visual_ground.demo.baselines import bag_of_words_ridge, chance
 from visual_ground.demo.conversations import CONVERSATIONS, Biases, Exchange, converse
 from visual_ground.demo.page import as_text, table, write_contact_sheet, write_page
 from visual_ground.demo.weights import load_lm, load_vision
-from visual_ground.evaluation.retrieval import caption_pair_accuracy, recall_at, retrieval_recall
+from visual_ground.evaluation import caption_pair_accuracy, recall_at, retrieval_recall
 from visual_ground.grounding import ground
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel

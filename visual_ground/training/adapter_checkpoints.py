@@ -1,80 +1,129 @@
-"""A `Trainer` whose checkpoints hold the adapter and are whole or do not count; the LM is in none of them."""
+"""`AdapterCheckpoints`: the checkpoints of a training run, which hold the adapter and never the LM."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer
+from safetensors import safe_open
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
+from visual_ground.storage.atomic import resolve
+from visual_ground.storage.tensors import WEIGHTS_FILE, read_adapter_config
 from visual_ground.training import checkpoints
+from visual_ground.training.arguments import GroundingTrainingArguments
+
+# The LM is recognised by statistics of its embedding, and these are compared with some tolerance: the same LM in
+# another dtype, or quantised, gives slightly different ones, and another LM very different ones.
+STATISTICS_RTOL = 1e-3
+EMBEDDING_MEAN_ATOL = 1e-2  # in standard deviations of the embedding, whose mean may be close to 0
 
 
-class CheckpointsOfAdapter(Trainer):
-    """Saves and loads what is trained of `grounded`, in sealed checkpoints.
+class AdapterCheckpoints:
+    """Finds, writes, seals, removes and loads the checkpoints of one run.
 
-    Attributes:
-        grounded: the model whose adapter is trained.
+    Args:
+        model: the model whose adapter is trained.
+        args: the run's settings: `output_dir`, `save_total_limit`, and whether this process writes.
     """
 
-    grounded: GroundedModel
+    def __init__(self, model: GroundedModel, args: GroundingTrainingArguments) -> None:
+        self.model, self.args = model, args
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run, writes, limit = Path(self._get_output_dir(trial)), self.args.should_save, self.args.save_total_limit
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if writes:
-            checkpoints.remove(folder)
-        self.accelerator.wait_for_everyone()
-        # Old checkpoints are removed when the new one is sealed, and not before.
-        self.args.save_total_limit = None
-        with checkpoints.removed_unless_written(folder, writes):
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            self.accelerator.wait_for_everyone()
-            if writes:
-                checkpoints.seal(folder)
-        if writes:
-            checkpoints.remove_surplus(run, limit, self.state.best_model_checkpoint)
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(str(self.args.output_dir))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the adapter, and the arguments; never the LM."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        self.grounded.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+    def find(self, resume: str | os.PathLike[str] | bool | None) -> Path | None:
+        """Return the checkpoint to resume from, see `checkpoints.choose`; it is one of this model.
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; no wrapper is asked, for every process has it whole."""
-        self._save(output_dir)
+        Raises:
+            GroundingFileError: the named folder is not a complete checkpoint.
+            GroundingValueError: the checkpoint of another LM or encoder, or of other settings.
+        """
+        checkpoint = checkpoints.choose(resume, self.folder)
+        if checkpoint is not None:
+            check_base(checkpoint, self.model)
+        return checkpoint
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with self._nothing_sharded():
-            super()._save_optimizer_and_scheduler(output_dir)
+    def save_adapter(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """Write the adapter and the training arguments, by default into the run's folder; one process does it."""
+        if self.args.should_save:
+            path = self.folder if folder is None else Path(folder)
+            self.model.save_pretrained(path)
+            torch.save(self.args, path / "training_args.bin")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._nothing_sharded():
-            super()._load_optimizer_and_scheduler(checkpoint)
+    def load_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Load the adapter's tensors, all or none."""
+        self.model.active.load_weights(folder, self.model.lm)
 
     @contextmanager
-    def _nothing_sharded(self) -> Iterator[None]:
-        """FSDP shards nothing that has an optimizer's state, which is then written as without FSDP."""
-        enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+    def writing(self, state: TrainerState, wait_for_everyone: Callable[[], None]) -> Iterator[None]:
+        """Inside the block, `Trainer` writes the files of a checkpoint; after it, the checkpoint is sealed.
+
+        Args:
+            state: the trainer's state, for the step and the best checkpoint.
+            wait_for_everyone: returns when all processes have called it.
+
+        Raises:
+            GroundingFileError: the checkpoint could not be written, and was removed again.
+        """
+        folder = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        writes, limit = self.args.should_save, self.args.save_total_limit
+        if writes:
+            checkpoints.remove(folder)
+        wait_for_everyone()
+        # Without a limit, Trainer removes no older checkpoint: that waits until the new one is sealed.
+        self.args.save_total_limit = None
         try:
-            yield
+            with checkpoints.removed_unless_written(folder, writes):
+                yield
+                wait_for_everyone()
+                if writes:
+                    checkpoints.seal(folder)
         finally:
-            self.is_fsdp_enabled = enabled
+            self.args.save_total_limit = limit
+        if writes:
+            checkpoints.remove_surplus(self.folder, limit, state.best_model_checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.grounded.active.load_weights(resume_from_checkpoint, self.grounded.lm)
 
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+def check_base(folder: str | os.PathLike[str], model: GroundedModel) -> None:
+    """Raise unless a checkpoint was written for this model's LM, vision encoder and settings.
+
+    The LM is recognised by the norms and the mean of its embedding and not by its name, since a folder may have moved.
+
+    Raises:
+        GroundingValueError: another LM or vision encoder, or other settings.
+    """
+    metadata, current = read_adapter_config(folder), model.config.to_dict()
+    if metadata["config"] != current:
+        changed = {k: (value, current.get(k)) for k, value in metadata["config"].items() if current.get(k) != value}
+        raise GroundingValueError(
+            f"{folder} was written with other settings, as (checkpoint, now): {changed}. Use the settings of the "
+            "checkpoint, or another output folder."
+        )
+    buffers = {name: tensor.cpu() for name, tensor in model.adapter.named_buffers()}
+    with safe_open(resolve(folder, WEIGHTS_FILE), framework="pt") as file:
+        saved = {name: file.get_tensor(name) for name in buffers if name in file.keys()}
+    provenance = model.active.provenance
+    same_vision = metadata["vision_encoder"] == provenance["vision_encoder"]
+    if not same_vision or saved["feature_mean"].shape != buffers["feature_mean"].shape:
+        raise GroundingValueError(
+            f"{folder} was written for another vision encoder: {metadata['vision_encoder']!r}, and this run's is "
+            f"{provenance['vision_encoder']!r}. Use the checkpoint's encoder, or another output folder."
+        )
+    mean_atol = EMBEDDING_MEAN_ATOL * float(buffers["embedding_std"].mean())
+    for name, atol in (("ret_norms", 0.0), ("embedding_mean", mean_atol)):
+        same_shape = saved[name].shape == buffers[name].shape
+        if not same_shape or not torch.allclose(saved[name], buffers[name], rtol=STATISTICS_RTOL, atol=atol):
+            raise GroundingValueError(
+                f"{folder} was written for another base model: {metadata['base_model_name_or_path']!r}, and this run's "
+                f"is {provenance['base_model_name_or_path']!r}. Use the checkpoint's model, or another output folder."
+            )

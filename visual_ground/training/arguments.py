@@ -17,42 +17,52 @@ class GroundingTrainingArguments(TrainingArguments):
 
     Args:
         caption_loss_scale: weight of the captioning loss.
-        retrieval_loss_scale: weight of the text-retrieval and contrastive losses.
-        concat_captions_prob: how often two captions are read as one sequence when captioning.
-        captioning_fraction: the part of each batch that is captioned.
-        end_captions: whether a caption's end is to be predicted when captioning.
-        max_caption_length: ids of a caption with its `[RET]`; longer ones are cut.
-        feature_cache: folder of the frozen features; "features" in the output folder where None.
-        cache_features: False runs the vision encoder in every step.
-        prefix_cache_gb: memory for what the LM computes before each caption's `[RET]`, kept across epochs.
-        prefix_cache: folder where it is kept on disk, for all epochs, runs and processes; None keeps none there.
-        prefix_disk_gb: how much of it each process writes there at most.
+        retrieval_loss_scale: weight of the text-retrieval loss and the contrastive losses together.
+        concat_captions_prob: probability, in [0, 1], that a batch's captions are joined in twos for captioning.
+        captioning_fraction: the part of each batch, in (0, 1], that is captioned; all of it is retrieved.
+        end_captions: whether captioning also predicts the end of a caption.
+        max_caption_length: length of a caption with its `[RET]`, in tokens; longer captions are cut.
+        feature_cache: folder of the cached image features; "features" in the output folder where None.
+        cache_features: compute the features of all images once, before training; False runs the vision encoder in
+            every step.
+        prefix_cache_gb: memory, in GiB, for the keys and values of the captions' tokens before `[RET]`, which are then
+            computed once and not in every epoch; 0 keeps none in memory.
+        prefix_cache: folder that keeps them on disk, for all epochs, runs and processes; None keeps none on disk.
+        prefix_disk_gb: how much each process writes there at most, in GiB.
         mini_batch_size: examples whose activations are in memory at once; the loss stays that of the whole batch. 0
-            holds all.
-        bank_size: training images, drawn anew for each batch from the cached features, that its texts are told from
-            besides the batch's own.
-        image_column: the column with the images.
-        caption_column: the column with the captions.
-        image_folder: where relative paths in the image column start.
-        max_skipped: the part of the images and captions that may be unreadable or empty; they are reported and left
-            out, and more of them stop the run.
-        data_dependent_init: fit the start values of a new adapter to the training pairs, see `fitted_start`; not with
-            `scaling="none"`.
-        projector_learning_rate: of the layer from images to input rows; `learning_rate` where None.
-        num_logged_examples: pairs drawn as a contact sheet at every evaluation; 0 draws none.
+            holds the whole batch's.
+        image_column: the dataset's column with an image or a list of images.
+        caption_column: the dataset's column with a caption or a list of captions.
+        image_folder: the folder that relative paths in the image column start from.
+        max_skipped: the part of the images and captions, in [0, 1], that may be unreadable or empty. They are reported
+            and left out; if there are more, the run stops.
+        data_dependent_init: fit the start values of a new adapter to the training pairs before the first step, see
+            `training.initialization`; without effect where the adapter's `scaling` is "none".
+        projector_learning_rate: learning rate of the layer from image features to image tokens; `learning_rate` where
+            None.
+        num_logged_examples: pairs drawn on the contact sheet of each evaluation; 0 draws none.
+
+    Raises:
+        GroundingValueError: a value outside its range.
     """
 
     output_dir: str | None = field(default="grounded")
+    # As published: AdamW with betas 0.9 and 0.95, no weight decay, gradients clipped to norm 1. The rate is not (3e-4).
     learning_rate: float = field(default=1e-3)
     adam_beta2: float = field(default=0.95)
     weight_decay: float = field(default=0.0)
     max_grad_norm: float = field(default=1.0)
     per_device_train_batch_size: int = field(default=64)
     per_device_eval_batch_size: int = field(default=64)
+    # Every trained parameter gets a gradient in every step.
     ddp_find_unused_parameters: bool | None = field(default=False)
+    # Columns are read by our own dataset, not by the names of the model's arguments.
     remove_unused_columns: bool = field(default=False)
+    # A smaller last batch would have fewer wrong pairs to compare with, and so a smaller contrastive loss.
     dataloader_drop_last: bool = field(default=True)
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    # Replaces non-finite losses in the log, at two GPU synchronisations a batch; here such a loss stops the run.
+    logging_nan_inf_filter: bool = field(default=False)
     report_to: str | list[str] | None = field(
         default_factory=lambda: "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
     )
@@ -68,7 +78,6 @@ class GroundingTrainingArguments(TrainingArguments):
     prefix_cache: str | None = field(default=None)
     prefix_disk_gb: float = field(default=50.0)
     mini_batch_size: int = field(default=0)
-    bank_size: int = field(default=0)
     image_column: str = field(default="image")
     caption_column: str = field(default="caption")
     image_folder: str | None = field(default=None)
@@ -78,20 +87,21 @@ class GroundingTrainingArguments(TrainingArguments):
     num_logged_examples: int = field(default=4)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.concat_captions_prob <= 1 or not 0 < self.captioning_fraction <= 1:
-            raise GroundingValueError("concat_captions_prob must be in [0, 1] and captioning_fraction in (0, 1].")
+        super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' is untyped
+        for name in ("concat_captions_prob", "captioning_fraction", "max_skipped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise GroundingValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.captioning_fraction == 0:
+            raise GroundingValueError("captioning_fraction must be in (0, 1], got 0; see caption_loss_scale=0.")
         if self.max_caption_length < 2:
-            raise GroundingValueError(f"max_caption_length must be at least 2, got {self.max_caption_length}.")
-        for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "bank_size"):
+            raise GroundingValueError(
+                f"max_caption_length must be at least 2, a token and [RET], got {self.max_caption_length}."
+            )
+        for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "num_logged_examples"):
             if getattr(self, name) < 0:
                 raise GroundingValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.bank_size and not self.cache_features:
-            raise GroundingValueError("bank_size needs the cached features; leave cache_features=True.")
-        if not 0 <= self.max_skipped <= 1 or self.num_logged_examples < 0:
-            raise GroundingValueError("max_skipped must be in [0, 1], and num_logged_examples must not be negative.")
 
     @property
     def sampling_seed(self) -> int:
-        """The seed of the data's order, and of which caption and image of several is taken."""
+        """The seed of the order of the examples, and of which caption and image is drawn where one has several."""
         return self.seed if self.data_seed is None else self.data_seed

@@ -1,35 +1,29 @@
-"""Checkpoints that are whole or do not count.
+"""Sealed checkpoint folders: a checkpoint is complete, or it is ignored.
 
-A checkpoint is sealed last, by a file that lists all others with their sizes, when these are on the disk. One without a
-seal, or that lacks a file of it, was cut short while it was written or removed, and is passed over.
+The seal is a file that lists every other file with its size. It is written last, when all others are on the disk. A
+checkpoint without a seal, or whose files differ from the list, was interrupted while it was written or removed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.model import GroundedModel
-from visual_ground.storage.atomic import resolve, sync
-from visual_ground.storage.tensors import WEIGHTS_FILE, read_adapter_config, write_json
-
-logger = logging.getLogger(__name__)
+from visual_ground.errors import GroundingFileError
+from visual_ground.storage.atomic import sync
+from visual_ground.storage.tensors import write_json
 
 SEAL_FILE = "sealed.json"
 
 
-def seal(folder: str | os.PathLike) -> None:
-    """Wait until all files of a checkpoint are on the disk, then say that it is whole."""
+def seal(folder: str | os.PathLike[str]) -> None:
+    """Wait until all files of a checkpoint are on the disk, then mark it as complete."""
     folder = Path(folder)
     for path in [*folder.rglob("*"), folder]:
         sync(path)
@@ -37,8 +31,8 @@ def seal(folder: str | os.PathLike) -> None:
     sync(folder)
 
 
-def is_whole(folder: str | os.PathLike) -> bool:
-    """Return whether a checkpoint was sealed, and still has every file with its size."""
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a checkpoint was sealed, and still has every listed file with its size."""
     folder = Path(folder)
     try:
         sealed = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))["files"]
@@ -48,16 +42,22 @@ def is_whole(folder: str | os.PathLike) -> bool:
     return all(sizes.get(name) == size for name, size in sealed.items())
 
 
-def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """Return the whole checkpoints of a run, in the order in which they were sealed."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_whole(path)]
-    return sorted(found, key=lambda path: ((path / SEAL_FILE).stat().st_mtime_ns, _step(path)))
+def complete_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Return the complete checkpoints of a run, in the order in which they were sealed."""
+    complete = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(path)]
+    return sorted(complete, key=lambda path: ((path / SEAL_FILE).stat().st_mtime_ns, _step(path)))
 
 
-def remove_surplus(output_dir: str | os.PathLike, limit: int | None, best: str | None) -> None:
-    """Remove what was cut short, and the oldest checkpoints but `limit`, the newest and the best always excepted."""
-    whole = whole_checkpoints(output_dir)
-    kept = set(whole if not limit or limit < 0 else whole[-limit:])
+def remove_surplus(output_dir: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
+    """Remove incomplete checkpoints, and all but the newest `limit` complete ones.
+
+    Args:
+        output_dir: the run's folder.
+        limit: how many to keep; None, 0 and negative numbers keep all complete ones.
+        best: the folder of the best checkpoint, which is always kept.
+    """
+    complete = complete_checkpoints(output_dir)
+    kept = set(complete if not limit or limit < 0 else complete[-limit:])
     if best is not None:
         kept.add(Path(output_dir) / Path(best).name)
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -65,89 +65,65 @@ def remove_surplus(output_dir: str | os.PathLike, limit: int | None, best: str |
             remove(path)
 
 
-def remove(folder: str | os.PathLike) -> None:
-    """Remove a checkpoint, its seal first, so that no half of it is ever taken for whole."""
+def remove(folder: str | os.PathLike[str]) -> None:
+    """Remove a checkpoint, its seal first, so that a partly removed one is never taken for a complete one."""
     (Path(folder) / SEAL_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def removed_unless_written(folder: Path, writes: bool) -> Iterator[None]:
-    """Remove a checkpoint that cannot be written, which also frees the disk, and say that the older ones are whole.
+    """Remove a checkpoint that cannot be written, which also frees the disk, and name the complete ones in the error.
+
+    Args:
+        folder: the checkpoint.
+        writes: whether this process is the one that writes, and so removes, it.
 
     Raises:
-        GroundingFileError: the block raised what writing raises.
+        GroundingFileError: the block raised an OSError or RuntimeError, as writing to a full disk does.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
         if writes:
             remove(folder)
-        older = [path.name for path in whole_checkpoints(folder.parent)]
+        complete = [path.name for path in complete_checkpoints(folder.parent)]
         raise GroundingFileError(
-            f"{folder} could not be written: {error}. The checkpoints {older} are whole. Make room, then run the same "
-            "command again; it goes on from the last of them."
+            f"{folder} could not be written: {error}. The checkpoints {complete} are complete. Free some disk space, "
+            "then run the same command again; it resumes from the last of them."
         ) from error
 
 
-def choose(resume: str | os.PathLike | bool | None, output_dir: str | os.PathLike) -> Path | None:
-    """Return the checkpoint to go on from: the one that is named, or the last whole one where `resume` is True.
+def choose(resume: str | os.PathLike[str] | bool | None, output_dir: str | os.PathLike[str]) -> Path | None:
+    """Return the checkpoint to resume from, or None to start from the beginning.
+
+    Args:
+        resume: a checkpoint's folder; or True for the last complete one of the run, where there is one.
+        output_dir: the run's folder.
 
     Raises:
-        GroundingFileError: the one that is named is no whole checkpoint.
+        GroundingFileError: the named folder is not a complete checkpoint.
     """
     if isinstance(resume, bool) or resume is None:
-        whole = whole_checkpoints(output_dir) if resume else []
-        return whole[-1] if whole else None
-    if not is_whole(resume):
+        complete = complete_checkpoints(output_dir) if resume else []
+        return complete[-1] if complete else None
+    if not is_complete(resume):
         raise GroundingFileError(
-            f"{os.fspath(resume)!r} is no whole checkpoint. resume_from_checkpoint=True takes the last whole one of "
-            "the output folder. An adapter without its optimizer is trained further with "
+            f"{os.fspath(resume)!r} is not a complete checkpoint. resume_from_checkpoint=True takes the last complete "
+            "one of the output folder. To train a saved adapter further, without optimizer state, load it with "
             "GroundedModel.from_pretrained(..., is_trainable=True)."
         )
     return Path(resume)
 
 
-def check_base(folder: str | os.PathLike, model: GroundedModel) -> None:
-    """Raise unless a checkpoint was written for this model's LM, encoder and settings.
-
-    The LM is known by the norms and mean of its embedding's rows, not by its name, for a folder may have moved.
-
-    Raises:
-        GroundingValueError: another LM or encoder, or other settings.
-    """
-    values = read_adapter_config(folder)
-    if values["config"] != model.config.to_dict():
-        own = model.config.to_dict()
-        changed = {name: (value, own.get(name)) for name, value in values["config"].items() if own.get(name) != value}
-        raise GroundingValueError(
-            f"{folder} was written with other settings, as (checkpoint, now): {changed}. Use those, or another folder."
-        )
-    own = {name: tensor.cpu() for name, tensor in model.adapter.named_buffers()}
-    with safe_open(resolve(folder, WEIGHTS_FILE), framework="pt") as stored:
-        found = {name: stored.get_tensor(name) for name in own if name in stored.keys()}
-    same_vision = values["vision_encoder"] == model.active.provenance["vision_encoder"]
-    if not same_vision or found["feature_mean"].shape != own["feature_mean"].shape:
-        raise GroundingValueError(
-            f"{folder} was written for another vision encoder: {values['vision_encoder']!r}, this run's is "
-            f"{model.active.provenance['vision_encoder']!r}. Use that one, or another output folder."
-        )
-    for name, room in (("ret_norms", 0.0), ("embedding_mean", 1e-2 * float(own["embedding_std"].mean()))):
-        if found[name].shape != own[name].shape or not torch.allclose(found[name], own[name], rtol=1e-3, atol=room):
-            raise GroundingValueError(
-                f"{folder} was written for another base: {values['base_model_name_or_path']!r}, this run's is "
-                f"{model.active.provenance['base_model_name_or_path']!r}. Use that language model, or another folder."
-            )
-
-
-def global_step(folder: str | os.PathLike) -> int:
-    """Return after how many steps a checkpoint was written."""
+def global_step(folder: str | os.PathLike[str]) -> int:
+    """Return the number of optimizer steps after which a checkpoint was written."""
     return int(json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def _step(path: Path) -> int:
-    tail = path.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else -1
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -1,50 +1,57 @@
-"""Many devices: the frozen base may be sharded, the adapter never is; every process has it whole."""
+"""Several processes: the frozen LM may be sharded, and every process has a full copy of the adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.errors import GroundingValueError
 from visual_ground.lm.peft import base_model_of
+from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.losses.objective import GroundingObjective
 
 
 def shard_base_only(accelerator: Accelerator, objective: GroundingObjective) -> None:
-    """Tell FSDP to shard the frozen parts by the LM's own layers, and to leave the adapter alone.
+    """Tell FSDP to shard the frozen LM layer by layer, and to leave the adapter alone; do nothing without FSDP.
 
     Args:
-        accelerator: nothing is done where it has no FSDP plugin.
-        objective: what FSDP will wrap.
+        accelerator: the trainer's.
+        objective: the module that FSDP will wrap.
 
     Raises:
-        GroundingValueError: FSDP version 1, which cannot leave a part alone and average its gradients.
+        GroundingValueError: FSDP version 1, which cannot exclude a part from sharding and still average its gradients.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
     if plugin.fsdp_version != 2:
         raise GroundingValueError(
-            "Only FSDP version 2 can shard the base and replicate the adapter. Launch with --fsdp_version 2."
+            f"FSDP version {plugin.fsdp_version} cannot shard the LM and replicate the adapter, which takes version 2. "
+            "Launch with --fsdp_version 2."
         )
-    # Every process has loaded its own copy by now, and moving modules to "meta" would lose the adapter.
+    # Every process has loaded its own copy by now, and this option would move it to "meta", where the adapter is lost.
     plugin.cpu_ram_efficient_loading = False
     plugin.ignored_modules = [objective.model.adapter]
+    # accelerate reads the names of the classes to wrap from this attribute of the module that it wraps.
     layers: Any = getattr(base_model_of(objective.model.lm), "_no_split_modules", None)
     objective._no_split_modules = layers
     average_gradients(objective.model.adapter, accelerator)
 
 
 def average_gradients(adapter: Adapter, accelerator: Accelerator) -> None:
-    """Average the adapter's gradients over the processes, as DDP does for what it wraps."""
+    """Average the adapter's gradients over the processes, as DDP does for the modules that it wraps."""
 
     def average(parameter: Tensor) -> None:
         if accelerator.sync_gradients and parameter.grad is not None:
@@ -53,11 +60,11 @@ def average_gradients(adapter: Adapter, accelerator: Accelerator) -> None:
 
     for parameter in adapter.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(average)
+            parameter.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]  # torch's is untyped
 
 
-def share_adapter(adapter: Adapter, processes: int) -> None:
-    """Give all processes the first one's adapter; distributed wrappers do so only for what they wrap."""
+def broadcast_adapter(adapter: Adapter, processes: int) -> None:
+    """Give all processes the first one's adapter; FSDP, which does not wrap the adapter, would not."""
     if processes > 1:
         with torch.no_grad():
             for tensor in adapter.state_dict().values():
@@ -66,12 +73,55 @@ def share_adapter(adapter: Adapter, processes: int) -> None:
 
 @contextmanager
 def gathered_outside_layers(model: nn.Module) -> Iterator[None]:
-    """Inside the block, what FSDP sharded outside the LM's layers is whole, so that the LM runs without its wrapper."""
-    shards = callable(getattr(model, "unshard", None))
-    if shards:
-        model.unshard()
+    """Inside the block, what FSDP sharded outside the LM's layers is gathered, so that the LM runs without its wrapper.
+
+    Args:
+        model: the module that FSDP wrapped; one that it did not wrap is left as it is.
+    """
+    unshard: Any = getattr(model, "unshard", None)
+    if unshard is None:
+        yield
+        return
+    unshard()
     try:
         yield
     finally:
-        if shards:
-            model.reshard()
+        reshard: Any = model.reshard
+        reshard()
+
+
+def stream_loader(
+    stream: ExampleStream, collator: Callable[[list[Any]], Any], batch_size: int, args: GroundingTrainingArguments
+) -> DataLoader[Any]:
+    """Return the batches of this process's part of a stream, on its device.
+
+    Args:
+        stream: split among the processes already.
+        collator: makes a batch.
+        batch_size: examples in a batch of this process.
+        args: the settings.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        stream,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        drop_last=True,
+    )
+    # As the only process (1 of them, number 0), this one is not given a part of its part again.
+    prepared = prepare_data_loader(loader, args.device, 1, 0, put_on_device=True, dispatch_batches=False)
+    return cast("DataLoader[Any]", prepared)
+
+
+@contextmanager
+def optimizer_unsharded(trainer: Trainer) -> Iterator[None]:
+    """Inside the block, the trainer saves and loads its optimizer as it does without FSDP.
+
+    FSDP shards the frozen LM, of which the optimizer has no state; the adapter, of which it has, is in every process.
+    """
+    enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
+    try:
+        yield
+    finally:
+        trainer.is_fsdp_enabled = enabled

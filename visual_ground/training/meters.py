@@ -1,4 +1,4 @@
-"""What a run says of itself while it runs: losses, accuracies, norms, temperature, speed and memory."""
+"""What a training run logs besides its loss: parts of the loss, accuracies, norms, temperature, speed and memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from visual_ground.adapter.adapter import Adapter
 
 
 class Meters:
-    """Gathers, between two log lines, what training steps did; `read` gives the means and starts anew.
+    """Averages what the training steps between two log lines did.
+
+    Values stay on their device until they are read: asking a GPU for a number makes the CPU wait for all its work.
 
     Args:
         adapter: the adapter that is trained.
@@ -32,30 +35,31 @@ class Meters:
         self.start()
 
     def start(self) -> None:
-        """Begin to count and to time."""
-        self._parts: dict[str, list[float]] = {}
+        """Forget what was counted, and start the clock."""
+        self._values: dict[str, list[Tensor]] = {}
         self._tokens = self._images = 0
-        self._since = time.perf_counter()
+        self._started_at = time.perf_counter()
 
-    def count(self, batch: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
-        """Add one step's batch and the parts of its loss."""
-        for name, value in parts.items():
+    def count(self, batch: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Add one batch, as from `ExampleCollator`, and the scalars that the objective returned for it."""
+        for name, value in outputs.items():
             if name != "loss":
-                self._parts.setdefault(name, []).append(float(value))
-        self._tokens += int(sum(batch[name]["attention_mask"].sum() for name in ("captioning", "retrieval")))
+                self._values.setdefault(name, []).append(torch.as_tensor(value).detach())
+        self._tokens += sum(len(sequence.ids) for name in ("captioning", "retrieval") for sequence in batch[name])
         self._images += len(batch["groups"])
 
     @torch.no_grad()
     def read(self) -> dict[str, float]:
-        """Return the means, the speed of this process, and the adapter's state; start anew.
+        """Return the means, the speed of this process and the state of the adapter, and start again.
 
-        Tokens are those that the LM read in both passes. Memory is the peak on a GPU, or what the process holds.
+        Tokens are those that the LM reads, in the captioning and the retrieval pass together. Memory is in MB: the peak
+        on a GPU, else what the process holds now.
         """
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        means = {name: round(float(torch.stack(values).double().mean()), 4) for name, values in self._values.items()}
+        seconds = max(time.perf_counter() - self._started_at, 1e-9)
         ret_in, ret_out = self.adapter.ret_embeddings()
         squares = [parameter.square().sum() for parameter in self.adapter.parameters()]
-        found = {name: round(sum(values) / len(values), 4) for name, values in self._parts.items()}
-        found |= {
+        means |= {
             "temperature": round(float((-self.adapter.logit_scale).exp()), 4),
             "ret_input_norm": round(float(ret_in.norm()), 4),
             "ret_output_norm": round(float(ret_out.norm()), 4),
@@ -65,25 +69,25 @@ class Meters:
             "memory_mb": round(memory_mb()),
         }
         self.start()
-        return found
+        return means
 
 
 def memory_mb() -> float:
     """Return the most memory that was allocated on the GPU, or the memory that this process holds, in MB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
-    return psutil.Process().memory_info().rss / 1e6
+    return float(psutil.Process().memory_info().rss) / 1e6
 
 
-def log_into(callbacks: CallbackHandler, folder: str) -> None:
-    """Have TensorBoard write into a folder of the run's own, also before training and after a restart."""
+def set_tensorboard_folder(callbacks: CallbackHandler, folder: str) -> None:
+    """Have TensorBoard write into one folder of the run, whether before training or after a restart."""
     for callback in callbacks.callbacks:
         if hasattr(callback, "tb_writer") and callback.logging_dir is None:
             callback.logging_dir = folder
 
 
-def show_picture(callbacks: CallbackHandler, name: str, pixels: Any, step: int) -> None:
-    """Show a picture (h, w, 3) in TensorBoard, where it is one of the run's callbacks."""
+def log_image(callbacks: CallbackHandler, name: str, pixels: np.ndarray, step: int) -> None:
+    """Log an image (h, w, 3) to TensorBoard, where it is one of the run's callbacks."""
     for callback in callbacks.callbacks:
         writer = getattr(callback, "tb_writer", None)
         if writer is not None:

@@ -1,40 +1,43 @@
-"""What a run does before its first step: how data is read, start values, and what a restart has to bring back."""
+"""What a run does before its first step: the objective, the data, and the adapter's start values."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from visual_ground.adapter.adapter import Adapter
-from visual_ground.errors import GroundingValueError
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.evaluation.pairs import image_features
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
-from visual_ground.training.data.columns import Columns
-from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.columns import Columns, is_stream
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.data.preparing import Preparing
 from visual_ground.training.data.sampler import EpochSampler
-from visual_ground.training.data.streams import ExampleStream
-from visual_ground.training.losses.cached_retrieval import PrefixCache
-from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
-from visual_ground.training.losses.objective import GroundingObjective
-from visual_ground.training.losses.prefix_files import PrefixFiles
-from visual_ground.training.validation import image_features
+from visual_ground.training.data.streams import ExampleStream, prepare_stream
+from visual_ground.training.distributed import broadcast_adapter
+from visual_ground.training.fast_paths import set_compute_plan
+from visual_ground.training.initialization.data_dependent import initialize_from_data
+from visual_ground.training.losses.objective import FromageLoss, GroundingObjective, Loss
 from visual_ground.vision.feature_cache import FeatureCache
 
-STATISTICS_OF = 65_536
-WITHOUT_CACHE = 1024
-FOLDER = "features"
-# The arguments that an adapter's card shows.
-RECORDED = (
+# Images whose features give the mean and standard deviation: cached ones cost only a read, others run the encoder.
+MAX_CACHED_STATISTICS = 65_536
+MAX_UNCACHED_STATISTICS = 1024
+FEATURES_FOLDER = "features"
+# Examples on which the fast paths are compared with the plain computation: enough for captions of several lengths.
+PLAN_EXAMPLES = 8
+# The arguments that an adapter's card shows: those that decide what is learnt, and so what a reader needs to train
+# another adapter alike. Folders, logging and the layout in memory are the machine's business.
+RECORDED_ARGUMENTS = (
     "max_steps",
     "num_train_epochs",
     "per_device_train_batch_size",
@@ -52,11 +55,52 @@ RECORDED = (
 )
 
 
-def preparing_of(model: GroundedModel, args: GroundingTrainingArguments) -> Preparing:
+def build_objective(model: GroundedModel, args: GroundingTrainingArguments, loss: Loss | None) -> GroundingObjective:
+    """Return the module that a run trains.
+
+    Args:
+        model: the grounded model.
+        args: the run's settings.
+        loss: what it computes; None takes `FromageLoss` with the scales of `args`.
+
+    Raises:
+        GroundingTypeError: `loss` cannot be called.
+        GroundingValueError: a loss with trainable parameters of its own, which no checkpoint would hold.
+    """
+    if loss is None:
+        loss = FromageLoss(args.caption_loss_scale, args.retrieval_loss_scale)
+    if not callable(loss):
+        raise GroundingTypeError(
+            f"loss= is called with the objective and a batch, and returns a GroundingLoss, got {type(loss).__name__}; "
+            "see visual_ground.training.Loss."
+        )
+    parameters = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    adapter = {id(parameter) for parameter in model.parameters()}
+    own = [name for name, parameter in parameters if parameter.requires_grad and id(parameter) not in adapter]
+    if own:
+        raise GroundingValueError(
+            f"The loss has trainable parameters, {own}, and checkpoints hold only the adapter's. Freeze them."
+        )
+    return GroundingObjective(model, loss)
+
+
+def build_collator(model: GroundedModel, args: GroundingTrainingArguments) -> ExampleCollator:
+    """Return what makes batches of examples."""
+    return ExampleCollator(
+        model,
+        args.max_caption_length,
+        args.concat_captions_prob,
+        args.captioning_fraction,
+        args.end_captions,
+        args.sampling_seed,
+    )
+
+
+def data_preparation(model: GroundedModel, args: GroundingTrainingArguments) -> Preparing:
     """Return how a run's examples are prepared; the vision encoder is moved to the run's device for it."""
     if args.device.type != "cpu":
         model.vision.to(args.device)
-    cache = args.feature_cache or os.path.join(args.output_dir or ".", FOLDER)
+    cache = args.feature_cache or os.path.join(args.output_dir or ".", FEATURES_FOLDER)
     return Preparing(
         Columns(args.image_column, args.caption_column, args.image_folder),
         FeatureCache(cache, model.vision) if args.cache_features else None,
@@ -69,19 +113,35 @@ def preparing_of(model: GroundedModel, args: GroundingTrainingArguments) -> Prep
     )
 
 
+def training_examples(rows: Any, preparation: Preparing) -> ExampleDataset | ExampleStream:
+    """Return the examples of a dataset or a stream."""
+    return prepare_stream(rows, preparation) if is_stream(rows) else preparation.examples(rows, sample=True)
+
+
+def evaluation_examples(rows: Any, preparation: Preparing) -> ExampleDataset:
+    """Return the examples of a dataset, each with its first image and caption."""
+    if is_stream(rows):
+        raise GroundingTypeError("A stream has no end to evaluate at; give eval_dataset=list(stream.take(500)).")
+    return preparation.examples(rows, sample=False)
+
+
+def build_sampler(
+    examples: ExampleDataset | ExampleStream | None, args: GroundingTrainingArguments
+) -> EpochSampler | None:
+    """Return the order of a dataset's examples; a stream comes in its own."""
+    if not isinstance(examples, ExampleDataset):
+        return None
+    return EpochSampler(len(examples), args.sampling_seed, args.train_sampling_strategy != "sequential")
+
+
 def check_batches(examples: ExampleDataset | ExampleStream | None, args: GroundingTrainingArguments) -> None:
-    """Raise where there is no batch to train on; give a cached stream's epochs as steps.
+    """Raise where no batch can be trained on; set `max_steps` to the epochs of a cached stream, whose length is known.
 
     Raises:
-        GroundingValueError: a batch of one, fewer rows than a batch, a stream of unknown length without max_steps, or
-            a bank of a stream's images.
+        GroundingValueError: a batch of one, fewer examples than a batch, or a stream of unknown length without
+            max_steps.
     """
     size, processes = args.train_batch_size, args.world_size
-    if args.bank_size and isinstance(examples, ExampleStream):
-        raise GroundingValueError(
-            f"bank_size={args.bank_size} draws from all images of the dataset, and a stream never has all of them at "
-            "hand. Give the dataset by number, not streaming, or leave bank_size at 0."
-        )
     if args.retrieval_loss_scale and size * processes < 2:
         raise GroundingValueError(
             "A batch of one has no wrong pair to tell the right one from, and the contrastive loss needs one. Use "
@@ -95,7 +155,10 @@ def check_batches(examples: ExampleDataset | ExampleStream | None, args: Groundi
             )
     elif examples is not None and args.max_steps <= 0:
         if examples.features is None:
-            raise GroundingValueError("Nobody knows how long a stream is that is not cached; give max_steps (--steps).")
+            raise GroundingValueError(
+                "The length of a stream is known only after its features are cached, got cache_features=False and no "
+                "number of steps. Give max_steps (--steps)."
+            )
         count = min(gather_object([len(examples.features.places)]))
         args.max_steps = max(1, math.ceil(args.num_train_epochs * (count // size) / args.gradient_accumulation_steps))
 
@@ -103,13 +166,15 @@ def check_batches(examples: ExampleDataset | ExampleStream | None, args: Groundi
 def first_examples(examples: ExampleDataset | ExampleStream, count: int) -> list[dict[str, Any]]:
     """Return the first examples, fewer where there are fewer."""
     if isinstance(examples, ExampleStream):
-        return examples.some(count)
+        return examples.take(count)
     return [examples[i] for i in range(min(len(examples), count))]
 
 
 @torch.no_grad()
 def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) -> bool:
-    """Give a new adapter the spread of the training images' features: of up to 65,536, or of 1,024 without a cache.
+    """Give a new adapter the mean and standard deviation of the training images' features.
+
+    They are those of up to 65,536 images, or of 1,024 where the features are not cached.
 
     Args:
         model: the grounded model.
@@ -119,101 +184,64 @@ def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) 
         Whether the adapter was new.
     """
     adapter = model.adapter
-    fresh = not adapter.feature_mean.any() and bool((adapter.feature_std == 1).all())
-    # An image side that was brought from elsewhere is frozen, and stays as it is (`transfer`).
-    if model.config.scaling != "embedding" or not fresh or not adapter.image_retrieval_projection.weight.requires_grad:
+    is_new = not adapter.feature_mean.any() and bool((adapter.feature_std == 1).all())
+    # A transferred adapter's image side is frozen, and standardises features already.
+    if model.config.scaling != "embedding" or not is_new or not adapter.image_retrieval_projection.weight.requires_grad:
         return False
-    spread = getattr(examples.features, "spread", None)
-    if spread is None:
-        features = image_features(model, first_examples(examples, WITHOUT_CACHE))
+    sample = getattr(examples.features, "sample", None)
+    if sample is None:
+        features = image_features(model, first_examples(examples, MAX_UNCACHED_STATISTICS))
     else:
-        features = spread(STATISTICS_OF)
+        features = sample(MAX_CACHED_STATISTICS)
     adapter.standardise_with(features.to(adapter.feature_mean.device))
     return True
 
 
-def set_compute_plan(
-    objective: GroundingObjective, batch: Mapping[str, Any], args: GroundingTrainingArguments, sharded: bool
+def initialize(
+    objective: GroundingObjective,
+    examples: ExampleDataset | ExampleStream,
+    args: GroundingTrainingArguments,
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
+    sharded: bool,
 ) -> None:
-    """Set how an objective computes its losses: what this LM can do, and what the run's settings ask for.
-
-    Where an LM adapter learns too, what stands before `[RET]` or an image depends on it, and no way is shorter.
+    """Set a new adapter's start values, and how the losses are computed.
 
     Args:
-        objective: the losses.
-        batch: a few rows, on the run's device.
+        objective: what the run trains.
+        examples: the training examples.
         args: the settings.
-        sharded: whether the base is sharded, so that gradients are left to the backward pass.
+        collate: makes a batch of examples, on the run's device.
+        sharded: whether FSDP shards the LM.
     """
-    if objective.model.config.train_lm_adapter:
-        return
-    model, room, folder = objective.model, int(args.prefix_cache_gb * 2**30), args.prefix_cache
-    ways = choose_compute_plan(model, batch["captioning"], args.mini_batch_size or None, at_once=not sharded)
-    keeper = PrefixFiles(folder, model, int(args.prefix_disk_gb * 2**30)) if folder else None
-    objective.plan = ways
-    objective.prefixes = choose_prefix_cache(model, batch["retrieval"], room, ways.packed, keeper)
+    is_new = standardise(objective.model, examples)
+    if objective.prefixes is None:
+        set_compute_plan(objective, collate(first_examples(examples, PLAN_EXAMPLES)), args, sharded)
+    if is_new and args.data_dependent_init:
+        # A resumed run does it too, though its checkpoint has other values: the prefix cache is then as it was.
+        initialize_from_data(objective, examples, collate)
+    broadcast_adapter(objective.model.adapter, args.world_size)
 
 
 def record_settings(model: GroundedModel, args: GroundingTrainingArguments, examples: Any) -> None:
-    """Have the adapter's card say what it is trained with here.
+    """Note on the adapter's card that it is trained here, and how.
 
     Args:
         model: the grounded model.
         args: the settings.
-        examples: the training examples, which may be a stream without a length.
+        examples: the training examples; a stream has no length, and its pairs are not counted.
     """
     pairs = {"pairs": len(examples)} if hasattr(examples, "__len__") else {}
-    settings = {name: getattr(args, name) for name in RECORDED}
+    settings = {name: getattr(args, name) for name in RECORDED_ARGUMENTS}
     model.active.record_training({**pairs, "library_version": version("visual-ground"), **settings})
 
 
-@torch.no_grad()
-def refill(
-    store: PrefixCache,
-    loader: DataLoader,
-    order: EpochSampler,
-    batches: int,
-    prepare: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-) -> None:
-    """Compute the prefixes that a killed run had kept, in the same batches, for float sums depend on these.
-
-    Args:
-        store: where they are kept.
-        loader: the batches of an epoch.
-        order: the loader's sampler.
-        batches: how many the killed run had seen.
-        prepare: moves a batch to the device.
-    """
-    epoch = 0
-    while batches > 0:
-        held = store.held_bytes
-        order.set_epoch(epoch)
-        for _, batch in zip(range(batches), loader, strict=False):
-            store.run(prepare(batch)["retrieval"])
-            batches -= 1
-        epoch += 1
-        if store.held_bytes == held:
-            return
-
-
-def set_row_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> None:
-    """Give the layer from images to input rows a learning rate of its own, where it has one."""
+def set_projector_learning_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> None:
+    """Give the layer from image features to image tokens its own learning rate; None leaves all as it is."""
     if rate is None:
         return
     groups = adapter.row_groups(rate)
-    own = {id(parameter) for group in groups for parameter in group["params"]}
+    moved = {id(parameter) for group in groups for parameter in group["params"]}
     for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
     for group in groups:
         optimizer.add_param_group(group)
-
-
-@contextmanager
-def keeping_nothing(objective: GroundingObjective) -> Iterator[None]:
-    """Inside the block, prefixes are run and not kept: a restart does not evaluate again what was evaluated before."""
-    kept = objective.prefixes
-    objective.prefixes = None if kept is None else PrefixCache(objective.model, packed=kept.packed, leads=kept.leads)
-    try:
-        yield
-    finally:
-        objective.prefixes = kept

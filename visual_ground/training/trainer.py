@@ -3,66 +3,62 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
+from visual_ground.evaluation.base import Evaluator, as_evaluators, run_evaluators
 from visual_ground.model import GroundedModel
-from visual_ground.training import checkpoints
-from visual_ground.training import setup as starting
-from visual_ground.training.adapter_checkpoints import CheckpointsOfAdapter
+from visual_ground.training import checkpoints, setup
+from visual_ground.training.adapter_checkpoints import AdapterCheckpoints
 from visual_ground.training.arguments import GroundingTrainingArguments
-from visual_ground.training.contact_sheet import draw_sheet, save_sheet, sheet_rows
-from visual_ground.training.data.columns import Skipped, is_stream
-from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
-from visual_ground.training.data.sampler import EpochSampler
-from visual_ground.training.data.streams import ExampleStream, prepare_stream
-from visual_ground.training.distributed import gathered_outside_layers, shard_base_only, share_adapter
-from visual_ground.training.initialization.data_dependent import fit_start
-from visual_ground.training.losses.contrastive import FeatureBank
-from visual_ground.training.losses.objective import GroundingLoss, GroundingObjective
-from visual_ground.training.meters import Meters, log_into, show_picture
-from visual_ground.training.setup import (
-    check_batches,
-    first_examples,
-    keeping_nothing,
-    preparing_of,
-    refill,
-    set_compute_plan,
-    set_row_rate,
-    standardise,
+from visual_ground.training.callback import GroundingCallback
+from visual_ground.training.contact_sheet import log_sheet, sheet_entries
+from visual_ground.training.data.columns import Skipped
+from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.streams import ExampleStream
+from visual_ground.training.distributed import (
+    gathered_outside_layers,
+    optimizer_unsharded,
+    shard_base_only,
+    stream_loader,
 )
+from visual_ground.training.fast_paths import prefixes_not_kept, refill_prefix_cache
+from visual_ground.training.finite_check import FiniteCheck
+from visual_ground.training.losses.objective import GroundingLoss, GroundingObjective, Loss
+from visual_ground.training.meters import Meters, set_tensorboard_folder
 from visual_ground.training.validation import Validation
 
 
-class GroundingTrainer(CheckpointsOfAdapter):
+class GroundingTrainer(Trainer):
     """Trains the adapter of a grounded model on image-caption pairs.
 
-    Features of all images are computed first and kept on disk; `[RET]` is scaled back to the mean norm after each
-    step; a loss or gradient that is not finite stops the training before it reaches the adapter. A run that was killed
-    goes on with `train(resume_from_checkpoint=True)` and ends as if it had not been.
+    The features of all images are computed first and kept on disk. After each step `[RET]` is scaled back to the mean
+    norm. A loss or gradient that is not finite stops the training before it changes the adapter. A killed run resumes
+    with `train(resume_from_checkpoint=True)`, and ends with the same adapter as if it had not been killed.
 
     Args:
         model: the grounded model; its adapter is trained in place.
         args: the settings.
-        train_dataset: rows with images and captions, by number or as a `datasets.IterableDataset`.
-        eval_dataset: rows by number.
-        options: callbacks, optimizers and the like, for `Trainer`.
+        train_dataset: rows with images and captions: a sequence, or a `datasets.IterableDataset`.
+        eval_dataset: a sequence of such rows, for the loss, recalls, and a contact sheet.
+        evaluator: one `visual_ground.evaluation.Evaluator` or several, run at each evaluation. Their metrics are logged
+            as `eval_<name>_<metric>`, and `metric_for_best_model="<name>"` stands for an evaluator's primary metric.
+        loss: a `visual_ground.training.Loss`, called with the objective and a batch; `FromageLoss` with the scales of
+            `args` where None. It has no trainable parameters of its own.
+        options: `callbacks`, `optimizers` and other arguments of `Trainer`.
 
     Raises:
-        GroundingTypeError: not a `GroundedModel`, not a dataset, or captions that are no strings.
+        GroundingTypeError: not a `GroundedModel`, a dataset, an evaluator or a loss; or captions that are no strings.
         GroundingValueError: a dataset that is empty, lacks a column, has only empty captions or too many unreadable
-            images, or has no whole batch; a batch of one.
+            images, or is smaller than a batch; a batch of one.
         GroundingStateError: an adapter that was loaded without `is_trainable=True`.
 
     Example:
@@ -70,12 +66,20 @@ class GroundingTrainer(CheckpointsOfAdapter):
         >>> trainer.train()  # doctest: +SKIP
     """
 
+    # Narrower than Trainer's own types.
+    args: GroundingTrainingArguments
+    model: GroundingObjective
+    train_dataset: ExampleDataset | ExampleStream | None
+    eval_dataset: ExampleDataset | None
+
     def __init__(
         self,
         model: GroundedModel,
         args: GroundingTrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        evaluator: Evaluator | Sequence[Evaluator] | None = None,
+        loss: Loss | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(model, GroundedModel):
@@ -83,134 +87,93 @@ class GroundingTrainer(CheckpointsOfAdapter):
         if not any(parameter.requires_grad for parameter in model.adapter.parameters()):
             raise GroundingStateError("The adapter is frozen; load it with is_trainable=True to train it further.")
         args = GroundingTrainingArguments() if args is None else args
-        self.grounded, self.meters, self.skipped = model, Meters(model.adapter), Skipped(args.max_skipped)
-        self._preparing, self.order = preparing_of(model, args), None
-        train = None if train_dataset is None else self._examples(train_dataset, sample=True)
-        evaluated = None if eval_dataset is None else self._examples(eval_dataset, sample=False)
-        check_batches(train, args)
-        objective = GroundingObjective(model, args.caption_loss_scale, args.retrieval_loss_scale)
-        collator = ExampleCollator(
-            model,
-            args.max_caption_length,
-            args.concat_captions_prob,
-            args.captioning_fraction,
-            args.end_captions,
-            args.sampling_seed,
-        )
-        super().__init__(objective, args, collator, train, evaluated, **options)
-        shard_base_only(self.accelerator, self.model)
-        self.loss_is_scaled_for_ga = False
-        self.add_callback(_EachStep(self))
-        log_into(self.callback_handler, os.path.join(args.output_dir, "logs"))
+        self.grounded, self.evaluators = model, as_evaluators(evaluator)
+        objective = setup.build_objective(model, args, loss)
+        self._preparation = setup.data_preparation(model, args)
+        train = None if train_dataset is None else setup.training_examples(train_dataset, self._preparation)
+        evaluated = None if eval_dataset is None else setup.evaluation_examples(eval_dataset, self._preparation)
+        setup.check_batches(train, args)
+        self._sampler = setup.build_sampler(train, args)
+        self.meters, self.skipped = Meters(model.adapter), Skipped(args.max_skipped)
+        self._finite_check, self._checkpoints = FiniteCheck(), AdapterCheckpoints(model, args)
+        # Trainer refuses to evaluate without a dataset, but an evaluator brings its own.
+        placeholder: Any = () if self.evaluators and evaluated is None else evaluated
+        super().__init__(objective, args, setup.build_collator(model, args), train, placeholder, **options)
+        self.eval_dataset = evaluated
+        shard_base_only(self.accelerator, objective)
+        self.loss_is_scaled_for_ga = False  # The objective returns the mean of a batch, as Trainer has to know.
+        self.add_callback(GroundingCallback(model.adapter, self.meters, self._finite_check, self._sampler))
+        set_tensorboard_folder(self.callback_handler, os.path.join(str(args.output_dir), "logs"))
 
-    def _examples(self, rows: Any, sample: bool) -> ExampleDataset | ExampleStream:
-        if not is_stream(rows):
-            return self._preparing.examples(rows, sample)
-        if not sample:
-            raise GroundingTypeError("A stream has no end to evaluate at; give eval_dataset=list(stream.take(500)).")
-        return prepare_stream(rows, self._preparing)
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Return the optimizer; the layer from image features to image tokens may have its own learning rate."""
+        is_new = self.optimizer is None
+        optimizer: Optimizer = super().create_optimizer(model)
+        if is_new:
+            setup.set_projector_learning_rate(optimizer, self.grounded.adapter, self.args.projector_learning_rate)
+        return optimizer
 
-    def create_optimizer(self, *args: Any, **options: Any) -> Optimizer:
-        """Return the optimizer; the layer from images to input rows may have a learning rate of its own."""
-        if self.optimizer is None:
-            super().create_optimizer(*args, **options)
-            set_row_rate(self.optimizer, self.grounded.adapter, self.args.projector_learning_rate)
-        return self.optimizer
-
-    # The order of the data is a function of seed and epoch, see `order`.
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        examples = self.train_dataset if train_dataset is None else train_dataset
-        shuffle = self.args.train_sampling_strategy != "sequential"
-        self.order = EpochSampler(len(examples), self.args.sampling_seed, shuffle)
-        return self.order
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the batches of this process; a stream is split already, so it is not split again."""
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of this process."""
         if not isinstance(self.train_dataset, ExampleStream):
             return super().get_train_dataloader()
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            drop_last=True,
-        )
-        return prepare_data_loader(loader, self.args.device, 1, 0, put_on_device=True, dispatch_batches=False)
+        return stream_loader(self.train_dataset, self.data_collator, self._train_batch_size, self.args)
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **options: Any) -> TrainOutput:
-        """Train, as `Trainer.train` does; a new adapter first learns the spread of the image features.
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, as `Trainer.train` does; a new adapter first gets start values from the training pairs.
 
         Args:
-            resume_from_checkpoint: a whole checkpoint; True takes the run's last whole one, and starts where there is
-                none, so that the same command both starts and goes on.
-            options: as in `Trainer.train`.
+            resume_from_checkpoint: a complete checkpoint; True takes the run's last complete one, and starts from the
+                beginning where there is none, so that the same command both starts and resumes a run.
+            trial: as in `Trainer.train`.
+            ignore_keys_for_eval: not used.
 
         Raises:
-            GroundingFileError: the checkpoint is not whole, or none could be written.
-            GroundingValueError: the checkpoint of another base or other settings; a loss that is not finite.
+            GroundingFileError: the checkpoint is not complete, or none could be written.
+            GroundingValueError: the checkpoint of another LM or of other settings; a loss that is not finite.
         """
-        checkpoint = checkpoints.choose(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
-            checkpoints.check_base(checkpoint, self.grounded)
-            if 0 < self.args.max_steps <= checkpoints.global_step(checkpoint):
-                self._load_from_checkpoint(os.fspath(checkpoint))
-                return TrainOutput(checkpoints.global_step(checkpoint), 0.0, {})
-        self._start(0 if checkpoint is None else checkpoints.global_step(checkpoint))
-        starting.record_settings(self.grounded, self.args, self.train_dataset)
-        return super().train(None if checkpoint is None else os.fspath(checkpoint), **options)
+        checkpoint = self._checkpoints.find(resume_from_checkpoint)
+        steps_done = 0 if checkpoint is None else checkpoints.global_step(checkpoint)
+        if checkpoint is not None and 0 < self.args.max_steps <= steps_done:
+            self._checkpoints.load_adapter(checkpoint)
+            return TrainOutput(steps_done, 0.0, {})
+        if self.train_dataset is not None:
+            setup.initialize(self.model, self.train_dataset, self.args, self._collated, self.is_fsdp_enabled)
+            if self._sampler is not None and steps_done and self.args.prefix_cache_gb > 0:
+                batches, loader = steps_done * self.args.gradient_accumulation_steps, self.get_train_dataloader()
+                refill_prefix_cache(self.model.prefixes, loader, self._sampler, batches, self._prepare_inputs)
+        setup.record_settings(self.grounded, self.args, self.train_dataset)
+        return super().train(None if checkpoint is None else os.fspath(checkpoint), trial, ignore_keys_for_eval)
 
-    def _start(self, steps_done: int) -> None:
-        """Do what a run does once: the adapter's start values, and how captions' prefixes are run."""
-        if self.train_dataset is None:
-            return
-        fresh = standardise(self.grounded, self.train_dataset)
-        if self.model.prefixes is None:
-            batch = self._prepare_inputs(self.data_collator(first_examples(self.train_dataset, 8)))
-            set_compute_plan(self.model, batch, self.args, sharded=self.is_fsdp_enabled)
-            if self.args.bank_size:
-                self.model.bank = FeatureBank.of(self.train_dataset, self.args.bank_size)
-        if fresh and self.args.data_dependent_init:
-            # A run that goes on does it too, though its checkpoint has other values: it leaves the same prefixes kept.
-            fit_start(self.model, self.train_dataset, lambda rows: self._prepare_inputs(self.data_collator(rows)))
-        share_adapter(self.grounded.adapter, self.args.world_size)
-        kept = self.model.prefixes is not None and self.args.prefix_cache_gb > 0
-        if kept and steps_done and isinstance(self.train_dataset, ExampleDataset):
-            batches, loader = steps_done * self.args.gradient_accumulation_steps, self.get_train_dataloader()
-            refill(self.model.prefixes, loader, self.order, batches, self._prepare_inputs)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self.skipped.seen += len(inputs.get("rows", ()))
-        for name in inputs.pop("skipped", ()):
-            self.skipped.add(name)
-        return super()._prepare_inputs(inputs)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        """Return the loss of a batch, or raise where it is not finite."""
-        losses: GroundingLoss = model(**inputs)
-        if not bool(torch.isfinite(losses.loss)):
-            raise GroundingValueError(f"The loss became {float(losses.loss.detach())} {self._where(inputs)}")
-        if model.training:
-            self.meters.count(inputs, losses)
-        return (losses.loss, losses) if return_outputs else losses.loss
+    def _collated(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a batch on the run's device."""
+        return self._prepare_inputs(self.data_collator([dict(example) for example in examples]))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
-        """Run one step up to its gradients, or raise where these are not finite."""
+        """Run one batch up to its gradients; `GroundingCallback` checks them before the optimizer's step."""
+        self.skipped.seen += len(inputs["rows"])
+        for name in inputs.pop("skipped", ()):
+            self.skipped.add(name)
         loss = super().training_step(model, inputs, *args, **options)
-        gradients = [p.grad for p in self.grounded.adapter.parameters() if p.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            raise GroundingValueError(f"A gradient is not finite {self._where(inputs)}")
+        self._finite_check.add(loss, inputs["rows"])
         return loss
 
-    def _where(self, inputs: Mapping[str, Any]) -> str:
-        return (
-            f"at step {self.state.global_step}, in the batch of rows {inputs['rows'].tolist()}. Training stopped "
-            "before this step; the adapter and the last checkpoint are good. Lower the learning rate, or see the rows."
-        )
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch, with the other outputs of the objective where `return_outputs`."""
+        outputs: GroundingLoss = model(**inputs)
+        if model.training:
+            self.meters.count(inputs, outputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """Log, with what the steps since the last time did."""
+        """Log, and add what the steps since the last training log did."""
         if "loss" in logs:
             logs |= self.meters.read()
         super().log(logs, *args, **options)
@@ -219,56 +182,69 @@ class GroundingTrainer(CheckpointsOfAdapter):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the mean loss, the recalls over all pairs both ways, and the `[RET]` rate; draw a contact sheet.
+        """Run the evaluators; on a dataset, compute loss, recalls and `[RET]` rate, and draw a contact sheet.
 
         Args:
             eval_dataset: rows; the trainer's own where None.
             ignore_keys: not used.
-            metric_key_prefix: put before each name.
+            metric_key_prefix: put before the name of each metric.
+
+        Raises:
+            GroundingValueError: neither a dataset nor an evaluator; or a loss that is not finite.
         """
-        examples = self.eval_dataset if eval_dataset is None else self._examples(eval_dataset, sample=False)
-        if examples is None:
-            raise GroundingValueError("There is nothing to evaluate on; pass eval_dataset=.")
+        examples = self.eval_dataset
+        if eval_dataset is not None:
+            examples = setup.evaluation_examples(eval_dataset, self._preparation)
+        if examples is None and not self.evaluators:
+            raise GroundingValueError("There is nothing to evaluate on; pass eval_dataset= or evaluator=.")
         self.model.eval()
-        validation = Validation(self.grounded, examples, self.args.per_device_eval_batch_size, self.accelerator)
+        results: dict[str, float] = {}
+        if examples is not None:
+            results |= self._validate(examples, metric_key_prefix)
         with gathered_outside_layers(self.model):
-            found = validation.recalls()
-            self._draw(examples, metric_key_prefix)
-        with keeping_nothing(self.model):
-            collate = lambda rows: self._prepare_inputs(self.data_collator(rows))  # noqa: E731
-            found["loss"] = validation.loss(lambda rows: self.compute_loss(self.model, collate(rows)))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            results |= run_evaluators(self.grounded, self.evaluators)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.meters.start()
         return metrics
 
-    def _draw(self, examples: ExampleDataset, name: str) -> None:
-        step = self.state.global_step
-        if not self.args.num_logged_examples or not (self.args.should_save or self.is_fsdp_enabled):
-            return
-        rows = sheet_rows(self.grounded, examples, self.args.num_logged_examples)
-        if self.args.should_save:
-            page = draw_sheet(rows, f"{name}, step {step}: caption, caption said (blue), images found for the caption")
-            save_sheet(page, Path(self.args.output_dir) / "pictures" / f"{name}-{step:08d}.png")
-            show_picture(self.callback_handler, f"{name}/pairs", np.asarray(page), step)
+    def _validate(self, examples: ExampleDataset, name: str) -> dict[str, float]:
+        validation = Validation(self.grounded, examples, self.args.per_device_eval_batch_size, self.accelerator)
+        with gathered_outside_layers(self.model):
+            results = validation.recalls()
+            # One process writes the contact sheet, but all processes of a sharded LM must run it.
+            if self.args.num_logged_examples and (self.args.should_save or self.is_fsdp_enabled):
+                entries = sheet_entries(self.grounded, examples, self.args.num_logged_examples)
+                if self.args.should_save:
+                    log_sheet(entries, str(self.args.output_dir), name, self.state.global_step, self.callback_handler)
+        with prefixes_not_kept(self.model):
+            results["loss"] = validation.loss(lambda batch: self.compute_loss(self.model, self._collated(batch)))
+        return results
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; every process has all of it, so nothing is gathered."""
+        self._checkpoints.save_adapter(output_dir)
 
-class _EachStep(TrainerCallback):
-    """Tells the sampler its epoch, and scales `[RET]` back to the mean norm after each backward pass, as published."""
+    # The following are private methods of Trainer, which has no public ones for what they do.
 
-    def __init__(self, trainer: GroundingTrainer) -> None:
-        self.trainer = trainer
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return self._sampler  # The order is a function of seed and epoch alone, so that a restart needs no saved state.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.meters.start()
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A checkpoint is many files, and counts once all are on disk; callbacks hear of it only where nothing failed.
+        with self._checkpoints.writing(self.state, self.accelerator.wait_for_everyone), optimizer_unsharded(self):
+            super()._save_checkpoint(model, trial)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if isinstance(self.trainer.train_dataset, ExampleDataset):
-            # A run that goes on in the middle of an epoch has a broken number here.
-            self.trainer.order.set_epoch(int((state.epoch or 0) + 1e-6))
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Trainer would load what `_save_checkpoint` wrote without FSDP as a state that FSDP had sharded.
+        with optimizer_unsharded(self):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.grounded.adapter.renormalise_ret()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Trainer would look for the weights of the whole objective, the LM's among them.
+        self._checkpoints.load_adapter(resume_from_checkpoint)
 
-    on_substep_end = on_step_end
+    def _load_best_model(self) -> None:
+        # Likewise.
+        self._checkpoints.load_adapter(str(self.state.best_model_checkpoint))

@@ -1,4 +1,4 @@
-"""Evaluation during training, by all processes together: each runs its share, in step with the others."""
+"""Evaluation on the trainer's own dataset, shared among the processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -9,88 +9,104 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from visual_ground.evaluation.retrieval import recall_at
+from visual_ground.errors import GroundingValueError
+from visual_ground.evaluation.metrics import recall_at
+from visual_ground.evaluation.pairs import image_features
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.training.data.examples import ExampleDataset
 
 
 class Validation:
-    """The pairs of a dataset in equal shares, so that every process calls the LM as often as any other.
+    """Splits a dataset's examples equally, since a sharded LM must be called equally often by every process.
 
     Args:
         model: the grounded model.
-        examples: the pairs.
-        size: pairs run at once.
-        accelerator: says which process this is.
+        examples: image-caption pairs.
+        batch_size: examples run at once by each process.
+        accelerator: knows which process this is, and gathers what the others computed.
     """
 
-    def __init__(self, model: GroundedModel, examples: ExampleDataset, size: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self, model: GroundedModel, examples: ExampleDataset, batch_size: int, accelerator: Accelerator
+    ) -> None:
         self.model, self.examples, self.accelerator = model, examples, accelerator
-        self.size = min(size, len(examples))
+        self.batch_size = min(batch_size, len(examples))
 
     def _share(self, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """Return this process's batches of all, which go round again until every process has as many."""
+        """Return this process's batches; the first batches are repeated until every process has equally many."""
         world = self.accelerator.num_processes
         rounds = -(-len(batches) // world)
         return [batches[(i * world + self.accelerator.process_index) % len(batches)] for i in range(rounds)]
 
     def _gathered(self, shares: Sequence[Tensor], count: int) -> Tensor:
-        """Return the rows of all processes' shares in the order of the dataset, `count` of them."""
+        """Return the first `count` entries of all processes' shares, in the order of the dataset."""
         parts = [self.accelerator.gather(share.contiguous()) for share in shares]
         return torch.cat(parts)[:count]
 
     @torch.no_grad()
     def recalls(self) -> dict[str, float]:
-        """Return recall at k both ways over all pairs, and how often the LM would say `[RET]` after a caption."""
-        count, size = len(self.examples), self.size
-        starts = range(0, count, size)
-        shares = self._share([[i % count for i in range(start, start + size)] for start in starts])
-        texts, images, said = [], [], []
+        """Return recall at k both ways over all pairs, in percent, and `ret_rate`.
+
+        That is the part of the captions after which `[RET]` is the LM's likeliest next token.
+        """
+        count, batch_size = len(self.examples), self.batch_size
+        starts = range(0, count, batch_size)
+        # The last batch is filled up from the start of the dataset, so that all processes gather equal shapes.
+        shares = self._share([[i % count for i in range(start, start + batch_size)] for start in starts])
+        texts, images, predicts_ret = [], [], []
         for numbers in shares:
-            rows = [self.examples[i] for i in numbers]
-            vectors, hits = text_vectors(self.model, [row["caption"] for row in rows])
+            batch = [self.examples[i] for i in numbers]
+            vectors, hits = embed_captions(self.model, [example["caption"] for example in batch])
             texts.append(vectors)
-            said.append(hits)
-            images.append(self.model.adapter.embed_images(image_features(self.model, rows, self.size)))
+            predicts_ret.append(hits)
+            images.append(self.model.adapter.embed_images(image_features(self.model, batch, batch_size)))
         scores = self._gathered(texts, count) @ self._gathered(images, count).T
-        found = {f"text_to_image_{rank}": value for rank, value in recall_at(scores).items()}
-        found |= {f"image_to_text_{rank}": value for rank, value in recall_at(scores.T).items()}
-        return {**found, "ret_rate": float(self._gathered(said, count).mean())}
+        metrics = {f"text_to_image_{rank}": value for rank, value in recall_at(scores).items()}
+        metrics |= {f"image_to_text_{rank}": value for rank, value in recall_at(scores.T).items()}
+        return {**metrics, "ret_rate": float(self._gathered(predicts_ret, count).mean())}
 
-    def loss(self, cost: Callable[[Sequence[Mapping[str, Any]]], Tensor]) -> float:
-        """Return the mean cost of the dataset's whole batches."""
-        count = max(1, len(self.examples) // self.size)
-        batches = [range(i * self.size, (i + 1) * self.size) for i in range(count)]
-        costs = [cost([self.examples[i] for i in numbers]).detach().float()[None] for numbers in self._share(batches)]
-        return float(self._gathered(costs, count).mean())
+    def loss(self, loss_of: Callable[[Sequence[Mapping[str, Any]]], Tensor]) -> float:
+        """Return the mean loss of the dataset's full batches.
+
+        Args:
+            loss_of: the loss of a batch of examples.
+
+        Raises:
+            GroundingValueError: the loss of a batch is not finite.
+        """
+        size, count = self.batch_size, max(1, len(self.examples) // self.batch_size)
+        batches = [range(i * size, (i + 1) * size) for i in range(count)]
+        shares = [[self.examples[i] for i in numbers] for numbers in self._share(batches)]
+        losses = self._gathered([loss_of(share).detach().float()[None] for share in shares], count)
+        if not bool(losses.isfinite().all()):
+            number = int(losses.isfinite().long().argmin())
+            raise GroundingValueError(
+                f"The evaluation loss became {float(losses[number])} in the batch of examples {list(batches[number])}. "
+                "Lower the learning rate, or look at these examples."
+            )
+        return float(losses.mean())
 
 
 @torch.no_grad()
-def image_features(model: GroundedModel, rows: Sequence[Mapping[str, Any]], size: int = 64) -> Tensor:
-    """Return the image features (n, f) of examples, `size` of them computed at once where they are not known."""
-    vision, device = model.vision, model.adapter.logit_scale.device
-    if "image_features" in rows[0]:
-        return torch.stack([row["image_features"] for row in rows]).to(device)
-    batches = [vision.preprocess([row["image"] for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
-    return torch.cat([vision(pixels).to(device) for pixels in batches])
-
-
-@torch.no_grad()
-def text_vectors(model: GroundedModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return the vectors (n, q) at a `[RET]` put after each caption, and whether the LM would say it there (n,).
+def embed_captions(model: GroundedModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return the vectors at a `[RET]` put after each caption, and whether the LM predicts it there.
 
     Args:
         model: the grounded model.
         captions: n captions.
+
+    Returns:
+        Unit vectors (n, q), and 1 or 0 (n,).
     """
-    encoder, device = model.processor, model.adapter.logit_scale.device
-    lead = encoder.caption_prefix(image=False)
-    prompts = [EncodedPrompt((*lead, *encoder.encode_caption(text), model.ret_token_id), ()) for text in captions]
-    model.processor.check_ids(prompts)
-    ids, mask = pad_batch(prompts, model.frozen_lm.vocabulary.first_image_id, model.processor.pad_token_id, "left")
+    processor, device = model.processor, model.active.device
+    prefix = processor.caption_prefix(image=False)
+    prompts = [EncodedPrompt((*prefix, *processor.encode_caption(text), model.ret_token_id), ()) for text in captions]
+    processor.check_ids(prompts)
+    ids, mask = pad_batch(prompts, model.frozen_lm.vocabulary.first_image_id, processor.pad_token_id, "left")
+    # Padded on the left, every sequence has its [RET] in the last column; positions count through the whole batch.
     ends = torch.arange(1, len(ids) + 1) * ids.shape[1] - 1
-    # The position before [RET], which predicts it, and its own.
+    # The position before [RET], whose logits predict it, and its own, whose hidden states are embedded.
     positions = torch.stack([ends - 1, ends], 1).flatten()
     reading = model.frozen_lm.read(
         ids.to(device), mask.to(device), positions.to(device), layers=model.config.text_layers

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visual_ground.adapter.anchors import Anchors
-from visual_ground.lm.weights import embedding_device
 from visual_ground.model import GroundedModel
 from visual_ground.regression import LinearMap, mean_and_std, ridge
 from visual_ground.training import ExampleCollator
@@ -38,8 +37,6 @@ def caption_states(model: GroundedModel, texts: Sequence[str], fit: bool = False
     collate = ExampleCollator(model, CAPTION_LENGTH, concat_captions_prob=0.0)
     starts = range(0, len(texts), CAPTIONS_AT_ONCE)
     batches = [collate.texts([{"caption": text} for text in texts[i : i + CAPTIONS_AT_ONCE]]) for i in starts]
-    device = embedding_device(model.lm)
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     store = choose_prefix_cache(model, batches[0], KEPT_BYTES, packed=True)
     if store and fit:
         fit_ret(model.adapter, CaptionLikelihoods.joined([store.likelihoods(batch) for batch in batches]))

@@ -6,7 +6,12 @@ import torch
 from tests.tiny import FAMILIES, build, grounded, picture
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
 from visual_ground.training.initialization import data_dependent
-from visual_ground.training.initialization.data_dependent import Imitation, fit_start, layer_at, target_hidden_states
+from visual_ground.training.initialization.data_dependent import (
+    Imitation,
+    initialize_from_data,
+    layer_at,
+    target_hidden_states,
+)
 from visual_ground.training.setup import standardise
 
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i}"} for i in range(12)]
@@ -16,7 +21,7 @@ def fitted(family="llama_untied", lm=None, **config):
     model = grounded(family, lm=lm, **config)
     examples = ExampleDataset(ROWS)
     standardise(model, examples)
-    fit_start(GroundingObjective(model), examples, ExampleCollator(model, concat_captions_prob=0.0))
+    initialize_from_data(GroundingObjective(model), examples, ExampleCollator(model, concat_captions_prob=0.0))
     return model
 
 
@@ -48,7 +53,7 @@ def test_requests_leave_the_retrieval_layers_as_they_were():
     before = model.adapter.image_retrieval_projection.weight.detach().clone()
     examples = ExampleDataset([*ROWS[:-1], {**ROWS[-1], "request": "w40 w41"}])
     standardise(model, examples)
-    fit_start(GroundingObjective(model), examples, ExampleCollator(model, concat_captions_prob=0.0))
+    initialize_from_data(GroundingObjective(model), examples, ExampleCollator(model, concat_captions_prob=0.0))
     assert torch.equal(model.adapter.image_retrieval_projection.weight, before)
 
 
@@ -69,17 +74,17 @@ def test_rows_learn_to_do_what_captions_do():
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_states_are_those_of_the_layer_with_the_lead_before_them(family):
+def test_states_are_those_of_the_layer_after_the_prompt(family):
     model = grounded(family)
     layer = layer_at(model, 0.5)
     short, whole = Imitation(model, layer), Imitation(model, layer)
-    whole._kept = None
+    whole._keys_values = None
     features = model.vision(model.vision.preprocess([row["image"] for row in ROWS]))
     assert torch.allclose(short.image_states(features), whole.image_states(features), atol=1e-4)
     seen = []
     hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
-        model(torch.tensor([[*short.before, 10, 11, 12]]))
+        model(torch.tensor([[*short.prefix, 10, 11, 12]]))
     hook.remove()
     states = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     found = short.text_states([[10, 11, 12], [13]], [[0.5, 1.0, 2.0], [1.0]])

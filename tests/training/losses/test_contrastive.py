@@ -1,6 +1,7 @@
-"""Contrastive learning over processes and banks."""
+"""Contrastive learning over processes, and the trainer's memory settings."""
 
 import datetime
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,23 +11,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny import grounded
 from tests.training.losses.test_objective import batch_of, loss_and_gradients
-from tests.training.test_trainer import ROWS, arguments
+from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingTrainer
 from visual_ground.errors import GroundingValueError
-from visual_ground.training import ExampleDataset, GroundingObjective
+from visual_ground.training import GroundingObjective
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import ComputePlan
-from visual_ground.training.losses.contrastive import FeatureBank, contrast
 
 
 def part_of(batch, rows):
     """Take rows of a batch whose images are one virtual row each, numbered anew from the first."""
     first = 101
-    parts = {name: value[rows] for name, value in batch.items() if not isinstance(value, dict)}
-    for name in ("captioning", "retrieval"):
-        parts[name] = {key: tensor[rows].clone() for key, tensor in batch[name].items()}
-    ids = parts["captioning"]["input_ids"]
-    ids[ids >= first] -= rows.start
+    parts = {name: value[rows] for name, value in batch.items()}
+    parts["captioning"] = [
+        replace(sequence, ids=tuple(i - rows.start if i >= first else i for i in sequence.ids))
+        for sequence in parts["captioning"]
+    ]
     return parts
 
 
@@ -69,38 +69,12 @@ def test_processes_together_are_one_with_the_whole_batch(world, quick, dtype, to
         assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
-def test_a_bank_adds_negatives_of_other_groups():
-    model = grounded()
-    texts, features = torch.nn.functional.normalize(torch.randn(4, 6), dim=-1), torch.randn(4, 12)
-    groups, adapter = torch.arange(4), model.adapter
-    bank = torch.randn(9, 12)
-    others = torch.tensor([0, 0, 5, 6, 7, 8, 9, 1, 2])
-    found = contrast(adapter, texts, features, groups, FeatureBank(bank, others, 9))
-    scale, images = adapter.logit_scale.exp(), adapter.embed_images(torch.cat([features, bank]))
-    wanted = []
-    for row in range(4):
-        kept = [i for i in range(13) if i == row or torch.cat([groups, others])[i] != row]
-        scores = scale * texts[row] @ images[kept].T
-        wanted.append(scores.logsumexp(0) - scale * texts[row] @ images[row])
-    assert torch.allclose(found.text_to_image, torch.stack(wanted).mean(), rtol=1e-5)
-    assert torch.equal(found.image_to_text, contrast(adapter, texts, features, groups).image_to_text)
-    few = contrast(adapter, texts, features, groups, FeatureBank(bank, others, 2))
-    assert contrast(adapter, texts, features, groups).text_to_image <= few.text_to_image
-    with pytest.raises(GroundingValueError, match="size 0"):
-        FeatureBank(bank, others, 0)
-
-
-def test_the_trainer_takes_bank_disk_and_parts(tmp_path):
-    options = dict(bank_size=5, prefix_cache=str(tmp_path / "prefixes"), mini_batch_size=2, max_steps=2)
+def test_the_trainer_takes_disk_and_parts(tmp_path):
+    options = dict(prefix_cache=str(tmp_path / "prefixes"), mini_batch_size=2, max_steps=2)
     model = grounded()
     trainer = GroundingTrainer(model, arguments(tmp_path, **options), ROWS)
     trainer.train()
-    assert trainer.model.bank.size == 5 and len(trainer.model.bank.groups) == len(ROWS)
-    assert len(list(tmp_path.glob("prefixes/*/*.prefixes"))) == 1
+    assert len(list(tmp_path.glob("prefixes/*/prefixes.bin"))) == 1
     assert trainer.model.plan == ComputePlan(True, True, True, 2)
-    with pytest.raises(GroundingValueError, match="cache_features"):
-        arguments(tmp_path, bank_size=1, cache_features=False)
     with pytest.raises(GroundingValueError, match="mini_batch_size must not be negative"):
         arguments(tmp_path, mini_batch_size=-1)
-    with pytest.raises(GroundingValueError, match="image features"):
-        FeatureBank.of(ExampleDataset(ROWS), 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import grounded
-from tests.training.test_trainer import ROWS
+from tests.training.runs import ROWS
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
 from visual_ground.training.losses.cached_retrieval import PrefixCache
@@ -15,16 +15,16 @@ from visual_ground.training.losses.compute_plan import choose_compute_plan, choo
 from visual_ground.training.speedups import cross_entropy as cross_entropy_module
 from visual_ground.training.speedups.checkpointing import LayerCheckpoints
 from visual_ground.training.speedups.cross_entropy import sum_of_parts
-from visual_ground.training.speedups.packing import pieces, read, rows_of
+from visual_ground.training.speedups.packing import lay_out, read
 
-# Which families take which ways: packing needs position ids, kept leads need keys and values, and so on.
+# Which families take which ways: packing needs position ids, a prefix that runs once needs keys and values, and so on.
 TAKEN = {
-    "llama_untied": {"packed", "direct_head", "leads", "prefixes"},
-    "opt_projected": {"packed", "direct_head", "leads", "prefixes"},
-    "gpt2": {"packed", "direct_head", "leads", "prefixes"},
-    "gemma2_scaled_capped": {"packed", "leads"},
+    "llama_untied": {"packed", "direct_head", "shared_prefix", "prefixes"},
+    "opt_projected": {"packed", "direct_head", "shared_prefix", "prefixes"},
+    "gpt2": {"packed", "direct_head", "shared_prefix", "prefixes"},
+    "gemma2_scaled_capped": {"packed", "shared_prefix"},
     "mamba": {"direct_head"},
-    "bloom": {"direct_head", "leads", "prefixes"},
+    "bloom": {"direct_head", "shared_prefix", "prefixes"},
 }
 
 
@@ -58,11 +58,11 @@ def test_every_way_gives_what_the_plain_way_gives(family):
     plain = loss_and_gradients(model, batch)
     found = choose_compute_plan(model, batch["captioning"])
     prefixes = choose_prefix_cache(model, batch["retrieval"], 2**20, found.packed)
-    ways = {name for name in ("packed", "direct_head", "leads") if getattr(found, name)}
+    ways = {name for name in ("packed", "direct_head", "shared_prefix") if getattr(found, name)}
     assert ways | ({"prefixes"} if prefixes else set()) == TAKEN[family]
     for way in ways:
         check_same(plain, loss_and_gradients(model, batch, plan=ComputePlan(**{way: True})))
-    for changes in ({}, {"mini_batch_size": 3}, {"at_once": False}):
+    for changes in ({}, {"mini_batch_size": 3}, {"gradients_in_forward": False}):
         check_same(plain, loss_and_gradients(model, batch, plan=replace(found, **changes), prefixes=prefixes))
     check_same(plain, loss_and_gradients(model, batch, plan=ComputePlan(mini_batch_size=3)))
     assert all(parameter.grad is None for parameter in model.lm.parameters())
@@ -76,7 +76,7 @@ def test_checkpointed_layers_give_the_same_and_are_given_back(family, mini_batch
     batch = batch_of(model)
     plain = loss_and_gradients(model, batch)
     prefixes = None if family == "mamba" else PrefixCache(model)
-    ways = ComputePlan(leads=family != "mamba", mini_batch_size=mini_batch_size)
+    ways = ComputePlan(shared_prefix=family != "mamba", mini_batch_size=mini_batch_size)
     check_same(plain, loss_and_gradients(model, batch, True, plan=ways, prefixes=prefixes))
     check_same(plain, loss_and_gradients(model, batch, True, plan=ComputePlan(mini_batch_size=mini_batch_size)))
     assert all("forward" not in module.__dict__ for module in model.lm.modules())
@@ -103,33 +103,35 @@ def test_logits_of_a_whole_batch_never_exist(monkeypatch):
     ways = ComputePlan(direct_head=True, packed=True)
     check_same(plain, loss_and_gradients(model, batch, plan=ways, prefixes=PrefixCache(model)))
     handle.remove()
-    assert max(seen) == 16 < int((batch["captioning"]["labels"] != -100).sum())
+    assert max(seen) == 16 < sum(sequence.num_labels for sequence in batch["captioning"])
 
 
 def test_packed_rows_have_no_padding_and_are_blind_to_each_other():
     model = grounded("gpt2")
-    rows = rows_of(batch_of(model, 12)["retrieval"])
-    (piece,) = pieces(model, rows, packed=True)
-    assert piece.ids.numel() == sum(len(row.ids) for row in rows)
-    other = rows_of(batch_of(model, 12)["retrieval"])
+    sequences = batch_of(model, 12)["retrieval"]
+    (batch,) = lay_out(model, sequences, packed=True)
+    assert batch.ids.numel() == sum(len(sequence.ids) for sequence in sequences)
+    other = list(sequences)
     other[3] = replace(other[3], ids=(50,) * len(other[3].ids))
-    states, changed = (read(model, pieces(model, some, True)[0])[0] for some in (rows, other))
+    states, changed = (read(model, lay_out(model, some, True)[0]).head_input for some in (sequences, other))
     same = (states - changed).abs().amax(-1) < 1e-5
-    touched = int((torch.tensor(rows[3].labels) != -100).sum())
+    touched = sequences[3].num_labels
     assert int((~same).sum()) in (touched - 1, touched)
 
 
-def test_leads_run_once():
+def test_the_shared_prefix_runs_once():
     model, runs = grounded(), []
     model.lm.register_forward_pre_hook(lambda m, a, kwargs: runs.append(kwargs["input_ids"].shape), with_kwargs=True)
-    captions = CaptioningLoss(model, ComputePlan(leads=True))
+    captions = CaptioningLoss(model, ComputePlan(shared_prefix=True))
     batch = batch_of(model)["captioning"]
     features = torch.randn(8, 12)
     captions.loss(batch, features)
     assert runs[0] == (1, 2)  # <s> w7, before the image
     runs.clear()
     captions.loss(batch, features)
-    assert (1, 2) not in runs and sum(n * s for n, s in runs) < int(batch["attention_mask"].numel())
+    assert (1, 2) not in runs and sum(n * s for n, s in runs) < len(batch) * max(
+        len(sequence.ids) for sequence in batch
+    )
 
 
 def test_only_rows_at_once_run_with_gradient():
@@ -173,5 +175,5 @@ def test_captions_that_say_ret_are_refused():
     model = grounded()
     dataset = ExampleDataset([dict(row, caption="w4 [RET] w5") for row in ROWS], sample=False)
     batch = ExampleCollator(model)([dataset[i] for i in range(4)])
-    with pytest.raises(GroundingValueError, match=r"Rows \[0, 1, 2, 3\] .* \[RET\] once"):
+    with pytest.raises(GroundingValueError, match=r"Examples \[0, 1, 2, 3\] .* \[RET\] once"):
         GroundingObjective(model)(**batch)

@@ -1,4 +1,4 @@
-"""Rows of a dataset before they are examples: which columns there are, and what cannot be used of them."""
+"""The columns of a dataset: where its images and captions are, and which rows cannot be used."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from visual_ground.errors import GroundingTypeError, GroundingValueError
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 10
-ENOUGH_TO_JUDGE = 1000
+# How many skipped names are logged and shown in an error.
+NUM_SHOWN = 10
+# A stream's skipped part is judged as if it had at least so many rows: one bad row among the first ten is no 10 %.
+MIN_ROWS_TO_JUDGE = 1000
+# How many rows of a stream have their captions checked before training.
+NUM_CHECKED = 100
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Columns:
     Args:
         image: the column with an image, or a list of them.
         caption: the column with a caption, or a list of them.
-        folder: where relative paths in the image column start.
+        folder: what relative paths in the image column are relative to.
 
     Example:
         >>> Columns("jpg", "txt").captions({"jpg": None, "txt": ["a cat", " "]})
@@ -37,24 +41,24 @@ class Columns:
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """Return a row's images as they are: PIL images, paths, or `{"bytes": ..., "path": ...}`."""
-        return [self._placed(image) for image in _as_list(row[self.image])]
+        return [self._resolve(image) for image in _as_list(row[self.image])]
 
     def captions(self, row: Mapping[str, Any]) -> list[str]:
         """Return a row's captions that are not empty."""
         return [caption for caption in _as_list(row[self.caption]) if not _is_empty(caption)]
 
-    def _placed(self, image: Any) -> Any:
+    def _resolve(self, image: Any) -> Any:
         if self.folder is not None and isinstance(image, (str, os.PathLike)):
             return os.path.join(self.folder, image)
         return image
 
 
 class Skipped:
-    """Counts what cannot be used, says so by name, and raises where it is too much.
+    """Counts what cannot be used, logs it by name, and raises where it is too much.
 
     Args:
         limit: the part that may be skipped.
-        total: how many there are; None where nobody knows, as in a stream.
+        total: how many there are; None where that is not known, as in a stream.
 
     Attributes:
         names: what was skipped, and why.
@@ -71,22 +75,22 @@ class Skipped:
             GroundingValueError: too many by now.
         """
         self.names.append(name)
-        if len(self.names) <= SHOWN:
+        if len(self.names) <= NUM_SHOWN:
             logger.warning("Skipped %s", self.names[-1])
-        self.check(self.total or max(self.seen, ENOUGH_TO_JUDGE))
+        self.check(self.total or max(self.seen, MIN_ROWS_TO_JUDGE))
 
     def check(self, total: int) -> None:
-        """Raise GroundingValueError where more than the stated part of `total` was skipped."""
+        """Raise GroundingValueError where more than the allowed part of `total` was skipped."""
         if len(self.names) <= self.limit * total:
             return
-        shown = "\n  ".join(self.names[:SHOWN])
+        shown = "\n  ".join(self.names[:NUM_SHOWN])
         raise GroundingValueError(
             f"{len(self.names)} of {total} images and captions cannot be used, and max_skipped={self.limit:g} of them "
-            f"may be skipped. Mend them, or raise max_skipped. The first are:\n  {shown}"
+            f"may be skipped. Fix them, or raise max_skipped. The first are:\n  {shown}"
         )
 
     def finish(self) -> None:
-        """Say how many were skipped in all."""
+        """Log how many were skipped in all."""
         if self.names:
             logger.warning("Skipped %d images and captions that cannot be used.", len(self.names))
 
@@ -95,48 +99,48 @@ def open_rows(rows: Any, columns: Columns) -> Any:
     """Check a dataset's columns; images of a `datasets` dataset are then given as files, not decoded.
 
     Args:
-        rows: mappings by number, or a `datasets` dataset, which may be a stream.
+        rows: mappings by index, or a `datasets` dataset, which may be a stream.
         columns: where the images and captions are; `image_features` may stand for the images.
 
     Returns:
-        The rows.
+        The rows, whose images are not decoded.
 
     Raises:
-        GroundingTypeError: neither of these, or a caption that is no string among the first.
+        GroundingTypeError: neither of these, or a stream with a caption among its first that is no string.
         GroundingValueError: no rows, or columns missing.
     """
     if not is_stream(rows) and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         raise GroundingTypeError(
-            f"A dataset needs len() and rows by number, or is a datasets.IterableDataset, got {type(rows).__name__}."
+            f"A dataset must have len() and rows by index, or be a datasets.IterableDataset, got {type(rows).__name__}."
         )
     first = next(iter(_undecoded(rows, columns)), None)
     if first is None:
         raise GroundingValueError("The dataset is empty; give at least two rows with image and caption.")
-    wanted = [columns.caption] if "image_features" in first else [columns.image, columns.caption]
-    if missing := [name for name in wanted if name not in first]:
+    required = [columns.caption] if "image_features" in first else [columns.image, columns.caption]
+    if missing := [name for name in required if name not in first]:
         raise GroundingValueError(
             f"The dataset has no columns {missing}; its columns are {sorted(first)}. Name them: image_column=, "
             "caption_column= (--image-column, --caption-column)."
         )
     rows = _undecoded(rows, columns)
     if is_stream(rows):
-        _usable_captions(islice(rows, ENOUGH_TO_JUDGE // 10), columns)
+        _have_captions(islice(rows, NUM_CHECKED), columns)
     return rows
 
 
 def usable_rows(rows: Any, columns: Columns, skipped: Skipped) -> list[int]:
-    """Return the numbers of the rows that have a caption.
+    """Return the indices of the rows that have a caption.
 
     Raises:
         GroundingTypeError: a caption that is no string.
         GroundingValueError: all captions are empty, or too many.
     """
-    few = rows.select_columns([columns.caption]) if hasattr(rows, "select_columns") else rows
-    usable = _usable_captions(few, columns)
-    for number, good in enumerate(usable):
-        if not good:
+    captions_only = rows.select_columns([columns.caption]) if hasattr(rows, "select_columns") else rows
+    usable = _have_captions(captions_only, columns)
+    for number, has_caption in enumerate(usable):
+        if not has_caption:
             skipped.add(f"row {number}: its caption is empty")
-    return [number for number, good in enumerate(usable) if good]
+    return [number for number, has_caption in enumerate(usable) if has_caption]
 
 
 def without_images(rows: Any, columns: Columns) -> Any:
@@ -146,21 +150,21 @@ def without_images(rows: Any, columns: Columns) -> Any:
     return rows.remove_columns([columns.image])
 
 
-def chosen(rows: Any, numbers: Sequence[int]) -> Any:
-    """Return the rows with these numbers."""
-    if len(numbers) == len(rows):
+def select_rows(rows: Any, indices: Sequence[int]) -> Any:
+    """Return the rows at these indices."""
+    if len(indices) == len(rows):
         return rows
-    return rows.select(numbers) if hasattr(rows, "select") else [rows[i] for i in numbers]
+    return rows.select(indices) if hasattr(rows, "select") else [rows[i] for i in indices]
 
 
 def is_stream(rows: Any) -> bool:
-    """Return whether rows come one after the other, without number or end."""
+    """Return whether rows can only be read one after the other, as from a `datasets.IterableDataset`."""
     from datasets import IterableDataset
 
     return isinstance(rows, IterableDataset)
 
 
-def _usable_captions(rows: Iterable[Mapping[str, Any]], columns: Columns) -> list[bool]:
+def _have_captions(rows: Iterable[Mapping[str, Any]], columns: Columns) -> list[bool]:
     usable = []
     for number, row in enumerate(rows):
         for caption in _as_list(row[columns.caption]):
@@ -171,10 +175,7 @@ def _usable_captions(rows: Iterable[Mapping[str, Any]], columns: Columns) -> lis
                 )
         usable.append(bool(columns.captions(row)))
     if not any(usable):
-        raise GroundingValueError(
-            f"All captions in the column {columns.caption!r} are empty. Choose another column; this one has nothing to "
-            "learn from."
-        )
+        raise GroundingValueError(f"All captions in the column {columns.caption!r} are empty. Choose another column.")
     return usable
 
 

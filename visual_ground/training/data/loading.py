@@ -1,4 +1,4 @@
-"""Datasets by name: what a name on the command line stands for, loaded by `datasets`' own loaders."""
+"""Datasets by name, as on the command line, loaded by the loaders of `datasets`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.training.data.columns import Columns
 
+# Which loader of `datasets` reads files with this ending.
 LOADERS = {
     ".csv": "csv",
     ".tsv": "csv",
@@ -18,8 +19,10 @@ LOADERS = {
     ".arrow": "arrow",
     ".tar": "webdataset",
 }
+# The usual names of columns, the likeliest first.
 IMAGE_NAMES = ("image", "images", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentence", "sentences")
+# Rows of a stream that are shuffled among each other.
 SHUFFLED = 1000
 
 
@@ -41,13 +44,15 @@ def load_rows(name: str, split: str = "train", streaming: bool = False) -> Any:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    path, options = Path(name), {"split": split, "streaming": streaming}
+    path = Path(name)
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
     try:
         if path.is_dir():
             return _load_folder(path, options)
         if path.suffix in LOADERS:
-            more = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return load_dataset(LOADERS[path.suffix], data_files={split: str(path)}, **options, **more)
+            if path.suffix == ".tsv":
+                options["sep"] = "\t"
+            return load_dataset(LOADERS[path.suffix], data_files={split: str(path)}, **options)
         return load_dataset(name, **options)
     except (OSError, ValueError, DatasetNotFoundError) as error:
         raise GroundingFileError(f"The dataset {name!r} cannot be loaded: {error}") from error
@@ -64,7 +69,7 @@ def _load_folder(path: Path, options: dict[str, Any]) -> Any:
 
 
 def find_columns(names: Sequence[str], image: str | None = None, caption: str | None = None) -> Columns:
-    """Return where the images and captions are: the columns that are named, or else those with a usual name.
+    """Return where the images and captions are: in the given columns, or else in those with a usual name.
 
     Args:
         names: the dataset's columns.
@@ -72,30 +77,30 @@ def find_columns(names: Sequence[str], image: str | None = None, caption: str | 
         caption: the caption column, None to find it.
 
     Raises:
-        GroundingValueError: no such column; those there are are listed.
+        GroundingValueError: no such column; the error lists the dataset's columns.
 
     Example:
         >>> find_columns(["__key__", "jpg", "json", "txt"])
         Columns(image='jpg', caption='txt', folder=None)
     """
-    found_image = next((n for n in ((image,) if image else IMAGE_NAMES) if n in names), None)
-    found_caption = next((n for n in ((caption,) if caption else CAPTION_NAMES) if n in names), None)
-    if found_image is None or found_caption is None:
-        asked = [(found_image, image or "one for each image"), (found_caption, caption or "one for each caption")]
-        missing = [name for found, name in asked if found is None]
+    image_column = next((name for name in ((image,) if image else IMAGE_NAMES) if name in names), None)
+    caption_column = next((name for name in ((caption,) if caption else CAPTION_NAMES) if name in names), None)
+    if image_column is None or caption_column is None:
+        asked = [(image_column, image or "one for each image"), (caption_column, caption or "one for each caption")]
+        missing = [name for column, name in asked if column is None]
         raise GroundingValueError(
             f"The dataset has no columns {missing}; its columns are {list(names)}. Name them: --image-column, "
             "--caption-column."
         )
-    return Columns(found_image, found_caption)
+    return Columns(image_column, caption_column)
 
 
 def column_names(rows: Any) -> Iterable[str]:
-    """Return the columns of a `datasets` dataset; a stream may have to be opened for them."""
+    """Return the column names of a `datasets` dataset; some streams must be opened to know them."""
     return rows.column_names or list(next(iter(rows), {}))
 
 
 def folder_of(name: str) -> str | None:
-    """Return where a table's relative paths start: beside it."""
+    """Return the folder that a table's relative paths are relative to, its own, or None where it is not one file."""
     path = Path(name)
     return str(path.parent) if path.suffix in LOADERS and "*" not in name else None

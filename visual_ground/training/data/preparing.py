@@ -1,4 +1,4 @@
-"""Examples before the first step: captions checked, features cached, what cannot be used left out."""
+"""A dataset before training: captions are checked, image features cached, and unusable rows left out."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 
 from visual_ground.errors import GroundingError, GroundingValueError
-from visual_ground.training.data.columns import Columns, Skipped, chosen, open_rows, usable_rows
+from visual_ground.training.data.columns import Columns, Skipped, open_rows, select_rows, usable_rows
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.vision.feature_cache import FeatureCache
 from visual_ground.vision.feature_store import FeatureFile
 
+Indices = NDArray[np.int64]
+
 
 class StoredFeatures:
-    """The features of each row's images, read from the cache's file when they are asked for.
+    """The features of each row's images, read from the cache's file when they are needed.
 
     Args:
         file: the cache's file.
-        places: for each row, where its images' features are.
+        places: for each row of the dataset, where its images' features are in the file.
     """
 
-    def __init__(self, file: FeatureFile, places: Sequence[np.ndarray]) -> None:
+    def __init__(self, file: FeatureFile, places: Sequence[Indices]) -> None:
         self.file = file
-        self._ends = np.cumsum([len(rows) for rows in places])
+        self._ends = np.cumsum([len(of_row) for of_row in places])
         self._places = np.concatenate(places)
 
     def __len__(self) -> int:
@@ -37,14 +40,14 @@ class StoredFeatures:
     def __getitem__(self, number: int) -> Tensor:
         return self.file.read(self.place(number))
 
-    def place(self, number: int) -> np.ndarray:
-        """Return where the features of a row's images are."""
+    def place(self, number: int) -> Indices:
+        """Return where the features of a row's images are in the file."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         return self._places[self._ends[number - 1] if number else 0 : self._ends[number]]
 
-    def spread(self, limit: int) -> Tensor:
-        """Return the features of all images, or of `limit` of them, evenly spread, (n, f)."""
+    def sample(self, limit: int) -> Tensor:
+        """Return the features of all images, or of at most `limit` of them at even distances, (n, f)."""
         return self.file.read(self._places[:: max(1, -(-len(self._places) // limit))])
 
 
@@ -60,7 +63,7 @@ class Preparing:
         batch_size: images encoded at once.
         workers: processes that read and decode.
         progress: show progress bars.
-        seed: of what is taken at random.
+        seed: of what is sampled.
     """
 
     columns: Columns
@@ -73,9 +76,13 @@ class Preparing:
     seed: int = 0
 
     def examples(self, rows: Any, sample: bool) -> ExampleDataset:
-        """Return a dataset's usable rows, with their images' features where there is a cache.
+        """Return a dataset's usable rows as examples, with their images' features where there is a cache.
 
-        Every process of a distributed run computes the features of its share; all get all.
+        Every process of a distributed run computes the features of its share, and reads those of all.
+
+        Args:
+            rows: the dataset.
+            sample: whether one of several images and captions is sampled, or the first is taken.
 
         Raises:
             GroundingTypeError, GroundingValueError: a dataset that cannot be used, see `open_rows` and `Skipped`.
@@ -83,37 +90,38 @@ class Preparing:
         rows = open_rows(rows, self.columns)
         skipped = Skipped(self.max_skipped, len(rows))
         numbers = np.array(usable_rows(rows, self.columns, skipped))
-        rows = chosen(rows, numbers.tolist())
+        rows = select_rows(rows, numbers.tolist())
         features = None
         if "image_features" in rows[0]:
             self._check_widths(rows)
         elif self.cache is not None:
             places = self._places(rows, numbers, skipped)
-            good = [i for i, place in enumerate(places) if len(place)]
-            if not good:
+            readable = [i for i, place in enumerate(places) if len(place)]
+            if not readable:
                 skipped.check(0)
-            rows, numbers = chosen(rows, good), numbers[good]
-            features = StoredFeatures(self.cache.file, [places[i] for i in good])
+            rows, numbers = select_rows(rows, readable), numbers[readable]
+            features = StoredFeatures(self.cache.file, [places[i] for i in readable])
         skipped.finish()
         groups = _groups(rows, features)
         return ExampleDataset(rows, features, groups, sample, self.columns, numbers.tolist(), self.seed)
 
-    def _places(self, rows: Any, numbers: np.ndarray, skipped: Skipped) -> list[np.ndarray]:
+    def _places(self, rows: Any, numbers: Indices, skipped: Skipped) -> list[Indices]:
         """Return, for each row, where the features of its readable images are."""
         assert self.cache is not None
         state, images = PartialState(), ImagesOf(rows, self.columns)
-        own = range(state.process_index, len(images), state.num_processes)
+        share = range(state.process_index, len(images), state.num_processes)
         skipped.total = max(len(rows), len(images))
 
         def refuse(position: int, error: GroundingError) -> None:
-            skipped.add(f"row {numbers[images.owners[own[position]]]}: {error}")
+            skipped.add(f"row {numbers[images.owners[share[position]]]}: {error}")
 
-        found = self.cache.place(_Part(images, own), self.batch_size, self.workers, self.progress, refuse)
+        share_places = self.cache.place(_Subset(images, share), self.batch_size, self.workers, self.progress, refuse)
         places = np.full(len(images), -1)
-        for index, part in gather_object([(state.process_index, found)]):
-            places[index :: state.num_processes] = part
-        parts = np.split(places, np.searchsorted(images.owners, np.arange(1, len(rows))))
-        return [part[part >= 0] for part in parts]
+        for process, part in gather_object([(state.process_index, share_places)]):
+            places[process :: state.num_processes] = part
+        of_rows = np.split(places, np.searchsorted(images.owners, np.arange(1, len(rows))))
+        # An image that could not be read has the place -1.
+        return [of_row[of_row >= 0] for of_row in of_rows]
 
     def _check_widths(self, rows: Any) -> None:
         for number in range(min(len(rows), 100)):
@@ -121,12 +129,12 @@ class Preparing:
             if width != self.feature_dim:
                 raise GroundingValueError(
                     f"Row {number} has image_features of width {width}, and this model's encoder gives "
-                    f"{self.feature_dim}: they are another encoder's. Compute them with this one, or give images."
+                    f"{self.feature_dim}. Compute them with this encoder, or give images."
                 )
 
 
-class ImagesOf(Sequence):
-    """All images of a dataset, row by row; each is read when it is asked for.
+class ImagesOf(Sequence[Any]):
+    """All images of a dataset, row by row; each is read when it is needed.
 
     Args:
         rows: the dataset.
@@ -149,17 +157,17 @@ class ImagesOf(Sequence):
     def __getitem__(self, number: Any) -> Any:
         return self.columns.images(self.rows[int(self.owners[number])])[self._slots[number]]
 
-    def _counts(self) -> np.ndarray:
+    def _counts(self) -> Indices:
         kind = (getattr(self.rows, "features", None) or {}).get(self.columns.image)
         if kind is not None and not hasattr(kind, "feature"):
-            return np.ones(len(self.rows), dtype=int)  # One each, as the dataset says without being read.
+            return np.ones(len(self.rows), dtype=int)  # An image column that is no list: nothing to read.
         return np.array([len(self.columns.images(row)) for row in self.rows])
 
 
-class _Part(Sequence):
-    """Some of a sequence's entries, by number."""
+class _Subset(Sequence[Any]):
+    """Some of a sequence's entries, by index."""
 
-    def __init__(self, whole: Sequence, numbers: range) -> None:
+    def __init__(self, whole: Sequence[Any], numbers: range) -> None:
         self.whole, self.numbers = whole, numbers
 
     def __len__(self) -> int:
@@ -174,8 +182,8 @@ def _groups(rows: Any, features: StoredFeatures | None) -> Sequence[int]:
     names = getattr(rows, "column_names", None) or rows[0]
     if "group" in names:
         numbers: dict[Any, int] = {}
-        few = rows.select_columns(["group"]) if hasattr(rows, "select_columns") else rows
-        keys = [("row", i) if row.get("group") is None else ("group", row["group"]) for i, row in enumerate(few)]
+        groups = rows.select_columns(["group"]) if hasattr(rows, "select_columns") else rows
+        keys = [("row", i) if row.get("group") is None else ("group", row["group"]) for i, row in enumerate(groups)]
         return [numbers.setdefault(key, len(numbers)) for key in keys]
     if features is None:
         return range(len(rows))

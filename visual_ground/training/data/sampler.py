@@ -1,6 +1,6 @@
-"""Which row comes when, and which of several is taken: functions of a seed and a number alone.
+"""The order of the data, and what is sampled of it: functions of a seed and an index alone.
 
-Nothing here has a state that a restart would have to bring back, or that another process could be ahead of.
+Nothing here has a state that a restart would have to restore, or in which two processes could differ.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 
 def picker(seed: int, draw: int) -> Callable[[Sequence[Any]], Any]:
-    """Return a function that takes one of several at random, the same for the same numbers.
+    """Return a function that chooses one of several at random, the same for the same seed and index.
 
     Example:
         >>> picker(0, 7)("abc") == picker(0, 7)("abc")
@@ -29,15 +29,15 @@ def first(values: Sequence[Any]) -> Any:
 
 
 def happens(probability: float, seed: int, draw: int) -> bool:
-    """Return True with this probability, the same for the same numbers."""
+    """Return True with this probability, the same for the same seed and index."""
     return random.Random(f"{seed} {draw} happens").random() < probability
 
 
 class EpochSampler(Sampler[int]):
-    """The numbers of one epoch of an `ExampleDataset`, shuffled by seed and epoch alone.
+    """The indices of one epoch of an `ExampleDataset`, shuffled by seed and epoch alone.
 
     Args:
-        length: rows.
+        length: examples in an epoch.
         seed: of the order.
         shuffle: False keeps the dataset's order.
 
@@ -52,7 +52,7 @@ class EpochSampler(Sampler[int]):
         self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:

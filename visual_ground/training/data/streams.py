@@ -1,14 +1,13 @@
-"""Examples that come one after the other: a `datasets.IterableDataset`, of which no process sees another's part."""
+"""Streams of examples: a `datasets.IterableDataset`, of which every process reads its own part."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import count, islice
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from datasets import IterableDataset as Rows
 from datasets.distributed import split_dataset_by_node
@@ -18,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from visual_ground.errors import GroundingError, GroundingValueError
 from visual_ground.training.data.columns import Columns, Skipped, open_rows
 from visual_ground.training.data.examples import example_of, read_image
-from visual_ground.training.data.preparing import Preparing
+from visual_ground.training.data.preparing import Indices, Preparing
 from visual_ground.training.data.sampler import picker
 from visual_ground.vision.feature_cache import image_key
 from visual_ground.vision.feature_store import FeatureFile
@@ -26,7 +25,7 @@ from visual_ground.vision.images import image_name
 
 
 @dataclass(frozen=True)
-class CachedPart:
+class StreamFeatures:
     """The cached features of a process's part of a stream.
 
     Args:
@@ -35,75 +34,78 @@ class CachedPart:
     """
 
     file: FeatureFile
-    places: np.ndarray
+    places: Indices
 
-    def spread(self, limit: int) -> Tensor:
-        """Return the features of all images, or of `limit` of them, evenly spread, (n, f)."""
+    def sample(self, limit: int) -> Tensor:
+        """Return the features of all images, or of at most `limit` of them at even distances, (n, f)."""
         return self.file.read(self.places[:: max(1, -(-len(self.places) // limit))])
 
 
-class ExampleStream(IterableDataset):
+class ExampleStream(IterableDataset[dict[str, Any]]):
     """The rows of a stream, over and over, each time with the stream's own next epoch of shuffling.
 
-    Made by `prepare_stream`. What cannot be used is left out; without a cache it is put down in the next example's
+    Made by `prepare_stream`. What cannot be used is left out; without a cache it is noted in the next example's
     `skipped`.
 
     Args:
         rows: this process's part of the stream.
         columns: where the images and captions are.
         features: of its images; None decodes the images.
-        seed: of what is taken at random.
+        seed: of what is sampled.
     """
 
-    def __init__(self, rows: Rows, columns: Columns, features: CachedPart | None, seed: int = 0) -> None:
+    def __init__(self, rows: Rows, columns: Columns, features: StreamFeatures | None, seed: int = 0) -> None:
         self.rows, self.columns, self.features, self.seed = rows, columns, features, seed
         state = PartialState()
         self._process, self._processes = state.process_index, state.num_processes
 
-    def some(self, number: int) -> list[dict[str, Any]]:
-        """Return the first examples."""
-        return list(islice(self, number))
+    def take(self, count: int) -> list[dict[str, Any]]:
+        """Return the first `count` examples."""
+        return list(itertools.islice(self, count))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.features is not None:
             self.features.file.refresh()
-        # A copy of its own: workers share the epoch of a stream that they were given together.
+        # A copy, because workers that are given one stream share its epoch.
         rows, worker = deepcopy(self.rows), get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         draw, step = index * self._processes + self._process, workers * self._processes
         skipped: list[str] = []
-        for epoch in count():
+        for epoch in itertools.count():
             rows.set_epoch(epoch)
-            before = draw
+            epoch_start = draw
             for row in rows:
                 example = self._example(row, draw, skipped)
                 if example is not None:
                     yield {**example, "skipped": skipped}
                     draw, skipped = draw + step, []
-            if draw == before:
-                raise GroundingValueError(f"A part of the stream has no example that can be used: {skipped[:3]}")
+            if draw == epoch_start:
+                raise GroundingValueError(
+                    f"This process's part of the stream has no usable example. The first are: {skipped[:3]}"
+                )
 
     def _example(self, row: Mapping[str, Any], draw: int, skipped: list[str]) -> dict[str, Any] | None:
         """Return an example, or None where the row cannot be used."""
         if not self.columns.captions(row):
             return None
-        take = picker(self.seed, draw)
-        example = {**example_of(row, self.columns, take), "row": draw, "draw": draw}
-        image = take(self.columns.images(row))
+        choose = picker(self.seed, draw)
+        example = {**example_of(row, self.columns, choose), "row": draw, "draw": draw}
+        image = choose(self.columns.images(row))
         try:
             key = image_key(image)
         except GroundingError as error:
             skipped.append(f"{image_name(image)}: {error}")
             return None
+        # Equal images are one group; 15 hex digits of the image's key fit into an int64.
         example["group"] = int(key[:15], 16)
         if self.features is None:
-            readable = read_image(image, skipped)
-            return None if readable is None else {**example, "image": readable}
+            decoded = read_image(image, skipped)
+            return None if decoded is None else {**example, "image": decoded}
         place = self.features.file.rows.get(key)
         return None if place is None else {**example, "image_features": self.features.file.read([place])[0]}
 
 
-class _Pictures:
+class _StreamImages:
     """The images of a stream's usable rows, and an error for every other row."""
 
     def __init__(self, rows: Rows, columns: Columns) -> None:
@@ -122,7 +124,7 @@ def prepare_stream(rows: Rows, preparing: Preparing) -> ExampleStream:
 
     Args:
         rows: the stream.
-        preparing: how.
+        preparing: how its examples are prepared.
 
     Raises:
         GroundingTypeError, GroundingValueError: as in `Preparing.examples`.
@@ -139,8 +141,8 @@ def prepare_stream(rows: Rows, preparing: Preparing) -> ExampleStream:
         skipped.seen = position + 1
         skipped.add(f"image {position} of the stream: {error}")
 
-    pictures = _Pictures(part, columns)
-    places = cache.place(pictures, preparing.batch_size, preparing.workers, preparing.progress, refuse)
+    images = _StreamImages(part, columns)
+    places = cache.place(images, preparing.batch_size, preparing.workers, preparing.progress, refuse)
     skipped.check(len(places))
     skipped.finish()
-    return ExampleStream(part, columns, CachedPart(cache.file, places[places >= 0]), preparing.seed)
+    return ExampleStream(part, columns, StreamFeatures(cache.file, places[places >= 0]), preparing.seed)

@@ -1,4 +1,4 @@
-"""Which words of captions tell an image from others, and image rows that begin as what these words are embedded as."""
+"""IDF weights of caption words, and image tokens that start as the weighted mean embedding of their captions' words."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from torch import Tensor
 from visual_ground.model import GroundedModel
 from visual_ground.regression import mean_and_std, ridge
 
-# Rows are made as spread as the words that they are fitted to, but no more than so many times what was fitted: where
-# images tell next to nothing of the words, there is only noise to enlarge.
-SPREAD_AT_MOST = 10.0
+# Ridge regression shrinks its predictions; they are scaled back to their targets' standard deviation, but at most by
+# this factor: where images predict next to nothing of the words, only noise would be enlarged.
+MAX_SCALE = 10.0
 
-Words = tuple[int, ...]
+TokenIds = tuple[int, ...]
 
 
 def caption_ids(
     model: GroundedModel, captions: Sequence[str], groups: Sequence[Hashable]
-) -> dict[Hashable, list[Words]]:
-    """Return the different captions of each group as ids, in the order in which they come."""
-    said: dict[Hashable, dict[Words, None]] = {}
+) -> dict[Hashable, list[TokenIds]]:
+    """Return the different captions of each group as token ids, in order of appearance."""
+    ids_of: dict[Hashable, dict[TokenIds, None]] = {}
     for caption, group in zip(captions, groups, strict=True):
-        said.setdefault(group, {})[tuple(model.processor.encode_text(" " + without_sentence_marks(caption)))] = None
-    return {group: list(texts) for group, texts in said.items()}
+        ids = tuple(model.processor.encode_text(" " + without_sentence_marks(caption)))
+        ids_of.setdefault(group, {})[ids] = None
+    return {group: list(ids) for group, ids in ids_of.items()}
 
 
-def idf_weights(said: Mapping[Hashable, Sequence[Words]]) -> dict[int, float]:
-    """Return each token's weight: the logarithm of the groups per group that has it.
+def idf_weights(ids_of: Mapping[Hashable, Sequence[TokenIds]]) -> dict[int, float]:
+    """Return each token's inverse document frequency, log(N / df), where every group of captions is one document.
 
-    What most captions say tells no image from others. Where all captions are the same, all words weigh the same.
+    Where all captions are the same, all tokens weigh the same.
     """
-    having = Counter(token for texts in said.values() for token in set(chain(*texts)))
-    return {token: math.log(len(said) / count) + 1e-6 for token, count in having.items()}
+    document_frequency = Counter(token for captions in ids_of.values() for token in set(chain(*captions)))
+    return {token: math.log(len(ids_of) / df) + 1e-6 for token, df in document_frequency.items()}
 
 
 def without_sentence_marks(caption: str) -> str:
-    """Return a caption without the capital and the full stop that make it a sentence."""
+    """Return a caption without the capital letter and the full stop that make it a sentence."""
     bare = caption.strip().rstrip(".!?,;: ") or caption
     return bare[0].lower() + bare[1:] if bare[1:2].islower() or bare[1:2] == " " else bare
 
@@ -49,11 +50,10 @@ def without_sentence_marks(caption: str) -> str:
 def fit_image_tokens_to_words(
     model: GroundedModel, captions: Sequence[str], features: Tensor, groups: Sequence[Hashable]
 ) -> None:
-    """Set the layer from images to input rows by ridge regression to the embeddings of the images' idf_weights words.
+    """Fit the image projection by ridge regression to the idf-weighted mean embeddings of each group's words.
 
-    An image's target is the mean embedding of its group's words, each by its weight. Rows lie around the adapter's
-    embedding mean and as far from it as the targets from theirs, which ridge regression alone would shrink
-    (benchmarks/transfer).
+    The image tokens get the embeddings' mean and the targets' standard deviation, which ridge regression alone would
+    shrink (benchmarks/transfer).
 
     Args:
         model: the grounded model.
@@ -61,28 +61,33 @@ def fit_image_tokens_to_words(
         features: (n, f), of their images.
         groups: n, equal where two captions are about the same thing.
     """
-    adapter = model.adapter
-    said = caption_ids(model, captions, groups)
-    weight_of = idf_weights(said)
-    number, targets = {group: i for i, group in enumerate(said)}, []
-    for texts in said.values():
-        ids = list(chain(*texts))
-        weights = torch.tensor([weight_of[i] for i in ids])
-        words = model.frozen_lm.embed(torch.tensor(ids)).float().cpu()
-        targets.append(weights @ words / weights.sum())
-    own = torch.tensor([number[group] for group in groups])
-    rows = (torch.stack(targets) / adapter.embedding_std.clamp_min(1e-6).cpu())[own]
-    read = adapter.standardise(features.to(adapter.feature_mean.device)).cpu()
+    adapter, ids_of = model.adapter, caption_ids(model, captions, groups)
+    number = {group: i for i, group in enumerate(ids_of)}
+    of_group = torch.tensor([number[group] for group in groups])
+    targets = (_mean_embeddings(model, ids_of) / adapter.embedding_std.clamp_min(1e-6).cpu())[of_group]
+    inputs = adapter.standardise(features.to(adapter.feature_mean.device)).cpu()
     if patches := model.config.num_patch_tokens:
-        # Every patch of an image is fitted to its words.
-        read = read[:, adapter.pooled_dim :].reshape(-1, adapter.patch_dim)
-        rows, own = rows.repeat_interleave(patches, 0), own.repeat_interleave(patches)
-    middle, deviation = mean_and_std(read)
-    even = (read - middle) / deviation
-    fitted = ridge(even, rows, own)
-    spread = rows.std(0, correction=0).norm() / fitted(even).std(0, correction=0).norm().clamp_min(1e-6)
-    weight = spread.clamp_max(SPREAD_AT_MOST) * fitted.weight / deviation
+        # Every patch of an image is fitted to the same words.
+        inputs = inputs[:, adapter.pooled_dim :].reshape(-1, adapter.patch_dim)
+        targets, of_group = targets.repeat_interleave(patches, 0), of_group.repeat_interleave(patches)
+    mean, std = mean_and_std(inputs)
+    standardised = (inputs - mean) / std
+    fitted = ridge(standardised, targets, of_group)
+    scale = targets.std(0, correction=0).norm() / fitted(standardised).std(0, correction=0).norm().clamp_min(1e-6)
+    weight = scale.clamp_max(MAX_SCALE) * fitted.weight / std
     layer = adapter.image_projection
+    # All tokens of an image start alike.
     copies = len(layer.weight) // len(weight)
     layer.weight.copy_(weight.repeat(copies, 1))
-    layer.bias.copy_((-weight @ middle).repeat(copies))
+    layer.bias.copy_((-weight @ mean).repeat(copies))
+
+
+def _mean_embeddings(model: GroundedModel, ids_of: Mapping[Hashable, Sequence[TokenIds]]) -> Tensor:
+    """Return for each group the idf-weighted mean embedding of its captions' tokens, (groups, d)."""
+    weight_of, means = idf_weights(ids_of), []
+    for captions in ids_of.values():
+        ids = list(chain(*captions))
+        weights = torch.tensor([weight_of[i] for i in ids])
+        embeddings = model.frozen_lm.embed(torch.tensor(ids)).float().cpu()
+        means.append(weights @ embeddings / weights.sum())
+    return torch.stack(means)

@@ -1,8 +1,8 @@
-"""When to say `[RET]`, found without running the LM: its row is the only thing that is not known yet.
+"""`[RET]`'s output embedding, fitted to where captions end, without running the LM in each step.
 
-What the output head reads before `[RET]` and before a caption's own words depends on nothing trained, and so does the
-normaliser of the LM's own logits. With these kept, the text loss is a convex function of `[RET]`'s output row, and a
-step of its descent is one product of matrix and vector.
+What the output head reads before `[RET]` and before a caption's tokens depends on nothing trained, and neither does the
+normaliser over the LM's own columns. With these kept, the text loss is a convex function of `[RET]`'s output embedding,
+and each step of its descent is one product of a matrix and a vector.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from torch.nn import functional as F
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.training.losses.retrieval import CaptionLikelihoods
 
-STEPS = 100
+# A bound only: L-BFGS stops by itself where the convex loss falls no further.
+MAX_STEPS = 100
 
 
 def fit_ret(adapter: Adapter, likelihoods: CaptionLikelihoods) -> None:
-    """Turn `[RET]`'s output row to where captions that end with `[RET]` are likeliest; its norm stays as it is.
+    """Turn `[RET]`'s output embedding to where captions followed by `[RET]` are likeliest, and keep its norm.
 
     Args:
-        adapter: its row is set; where input and output row are tied, the input row is the same.
+        adapter: where input and output embedding are tied, the input embedding moves too.
         likelihoods: from `PrefixCache.likelihoods`.
     """
-    row = adapter.ret_embeddings()[1]
-    norm = row.detach().norm()
-    direction = row.detach().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([direction], max_iter=STEPS, line_search_fn="strong_wolfe")
+    embedding = adapter.ret_embeddings()[1]
+    norm = embedding.detach().norm()
+    direction = embedding.detach().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([direction], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = likelihoods.loss(norm * F.normalize(direction, dim=0)).mean
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        row.copy_(norm * F.normalize(direction, dim=0))
+        embedding.copy_(norm * F.normalize(direction, dim=0))

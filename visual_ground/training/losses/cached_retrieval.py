@@ -1,50 +1,46 @@
-"""The text-retrieval pass for less: what stands before `[RET]` depends on nothing trained.
+"""The text-retrieval pass for less: nothing that stands before `[RET]` depends on anything trained.
 
-So it runs without gradient, once for each caption, and only the single position of `[RET]` runs with gradient, on the
-kept keys and values. The cross entropy of a caption's tokens needs of the prefix only the head's input, the log
-normaliser of the LM's own columns and the label's logit; `[RET]`'s column is added to these. Both are exact.
+So captions run up to their `[RET]` without gradient, once each, and only the single position of `[RET]` runs with
+gradient, on the kept keys and values. Of the caption itself, the cross entropy needs the head's input, the log
+normaliser over all columns but `[RET]`'s, and the labels' logits; `[RET]`'s column is added to these. Both are exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.training.data.examples import IGNORED, LabelledIds
+from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
 from visual_ground.training.losses.captioning import LossSum
 from visual_ground.training.losses.retrieval import CaptionLikelihoods, RetrievalOutput, plain_retrieval
-from visual_ground.training.speedups.cross_entropy import own_columns
-from visual_ground.training.speedups.packing import (
-    PackedBatch,
-    SharedPrefixCache,
-    fixed_cache,
-    pieces,
-    plain_layers,
-    read,
-    rows_of,
-)
+from visual_ground.training.speedups.cross_entropy import normalisers_without_ret
+from visual_ground.training.speedups.kv_cache import SharedPrefixCache, fixed_cache, keys_values_of
+from visual_ground.training.speedups.packing import PackedBatch, additive_mask, lay_out, on_device, read
 
+# Captions that run up to their `[RET]` together, which bounds the memory. They are sorted by length before.
 CAPTIONS_PER_RUN = 32
 
+# A caption's ids, `[RET]` last, and the index of its first label.
 Key = tuple[tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
 class CaptionKV:
-    """What is kept of one caption before its `[RET]`.
+    """What is kept of a caption of s ids before its `[RET]`.
 
     Args:
         keys_values: for each layer, keys and values (2, heads, s, width).
-        head_input: (labels, h), what the head read where a label follows; the last one predicts `[RET]`.
-        log_normaliser: (labels,), of the LM's own columns.
+        head_input: (labels, h), what the head read before each label; the last one predicts `[RET]`.
+        log_normaliser: (labels,), over all columns but `[RET]`'s.
         label_logits: (labels - 1,), of the caption's own tokens.
     """
 
@@ -60,7 +56,7 @@ class CaptionKV:
 
 
 class PrefixStorage(Protocol):
-    """Keeps prefixes beyond the memory of this process; see `prefix_files.PrefixFiles`."""
+    """Keeps captions' keys and values beyond the memory of this process; see `prefix_files.PrefixFiles`."""
 
     def get(self, key: Key) -> CaptionKV | None:
         """Return what was kept, or None."""
@@ -70,14 +66,14 @@ class PrefixStorage(Protocol):
 
 
 class PrefixCache:
-    """Runs captions up to `[RET]` without gradient, and keeps what it found while there is room.
+    """Runs captions up to `[RET]` without gradient, and keeps the result while there is room.
 
     Args:
         model: the grounded model, whose LM must keep one plain key-value cache per layer.
         limit_bytes: how much to keep in memory; 0 keeps nothing.
-        packed: several captions in a row of the LM's batch, without padding.
-        keeper: keeps prefixes on disk besides.
-        leads: what stands before all captions runs once.
+        packed: several captions share a row of the LM's batch, without padding.
+        storage: keeps them on disk as well.
+        shared_prefix: the prompt prefix that all captions have in common runs once.
     """
 
     def __init__(
@@ -85,171 +81,170 @@ class PrefixCache:
         model: GroundedModel,
         limit_bytes: int = 0,
         packed: bool = False,
-        keeper: PrefixStorage | None = None,
-        leads: bool = False,
+        storage: PrefixStorage | None = None,
+        shared_prefix: bool = False,
     ) -> None:
-        self.model, self.packed, self.keeper, self.leads = model, packed, keeper, leads
-        self._leads = SharedPrefixCache(model)
+        self.model, self.packed, self.storage, self.shared_prefix = model, packed, storage, shared_prefix
+        self._shared = SharedPrefixCache(model)
         self.limit_bytes, self.held_bytes = limit_bytes, 0
         self._kept: dict[Key, CaptionKV] = {}
 
-    def run(self, batch: Mapping[str, Tensor]) -> RetrievalOutput:
-        """Compute what `plain_retrieval` computes, for a batch whose rows end with `[RET]`."""
-        prefixes = self._prefixes(batch)
-        vectors = self.model.adapter.embed_states(self._states(prefixes))
-        return RetrievalOutput(self._spoken(prefixes).loss(self.model.adapter.ret_embeddings()[1]), vectors)
+    def without_memory(self) -> PrefixCache:
+        """Return one that computes the same and keeps nothing."""
+        return PrefixCache(self.model, packed=self.packed, shared_prefix=self.shared_prefix)
 
-    def _prefixes(self, batch: Mapping[str, Tensor]) -> list[CaptionKV]:
-        keys = [(row.ids, _first_label(row)) for row in rows_of(batch)]
-        found: dict[Key, CaptionKV] = {}
+    def run(self, sequences: Sequence[TokenSequence]) -> RetrievalOutput:
+        """Compute what `plain_retrieval` computes, for sequences that end with `[RET]`."""
+        captions = self._captions(sequences)
+        vectors = self.model.adapter.embed_states(self._states(captions))
+        return RetrievalOutput(self._likelihoods(captions).loss(self.model.adapter.ret_embeddings()[1]), vectors)
+
+    def likelihoods(self, sequences: Sequence[TokenSequence]) -> CaptionLikelihoods:
+        """Return what the sequences' text loss depends on besides `[RET]`'s output embedding."""
+        return self._likelihoods(self._captions(sequences))
+
+    def states(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+        """Return the states at the sequences' `[RET]`s, one (b, width) per text layer."""
+        return self._states(self._captions(sequences))
+
+    def _captions(self, sequences: Sequence[TokenSequence]) -> list[CaptionKV]:
+        keys = [(sequence.ids, _first_label(sequence)) for sequence in sequences]
+        known: dict[Key, CaptionKV] = {}
         for key in dict.fromkeys(keys):
-            prefix = self._kept.get(key) or (self.keeper.get(key) if self.keeper else None)
-            if prefix is not None:
-                found[key] = prefix
-        missing = sorted({key for key in keys if key not in found}, key=lambda key: (len(key[0]), key))
+            caption = self._kept.get(key) or (self.storage.get(key) if self.storage else None)
+            if caption is not None:
+                known[key] = caption
+        missing = sorted({key for key in keys if key not in known}, key=lambda key: (len(key[0]), key))
         fresh: dict[Key, CaptionKV] = {}
         for start in range(0, len(missing), CAPTIONS_PER_RUN):
             fresh |= self._compute(missing[start : start + CAPTIONS_PER_RUN])
-        if self.keeper and fresh:
-            self.keeper.put(fresh)
-        for key, prefix in {**found, **fresh}.items():
-            if key not in self._kept and self.held_bytes + prefix.nbytes <= self.limit_bytes:
-                self._kept[key] = prefix
-                self.held_bytes += prefix.nbytes
-        return [found.get(key) or fresh[key] for key in keys]
+        if self.storage and fresh:
+            self.storage.put(fresh)
+        for key, caption in {**known, **fresh}.items():
+            if key not in self._kept and self.held_bytes + caption.nbytes <= self.limit_bytes:
+                self._kept[key] = caption
+                self.held_bytes += caption.nbytes
+        return [known.get(key) or fresh[key] for key in keys]
 
     @torch.no_grad()
     def _compute(self, keys: Sequence[Key]) -> dict[Key, CaptionKV]:
-        """Run rows, each ending with `[RET]` and labelled from its first label on, up to before their `[RET]`."""
-        # The last id of what stands before a caption predicts its first label, so that it runs with each.
-        usual = tuple(self.model.processor.caption_prefix(image=False))[:-1] if self.leads else ()
-        led: dict[tuple[int, ...], list[Key]] = {}
+        """Run captions, each labelled from its first label on, up to before their `[RET]`."""
+        # The last id of the prompt predicts a caption's first label, so it runs with each caption.
+        prompt = tuple(self.model.processor.caption_prefix(image=False))[:-1] if self.shared_prefix else ()
+        by_prefix: dict[tuple[int, ...], list[Key]] = {}
         for ids, first in keys:
-            lead = usual if first > len(usual) and ids[: len(usual)] == usual else ()
-            led.setdefault(lead, []).append((ids, first))
+            prefix = prompt if first > len(prompt) and ids[: len(prompt)] == prompt else ()
+            by_prefix.setdefault(prefix, []).append((ids, first))
         fresh: dict[Key, CaptionKV] = {}
-        for lead, some in led.items():
-            fresh |= self._compute_led(lead, some)
+        for prefix, group in by_prefix.items():
+            fresh |= self._compute_after(prefix, group)
         return fresh
 
-    def _compute_led(self, lead: tuple[int, ...], keys: Sequence[Key]) -> dict[Key, CaptionKV]:
-        model, before = self.model, len(lead)
-        rows = [LabelledIds(ids[before:-1], (*[IGNORED] * (first - before), *ids[first:])) for ids, first in keys]
-        fresh: dict[Key, CaptionKV] = {}
-        for piece in pieces(model, rows, self.packed, lead=before):
-            states, output = read(model, piece, lead=self._leads.get(lead), keep=True)
-            normalisers, logits = own_columns(model, states, piece.targets)
-            layers = plain_layers(output, before + piece.ids.shape[1])
-            for number, row, start, count, labels in _places(piece):
-                own = slice(before + start, before + start + count)
-                # Joined or cloned anew, so that a kept slice does not hold the whole batch's memory.
-                kept = [
-                    torch.stack([torch.cat([t[row, :, :before], t[row, :, own]], -2) for t in layer])
-                    for layer in layers
-                ]
-                numbers = normalisers[labels].clone(), logits[labels][:-1].clone()
-                fresh[keys[number]] = CaptionKV(kept, states[labels].clone(), *numbers)
+    def _compute_after(self, prefix: tuple[int, ...], keys: Sequence[Key]) -> dict[Key, CaptionKV]:
+        n, fresh = len(prefix), {}
+        # Without `[RET]`'s id and with its label: the last id is the one that predicts it.
+        sequences = [TokenSequence(ids[n:-1], (*[IGNORE_INDEX] * (first - n), *ids[first:])) for ids, first in keys]
+        for batch in lay_out(self.model, sequences, self.packed, prefix_length=n):
+            for index, caption in self._run(batch, prefix):
+                fresh[keys[index]] = caption
         return fresh
 
-    def likelihoods(self, batch: Mapping[str, Tensor]) -> CaptionLikelihoods:
-        """Return what decides how likely such a batch's captions and `[RET]`s are said, whatever `[RET]`'s row."""
-        return self._spoken(self._prefixes(batch))
+    def _run(self, batch: PackedBatch, prefix: tuple[int, ...]) -> Iterator[tuple[int, CaptionKV]]:
+        n = len(prefix)
+        reading = read(self.model, batch, prefix=self._shared.get(prefix), keep=True, max_logits=1)
+        normalisers, logits = normalisers_without_ret(self.model, reading.head_input, batch.targets)
+        layers = keys_values_of(reading.output, n + batch.ids.shape[1])
+        for span in batch.spans:
+            row, place = span.row, slice(n + span.start, n + span.start + span.length)
+            # Joined or cloned anew: a slice would hold the memory of the whole batch.
+            keys_values = [
+                torch.stack([torch.cat([t[row, :, :n], t[row, :, place]], -2) for t in layer]) for layer in layers
+            ]
+            head_input, normaliser = reading.head_input[span.labels].clone(), normalisers[span.labels].clone()
+            yield span.index, CaptionKV(keys_values, head_input, normaliser, logits[span.labels][:-1].clone())
 
-    def _spoken(self, prefixes: Sequence[CaptionKV]) -> CaptionLikelihoods:
-        counts = torch.tensor([len(prefix.head_input) for prefix in prefixes])
+    def _likelihoods(self, captions: Sequence[CaptionKV]) -> CaptionLikelihoods:
+        ends = torch.tensor([len(caption.head_input) for caption in captions]).cumsum(0) - 1
+        head_input = torch.cat([caption.head_input for caption in captions])
         return CaptionLikelihoods(
-            torch.cat([prefix.head_input for prefix in prefixes]),
-            torch.cat([prefix.log_normaliser for prefix in prefixes]),
-            torch.cat([prefix.label_logits for prefix in prefixes]),
-            counts.cumsum(0) - 1,
+            head_input,
+            torch.cat([caption.log_normaliser for caption in captions]),
+            torch.cat([caption.label_logits for caption in captions]),
+            ends.to(head_input.device, non_blocking=True),
         )
 
-    def states(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the states at the `[RET]`s of such a batch, one (b, width) per text layer."""
-        return self._states(self._prefixes(batch))
-
-    def _states(self, prefixes: Sequence[CaptionKV]) -> list[Tensor]:
+    def _states(self, captions: Sequence[CaptionKV]) -> list[Tensor]:
         """Run the single position of `[RET]` on the kept keys and values; return its states."""
-        model = self.model
-        device = model.adapter.logit_scale.device
-        lengths = [prefix.keys_values[0].shape[2] for prefix in prefixes]
+        model, device = self.model, self.model.frozen_lm.device
+        lengths = [caption.keys_values[0].shape[2] for caption in captions]
         longest = max(lengths)
         layers = []
-        for layer in range(len(prefixes[0].keys_values)):
+        for layer in range(len(captions[0].keys_values)):
             padded = [
-                torch.nn.functional.pad(prefix.keys_values[layer], (0, 0, longest - n, 0))
-                for prefix, n in zip(prefixes, lengths, strict=True)
+                pad(caption.keys_values[layer], (0, 0, longest - caption.keys_values[layer].shape[2], 0))
+                for caption in captions
             ]
             keys, values = torch.stack(padded, 1).to(device)
             layers.append((keys, values))
-        mask = torch.arange(longest + 1) >= longest - torch.tensor(lengths)[:, None]
-        ids = torch.full((len(prefixes), 1), model.ret_token_id, device=device)
+        seen = torch.arange(longest + 1) >= longest - torch.tensor(lengths)[:, None]
+        options: dict[str, Any] = {"position_ids": on_device(lengths, device)[:, None]}
+        # An LM that takes packed sequences takes this mask too. Given one (b, s), transformers waits for the GPU to see
+        # whether anything is masked at all.
+        mask = additive_mask(seen[:, None, None], model.frozen_lm.dtype) if self.packed else seen.long()
         return model.frozen_lm.hidden_states(
-            ids,
-            mask.long().to(device),
-            torch.arange(len(ids), device=device),
+            torch.full((len(captions), 1), model.ret_token_id, device=device),
+            mask.to(device, non_blocking=True),
+            torch.arange(len(captions), device=device),
             model.config.text_layers,
             cache=fixed_cache(layers),
             use_cache=True,
+            has_virtual=True,
+            **(options if model.frozen_lm.takes_positions else {}),
         )
 
 
-def _first_label(row: LabelledIds) -> int:
-    return next(n for n, label in enumerate(row.labels) if label != IGNORED)
-
-
-def _places(piece: PackedBatch) -> list[tuple[int, int, int, int, slice]]:
-    """Return a piece's spans, each with the slice of the labels that are its own."""
-    before = torch.nn.functional.pad(piece.predicting.flatten().cumsum(0), (1, 0)).tolist()
-    width = piece.predicting.shape[1]
-    return [
-        (number, row, start, count, slice(before[row * width + start], before[row * width + start + count]))
-        for number, row, start, count in piece.spans
-    ]
+def _first_label(sequence: TokenSequence) -> int:
+    return next(n for n, label in enumerate(sequence.labels) if label != IGNORE_INDEX)
 
 
 def run_retrieval(
     model: GroundedModel,
-    batch: Mapping[str, Tensor],
+    sequences: Sequence[TokenSequence],
     prefixes: PrefixCache | None,
     mini_batch_size: int | None = None,
-    context: Callable[[], AbstractContextManager] = nullcontext,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> RetrievalOutput:
     """Compute the text-retrieval pass.
 
     Args:
         model: the grounded model.
-        batch: input_ids, attention_mask, labels (b, s); each row's last id is `[RET]`.
+        sequences: each ends with `[RET]`.
         prefixes: None runs whole captions.
-        mini_batch_size: rows whose activations are in memory at once. All vectors are computed first, and each part of
-            them again when its gradient is known (gradient caching: Gao et al. 2021), so that the contrastive loss is
-            that of the whole batch.
-        context: what every run of rows is inside of.
+        mini_batch_size: sequences whose activations are in memory at once. All vectors are computed first, and each
+            part of them again when its gradient is known (gradient caching: Gao et al. 2021), so that the contrastive
+            loss is that of the whole batch.
+        context: a context manager around every run of the LM.
 
     Raises:
-        GroundingValueError: a caption that says `[RET]` itself.
+        GroundingValueError: a caption that contains `[RET]`.
     """
-    said = ((batch["input_ids"] == model.ret_token_id) & (batch["attention_mask"] > 0)).sum(-1)
-    if bool((said != 1).any()):
-        wrong = (said != 1).nonzero()[:, 0].tolist()
+    if wrong := [i for i, sequence in enumerate(sequences) if sequence.ids.count(model.ret_token_id) != 1]:
         raise GroundingValueError(
-            f"Rows {wrong} of the batch must say {model.config.ret_token} once, at their end. Take it out of the "
-            "captions."
+            f"Examples {wrong} of the batch must contain {model.config.ret_token} once, at their end. Remove it from "
+            "the captions."
         )
 
-    def run(part: Mapping[str, Tensor]) -> RetrievalOutput:
+    def run(part: Sequence[TokenSequence]) -> RetrievalOutput:
         with context():
             return plain_retrieval(model, part) if prefixes is None else prefixes.run(part)
 
-    count = len(batch["input_ids"])
-    if mini_batch_size is None or mini_batch_size >= count:
-        return run(batch)
-    starts = range(0, count, mini_batch_size)
-    parts = [{name: tensor[i : i + mini_batch_size] for name, tensor in batch.items()} for i in starts]
+    if mini_batch_size is None or mini_batch_size >= len(sequences):
+        return run(sequences)
+    parts = [sequences[i : i + mini_batch_size] for i in range(0, len(sequences), mini_batch_size)]
 
-    def again(part: Mapping[str, Tensor]) -> tuple[Tensor, int, Tensor]:
-        result = run(part)
-        return result.text.total, result.text.count, result.vectors
+    def again(part: Sequence[TokenSequence]) -> tuple[Tensor, int, Tensor]:
+        output = run(part)
+        return output.text.total, output.text.count, output.vectors
 
-    found = [checkpoint(again, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    return RetrievalOutput.joined([RetrievalOutput(LossSum(total, n), vectors) for total, n, vectors in found])
+    outputs = [checkpoint(again, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return RetrievalOutput.joined([RetrievalOutput(LossSum(total, n), vectors) for total, n, vectors in outputs])

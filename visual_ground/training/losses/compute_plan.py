@@ -1,129 +1,140 @@
-"""Which short ways of computing the losses an LM can go: rather than to know all LMs, each is tried and compared."""
+"""Which fast ways of computing the losses an LM allows: no list of LMs, each way is tried and compared instead."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from visual_ground.model import GroundedModel
+from visual_ground.training.data.sequences import TokenSequence
 from visual_ground.training.losses.cached_retrieval import PrefixCache, PrefixStorage
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan
 from visual_ground.training.losses.retrieval import plain_retrieval
 from visual_ground.training.speedups.cross_entropy import ret_parameters
-from visual_ground.training.speedups.packing import dtype_of
+from visual_ground.training.speedups.packing import pad_in_order
 
 logger = logging.getLogger(__name__)
 
-TRIED_ROWS = 8
-# Whether captions are packed, and whether what stands before all of them runs once: the quickest way first.
-WAYS = ((True, True), (False, True), (True, False), (False, False))
+# Sequences that the ways are tried on: enough for several lengths, few enough to cost less than a step.
+NUM_TRIED = 8
+# Whether captions are packed, and whether their prompt prefix runs once: the fastest way first.
+RETRIEVAL_WAYS = ((True, True), (False, True), (True, False), (False, False))
 
 
 def choose_compute_plan(
-    model: GroundedModel, batch: Mapping[str, Tensor], mini_batch_size: int | None = None, at_once: bool = True
+    model: GroundedModel,
+    sequences: Sequence[TokenSequence],
+    mini_batch_size: int | None = None,
+    gradients_in_forward: bool = True,
 ) -> ComputePlan:
-    """Return the short ways whose captioning loss and gradients, on rows of this batch, are those of the plain way.
+    """Return the plan whose captioning loss and gradients, on these sequences, are those of the plain computation.
 
-    Packing needs position ids and a mask of the caller's own, which not every LM takes; capped and scaled logits are
-    no head's output; state spaces keep no keys and values.
+    Packing needs an LM that takes position ids and a four-dimensional mask; an LM that caps or scales its logits needs
+    its own run of the head; a state space has no keys and values of a prefix.
 
     Args:
         model: the grounded model.
-        batch: the captioning part of a batch.
+        sequences: the captioning part of a batch.
         mini_batch_size: as in `ComputePlan`.
-        at_once: likewise.
+        gradients_in_forward: likewise.
     """
-    some = {name: tensor[:TRIED_ROWS] for name, tensor in batch.items()}
-    found = ComputePlan(mini_batch_size=mini_batch_size, at_once=at_once)
-    plain = _loss_and_gradients(model, some, ComputePlan())
-    ways = ("direct_head", "leads", "packed") if head_is_last(model, some) else ("leads", "packed")
-    for way in ways:
-        tried = replace(found, **{way: True})
+    tried = sequences[:NUM_TRIED]
+    plan = ComputePlan(mini_batch_size=mini_batch_size, gradients_in_forward=gradients_in_forward)
+    plain = _loss_and_gradients(model, tried, ComputePlan())
+    names = ("direct_head", "shared_prefix", "packed") if head_is_last(model, tried) else ("shared_prefix", "packed")
+    for name in names:
+        faster = replace(plan, **{name: True})
         try:
-            same = _agree(plain, _loss_and_gradients(model, some, tried), dtype_of(model))
-        except Exception as error:  # whatever an unknown LM raises here means that it does not go this way
+            same = _agree(plain, _loss_and_gradients(model, tried, faster), model.frozen_lm.dtype)
+        except Exception as error:  # whatever an unknown LM raises here means that it does not allow this way
             same = False
-            logger.info("Trying %s raised %s: %s", way, type(error).__name__, error)
-        found = tried if same else found
-        logger.info("Captions %s %s.", "take" if same else "do not take", way)
-    return found
+            logger.info("Trying %s raised %s: %s", name, type(error).__name__, error)
+        plan = faster if same else plan
+        logger.info("The captioning loss is computed with %s=%s.", name, same)
+    return plan
 
 
 @torch.no_grad()
-def head_is_last(model: GroundedModel, batch: Mapping[str, Tensor]) -> bool:
-    """Return whether the LM's logits are what its head gave, neither capped nor scaled.
+def head_is_last(model: GroundedModel, sequences: Sequence[TokenSequence]) -> bool:
+    """Return whether the LM's logits are what its output head gave, neither capped nor scaled.
 
     Args:
         model: the grounded model.
-        batch: input_ids (b, s).
+        sequences: the first is run.
     """
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
     head = model.lm.get_output_embeddings()
-    handle = head.register_forward_hook(lambda module, args, output: seen.append(output))
+    handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        words = batch["input_ids"][:1].clamp_max(model.frozen_lm.vocabulary.safe_id)
-        logits = model.frozen_lm.forward(words, torch.ones_like(words), use_cache=False).logits
+        ids = pad_in_order(model, sequences[:1]).ids.clamp_max(model.frozen_lm.vocabulary.safe_id)
+        logits = model.frozen_lm.forward(ids, torch.ones_like(ids), use_cache=False).logits
     finally:
         handle.remove()
-    return len(seen) == 1 and seen[0].shape == logits.shape and torch.equal(seen[0].float(), logits.float())
+    return len(outputs) == 1 and outputs[0].shape == logits.shape and torch.equal(outputs[0].float(), logits.float())
 
 
-def _loss_and_gradients(model: GroundedModel, batch: Mapping[str, Tensor], plan: ComputePlan) -> list[Tensor]:
+def _loss_and_gradients(model: GroundedModel, sequences: Sequence[TokenSequence], plan: ComputePlan) -> list[Tensor]:
     adapter = model.adapter
-    n, f = len(batch["input_ids"]) * 2, adapter.feature_dim
-    # Images that differ, and no random numbers: those of the training itself must not depend on what is tried here.
+    # A sequence may have several images, where captions were concatenated.
+    n, f = len(sequences) * 2, adapter.feature_dim
+    # Images that differ, without random numbers: those of the training must not depend on what is tried here.
     waves = torch.arange(n * f, device=adapter.logit_scale.device).view(n, f).sin()
     with torch.enable_grad():
-        loss = CaptioningLoss(model, plan).loss(batch, adapter.feature_mean + adapter.feature_std * waves).mean
+        loss = CaptioningLoss(model, plan).loss(sequences, adapter.feature_mean + adapter.feature_std * waves).mean
         inputs = [t for t in (*ret_parameters(model), *adapter.image_projection.parameters()) if t.requires_grad]
         gradients = torch.autograd.grad(loss, inputs, allow_unused=True) if inputs else ()
     return [loss.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-def _agree(plain: list[Tensor], quick: list[Tensor], dtype: torch.dtype) -> bool:
-    room = 1e-3 if dtype == torch.float32 else 5e-2
-    pairs = zip(plain, quick, strict=True)
-    return all(bool((a - b).abs().max() <= room * a.abs().max()) for a, b in pairs)
+def _agree(plain: list[Tensor], faster: list[Tensor], dtype: torch.dtype) -> bool:
+    # Ways may round differently, which is far below this; a wrong mask or position is far above it.
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    pairs = zip(plain, faster, strict=True)
+    return all(bool((a - b).abs().max() <= tolerance * a.abs().max()) for a, b in pairs)
 
 
 @torch.no_grad()
 def choose_prefix_cache(
     model: GroundedModel,
-    batch: Mapping[str, Tensor],
+    sequences: Sequence[TokenSequence],
     limit_bytes: int,
     packed: bool = False,
-    keeper: PrefixStorage | None = None,
+    storage: PrefixStorage | None = None,
 ) -> PrefixCache | None:
-    """Return a `PrefixCache` where, on rows of this batch, it gives what the plain computation gives; else None.
+    """Return a `PrefixCache` where, on these sequences, it gives what the plain computation gives; else None.
 
-    State spaces keep no keys and values, capped logits cap `[RET]`'s column too, some LMs cannot be padded on the left.
+    State spaces keep no keys and values, capped logits cap `[RET]`'s column too, and some LMs cannot be padded on the
+    left.
 
     Args:
         model: the grounded model.
-        batch: the retrieval part of a batch.
+        sequences: the retrieval part of a batch.
         limit_bytes: as in `PrefixCache`.
         packed: whether they may be packed.
-        keeper: as in `PrefixCache`.
+        storage: as in `PrefixCache`.
     """
-    some = {name: tensor[:TRIED_ROWS] for name, tensor in batch.items()}
-    if not head_is_last(model, some):
-        logger.info("Captions run as a whole in each step: this LM changes what its head gives.")
+    tried = sequences[:NUM_TRIED]
+    if not head_is_last(model, tried):
+        logger.info("Captions run as a whole in each step: this LM changes what its output head gives.")
         return None
-    plain = plain_retrieval(model, some)
-    lead = len(model.processor.caption_prefix(image=False)) > 1
-    for in_rows, leads in [ways for ways in WAYS if packed >= ways[0] and lead >= ways[1]]:
-        try:
-            quick = PrefixCache(model, packed=in_rows, leads=leads).run(some)
-        except Exception as error:  # as above
-            logger.info("Captions run as a whole in each step: %s", error)
+    plain = plain_retrieval(model, tried)
+    has_prompt = len(model.processor.caption_prefix(image=False)) > 1
+    for is_packed, shares_prefix in RETRIEVAL_WAYS:
+        if (is_packed and not packed) or (shares_prefix and not has_prompt):
             continue
-        room = 1e-3 if dtype_of(model) == torch.float32 else 3e-2
-        same = torch.allclose(quick.vectors, plain.vectors, atol=room)
-        if same and torch.allclose(quick.loss, plain.loss, rtol=room):
-            return PrefixCache(model, limit_bytes, in_rows, keeper, leads)
-        logger.info("Captions run as a whole in each step: their prefixes give other values in this LM.")
+        try:
+            output = PrefixCache(model, packed=is_packed, shared_prefix=shares_prefix).run(tried)
+        except Exception as error:  # as above
+            logger.info("Trying packed=%s, shared_prefix=%s raised: %s", is_packed, shares_prefix, error)
+            continue
+        tolerance = 1e-3 if model.frozen_lm.dtype == torch.float32 else 3e-2
+        same_vectors = torch.allclose(output.vectors, plain.vectors, atol=tolerance)
+        if same_vectors and torch.allclose(output.loss, plain.loss, rtol=tolerance):
+            return PrefixCache(model, limit_bytes, is_packed, storage, shares_prefix)
+        logger.info("packed=%s, shared_prefix=%s gives other values in this LM.", is_packed, shares_prefix)
+    logger.info("Captions run as a whole in each step: this LM cannot go on after the keys and values of a prefix.")
     return None

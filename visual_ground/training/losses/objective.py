@@ -1,33 +1,35 @@
-"""The losses: captioning, text retrieval and contrastive, in a module whose forward returns them."""
+"""The training objective: a module whose forward returns the losses, and the door for losses of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from visual_ground.model import GroundedModel
+from visual_ground.training.data.sequences import TokenSequence
 from visual_ground.training.losses.cached_retrieval import PrefixCache, run_retrieval
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan, LossSum
-from visual_ground.training.losses.contrastive import FeatureBank, contrast, share_of_processes
+from visual_ground.training.losses.contrastive import Contrast, contrast, share_of_processes
 from visual_ground.training.speedups.checkpointing import LayerCheckpoints
 
 
 @dataclass
 class GroundingLoss(ModelOutput):
-    """What one batch costs, and how well text and images find each other in it.
+    """The losses of one batch, and how well its texts and images find each other.
 
     Args:
-        loss: the weighted sum, the only one with a gradient.
+        loss: what is minimised, the only one with a gradient.
         captioning: mean cross entropy of the captions' tokens after their images.
         text_retrieval: mean cross entropy of the captions' tokens and `[RET]`, without images.
         text_to_image: cross entropy of each text's own image among the batch's.
-        image_to_text: the other way.
+        image_to_text: the reverse.
         text_to_image_accuracy: part of the texts whose own image comes first.
-        image_to_text_accuracy: the other way.
+        image_to_text_accuracy: the reverse.
     """
 
     loss: Tensor | None = None
@@ -39,65 +41,129 @@ class GroundingLoss(ModelOutput):
     image_to_text_accuracy: Tensor | None = None
 
 
-class GroundingObjective(nn.Module):
-    r"""A grounded model whose forward returns the losses, as a distributed wrapper needs it.
+@dataclass(frozen=True)
+class PreparedBatch:
+    """One batch as a loss reads it.
+
+    Args:
+        captioning: sequences that read images, which are the first of `features` in order.
+        retrieval: b sequences, each with `[RET]` as its last id.
+        features: (b, f), the images' features, on the adapter's device.
+        groups: (b,), equal where two examples are no negatives of each other.
+    """
+
+    captioning: Sequence[TokenSequence]
+    retrieval: Sequence[TokenSequence]
+    features: Tensor
+    groups: Tensor
+
+
+class Loss(Protocol):
+    """What `GroundingObjective` and `GroundingTrainer` take as `loss=`: a callable that gives a batch's loss.
+
+    It may use the passes of the objective, which run by the fastest way that the LM allows, or the model itself
+    (`objective.model`). A loss with parameters of its own is an `nn.Module`; `GroundingTrainer` refuses trainable ones,
+    since its checkpoints hold only the adapter's.
+
+    Example:
+        >>> def only_captioning(objective, batch):
+        ...     captioning = objective.captioning(batch)
+        ...     return GroundingLoss(loss=captioning, captioning=captioning.detach())
+    """
+
+    def __call__(self, objective: GroundingObjective, batch: PreparedBatch) -> GroundingLoss:
+        """Return the losses, of which `loss` is minimised and all others are logged."""
+
+
+@dataclass(frozen=True)
+class FromageLoss:
+    r"""The published loss.
 
     .. math::
         L = \lambda_c L_{caption} + \lambda_r (L_{text} + \tfrac12 (L_{t2i} + L_{i2t}))
 
-    (Koh et al. 2023, section 3.2.) In training, where torch.distributed runs, the losses are those of all processes'
-    batches as one: means are over all labels, and every text meets every image.
+    (Koh et al. 2023, section 3.2.)
+
+    Args:
+        caption_loss_scale: the first weight.
+        retrieval_loss_scale: the second weight.
+    """
+
+    caption_loss_scale: float = 1.0
+    retrieval_loss_scale: float = 1.0
+
+    def __call__(self, objective: GroundingObjective, batch: PreparedBatch) -> GroundingLoss:
+        """Return the weighted sum and its parts."""
+        captioning = objective.captioning(batch)
+        text, vectors = objective.text_retrieval(batch)
+        contrastive = objective.contrast(vectors, batch)
+        retrieval = text + (contrastive.text_to_image + contrastive.image_to_text) / 2
+        return GroundingLoss(
+            loss=self.caption_loss_scale * captioning + self.retrieval_loss_scale * retrieval,
+            captioning=captioning.detach(),
+            text_retrieval=text.detach(),
+            text_to_image=contrastive.text_to_image.detach(),
+            image_to_text=contrastive.image_to_text.detach(),
+            text_to_image_accuracy=contrastive.text_to_image_accuracy,
+            image_to_text_accuracy=contrastive.image_to_text_accuracy,
+        )
+
+
+class GroundingObjective(nn.Module):
+    """A grounded model whose forward returns the losses, as a distributed wrapper needs it.
+
+    In training, where torch.distributed runs, the losses are those of all processes' batches as one: means are over all
+    labels, and every text meets every image.
 
     Args:
         model: the grounded model.
-        caption_loss_scale: the first weight.
-        retrieval_loss_scale: the second weight.
-        prefixes: runs what stands before `[RET]` without gradient and keeps it; None runs the plain computation.
+        loss: what is computed; the published loss by default.
+        prefixes: runs captions up to `[RET]` without gradient and keeps the result; None runs whole captions.
         plan: how the losses are computed, never what they are; by default plainly.
-        bank: further images that texts are compared with in training.
 
     Attributes:
-        prefixes, plan, bank: may be set anew between batches.
+        prefixes, plan: may be set between batches.
     """
 
     def __init__(
         self,
         model: GroundedModel,
-        caption_loss_scale: float = 1.0,
-        retrieval_loss_scale: float = 1.0,
+        loss: Loss | None = None,
         prefixes: PrefixCache | None = None,
         plan: ComputePlan | None = None,
-        bank: FeatureBank | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.prefixes, self.bank = model, prefixes, bank
-        self.caption_loss_scale, self.retrieval_loss_scale = caption_loss_scale, retrieval_loss_scale
+        self.model, self.prefixes = model, prefixes
+        self.loss: Loss = FromageLoss() if loss is None else loss
         self._checkpoints = LayerCheckpoints(model.lm)
         self.plan = ComputePlan() if plan is None else plan
 
     @property
     def plan(self) -> ComputePlan:
         """How the losses are computed."""
-        return self._shortcuts
+        return self._captions.plan
 
     @plan.setter
     def plan(self, plan: ComputePlan) -> None:
-        self._shortcuts, self._captions = plan, CaptioningLoss(self.model, plan)
+        self._captions = CaptioningLoss(self.model, plan)
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **_: object) -> None:
-        """Compute the LM's layers again in the backward pass instead of keeping what they computed.
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **_: object
+    ) -> None:
+        """Compute the LM's layers again in the backward pass instead of keeping their activations.
 
         Args:
             activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
         """
         self._checkpoints.enable(activation_checkpointing_kwargs)
 
+    # `Trainer` calls the one or the other, depending on the version of transformers.
     gradient_checkpointing_enable = activation_checkpointing_enable
 
     def forward(
         self,
-        captioning: Mapping[str, Tensor],
-        retrieval: Mapping[str, Tensor],
+        captioning: Sequence[TokenSequence],
+        retrieval: Sequence[TokenSequence],
         groups: Tensor,
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
@@ -106,44 +172,37 @@ class GroundingObjective(nn.Module):
         """Compute the losses of one batch, as `ExampleCollator` makes it.
 
         Args:
-            captioning: input_ids, attention_mask, labels (rows, s).
-            retrieval: likewise (b, s); each row's last id is `[RET]`.
+            captioning: sequences with images.
+            retrieval: b sequences; each one's last id is `[RET]`.
             groups: (b,), equal where two examples are no negatives of each other.
             pixel_values: (b, c, h, w).
             image_features: (b, f), instead of pixels.
             rows: (b,), the examples' numbers in the dataset; not used here.
         """
         features = self.model.vision(pixel_values) if image_features is None else image_features
+        return self.loss(self, PreparedBatch(captioning, retrieval, features, groups))
+
+    def captioning(self, batch: PreparedBatch) -> Tensor:
+        """Return the mean cross entropy of the captions' tokens after their images."""
         with self._checkpoints.active():
-            captions = self._mean(self._captions.loss(captioning, features))
+            return self._mean(self._captions.loss(batch.captioning, batch.features))
+
+    def text_retrieval(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
+        """Return the mean cross entropy of the captions' tokens and `[RET]`, and the vectors (b, q) at `[RET]`."""
         mini_batch_size, context = self.plan.mini_batch_size, self._checkpoints.active
-        result = run_retrieval(self.model, retrieval, self.prefixes, mini_batch_size, context)
-        found = contrast(
-            self.model.adapter,
-            result.vectors,
-            features,
-            groups,
-            self.bank if self.training else None,
-            self._together,
-        )
-        text = self._mean(result.text)
-        weighted = self.retrieval_loss_scale * (text + (found.text_to_image + found.image_to_text) / 2)
-        return GroundingLoss(
-            loss=self.caption_loss_scale * captions + weighted,
-            captioning=captions.detach(),
-            text_retrieval=text.detach(),
-            text_to_image=found.text_to_image.detach(),
-            image_to_text=found.image_to_text.detach(),
-            text_to_image_accuracy=found.text_to_image_accuracy,
-            image_to_text_accuracy=found.image_to_text_accuracy,
-        )
+        output = run_retrieval(self.model, batch.retrieval, self.prefixes, mini_batch_size, context)
+        return self._mean(output.text), output.vectors
+
+    def contrast(self, vectors: Tensor, batch: PreparedBatch) -> Contrast:
+        """Compare the vectors (b, q) at `[RET]` with the batch's images."""
+        return contrast(self.model.adapter, vectors, batch.features, batch.groups, self._across_processes)
 
     @property
-    def _together(self) -> bool:
-        """Whether this batch is part of one that is spread over processes."""
+    def _across_processes(self) -> bool:
+        """Whether this batch is a part of one that is shared out among processes."""
         return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def _mean(self, summed: LossSum) -> Tensor:
-        if not self._together:
+        if not self._across_processes:
             return summed.mean
         return summed.total / share_of_processes(summed.count, summed.total.device)

@@ -1,247 +1,212 @@
-"""Labelled rows become what one run of the LM reads: padded, or packed several to a row without padding."""
+"""Unpadded sequences are laid out for one run of the LM: padded, or several packed into a row without padding.
+
+This is the only place that decides the layout; both losses read what it makes. Everything that depends on the ids is
+computed here from Python numbers and sent to the device once: whoever asks a tensor on a GPU for one of its numbers
+waits until the GPU has done all that it was given before.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from torch.nn.functional import pad
 
-from visual_ground.errors import GroundingStateError
+from visual_ground.lm.reading import LMReading
 from visual_ground.model import GroundedModel
-from visual_ground.training.data.examples import IGNORED, LabelledIds
+from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
+from visual_ground.training.speedups.kv_cache import KeysValues, expanded, fixed_cache, growing_cache
 
-# Positions of a packed row, more where a sequence is longer: attention costs their square, and all fits in a cache.
+# Positions in a packed row, or more where one sequence is longer. Attention costs the square of a row's length, so rows
+# stay short, and yet several captions long, so that little is left for padding.
 PACKED_WIDTH = 128
-LEADS_KEPT = 64
 
-# A window that is longer than a caption is none.
-PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
-KeysValues = list[tuple[Tensor, Tensor]]
+@dataclass(frozen=True)
+class Span:
+    """Where one sequence is in a `PackedBatch`.
+
+    Args:
+        index: its number among the sequences that were laid out.
+        row: its row of the batch.
+        start: its first position in the row.
+        length: its number of ids.
+        labels: which of the batch's labels are its.
+    """
+
+    index: int
+    row: int
+    start: int
+    length: int
+    labels: slice
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What one run of the LM reads.
+    """What one run of the LM reads, on the LM's device.
 
     Args:
-        ids: (m, s).
-        mask: (m, p + s), or (m, 1, s, p + s) to be added to the attention scores where packed; p is the lead's length.
-        positions: (m, s) where packed, else None.
-        predicting: (m, s) bool, where the next id is a label.
-        targets: (labels,), in the order of `predicting`.
-        spans: for each sequence in reading order its number, row, first position and length.
+        ids: (b, s).
+        attention_mask: (b, p + s), or (b, 1, s, p + s) to be added to the attention scores where packed; p is the
+            length of the prefix whose keys and values are kept.
+        position_ids: (b, s) where packed; else None, and the LM counts by itself.
+        label_positions: (labels,) positions of the flattened ids at which the next id is a label.
+        targets: (labels,), the labels.
+        spans: the sequences, row by row.
+        has_virtual: whether any id is `[RET]` or an image token.
     """
 
     ids: Tensor
-    mask: Tensor
-    positions: Tensor | None
-    predicting: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor | None
+    label_positions: Tensor
     targets: Tensor
-    spans: tuple[tuple[int, int, int, int], ...]
+    spans: tuple[Span, ...]
+    has_virtual: bool
+
+    @property
+    def last_positions(self) -> Tensor:
+        """The position of each sequence's last id in the flattened ids, (sequences,), in order of the spans."""
+        width = self.ids.shape[1]
+        return on_device([span.row * width + span.start + span.length - 1 for span in self.spans], self.ids.device)
 
 
-def rows_of(batch: Mapping[str, Tensor]) -> list[LabelledIds]:
-    """Return the sequences of a padded batch: input_ids, attention_mask and labels, each (b, s), right-padded."""
-    lengths = batch["attention_mask"].sum(-1).tolist()
-    pairs = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
-    return [LabelledIds(tuple(ids[:n]), tuple(labels[:n])) for ids, labels, n in pairs]
-
-
-def pieces(
-    model: GroundedModel, rows: Sequence[LabelledIds], packed: bool, mini_batch_size: int | None = None, lead: int = 0
+def lay_out(
+    model: GroundedModel,
+    sequences: Sequence[TokenSequence],
+    packed: bool,
+    mini_batch_size: int | None = None,
+    prefix_length: int = 0,
 ) -> list[PackedBatch]:
-    """Lay rows out for the LM, those of like length together.
+    """Lay sequences out for the LM, those of similar length together.
 
     Args:
         model: the grounded model, for its pad id, device and dtype.
-        rows: the sequences; `labels` may be one longer than `ids`, for what follows the last id.
-        packed: several sequences in a row, each blind to the others; else one in a row, and padding.
-        mini_batch_size: sequences in a piece at most; None sets no limit.
-        lead: p, positions whose keys and values the LM is given besides.
+        sequences: their `labels` may be one longer than their `ids`, for what follows the last id.
+        packed: several sequences in a row, none of which sees another; else one in a row, and padding.
+        mini_batch_size: sequences in one run of the LM at most; None sets no limit.
+        prefix_length: p, positions in front of each sequence whose keys and values the LM is given.
     """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    limit = mini_batch_size or len(order)
-    groups = [order[i : i + limit] for i in range(0, len(order), limit)]
+    longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
+    limit = mini_batch_size or len(longest_first)
+    groups = [longest_first[i : i + limit] for i in range(0, len(longest_first), limit)]
     if packed:
-        return [_lay_out(model, rows, _bins(rows, group), lead, True) for group in groups]
-    alike = [some for group in groups for some in _of_like_length(rows, group)]
-    return [_lay_out(model, rows, [[i] for i in some], lead, False) for some in alike]
+        return [_build(model, sequences, _share_out(sequences, group), prefix_length, True) for group in groups]
+    similar = [part for group in groups for part in _of_similar_length(sequences, group)]
+    return [_build(model, sequences, [[i] for i in part], prefix_length, False) for part in similar]
 
 
-def _of_like_length(rows: Sequence[LabelledIds], order: Sequence[int]) -> list[list[int]]:
-    """Cut a falling order where the longest would be twice the shortest: padding costs time."""
+def pad_in_order(model: GroundedModel, sequences: Sequence[TokenSequence]) -> PackedBatch:
+    """Lay all sequences out in one batch, padded on the right, in their order."""
+    return _build(model, sequences, [[i] for i in range(len(sequences))], 0, False)
+
+
+def _of_similar_length(sequences: Sequence[TokenSequence], longest_first: Sequence[int]) -> list[list[int]]:
+    """Cut where the longest would be twice the shortest: padding costs as much time as tokens do."""
     groups: list[list[int]] = []
-    for i in order:
-        if not groups or 2 * len(rows[i].ids) <= len(rows[groups[-1][0]].ids):
+    for i in longest_first:
+        if not groups or 2 * len(sequences[i].ids) <= len(sequences[groups[-1][0]].ids):
             groups.append([])
         groups[-1].append(i)
     return groups
 
 
-def _bins(rows: Sequence[LabelledIds], order: Sequence[int]) -> list[list[int]]:
-    """Share sequences out, the longest first, each into the row that is the emptiest yet."""
-    width = max(PACKED_WIDTH, len(rows[order[0]].ids))
-    total = sum(len(rows[i].ids) for i in order)
-    bins: list[list[int]] = [[] for _ in range(min(len(order), -(-total // width)))]
-    filled = [0] * len(bins)
-    for i in order:
+def _share_out(sequences: Sequence[TokenSequence], longest_first: Sequence[int]) -> list[list[int]]:
+    """Share sequences out among as many rows as are needed, each into the emptiest."""
+    width = max(PACKED_WIDTH, len(sequences[longest_first[0]].ids))
+    total = sum(len(sequences[i].ids) for i in longest_first)
+    rows: list[list[int]] = [[] for _ in range(min(len(longest_first), -(-total // width)))]
+    filled = [0] * len(rows)
+    for i in longest_first:
         emptiest = filled.index(min(filled))
-        bins[emptiest].append(i)
-        filled[emptiest] += len(rows[i].ids)
-    return bins
+        rows[emptiest].append(i)
+        filled[emptiest] += len(sequences[i].ids)
+    return rows
 
 
-def _lay_out(
-    model: GroundedModel, rows: Sequence[LabelledIds], bins: Sequence[Sequence[int]], lead: int, packed: bool
+def _build(
+    model: GroundedModel, sequences: Sequence[TokenSequence], rows: Sequence[Sequence[int]], prefix: int, packed: bool
 ) -> PackedBatch:
-    spans, length = [], 0
-    for row, numbers in enumerate(bins):
-        start = 0
-        for i in numbers:
-            spans.append((i, row, start, len(rows[i].ids)))
-            start += len(rows[i].ids)
-        length = max(length, start)
-    ids = torch.full((len(bins), length), model.processor.pad_token_id)
-    following, positions, owner = torch.full_like(ids, IGNORED), torch.zeros_like(ids), torch.full_like(ids, -1)
-    for i, row, start, count in spans:
-        place = slice(start, start + count)
-        ids[row, place] = torch.tensor(rows[i].ids)
-        next_labels = torch.tensor(rows[i].labels[1:], dtype=torch.long)
-        following[row, start : start + len(next_labels)] = next_labels
-        positions[row, place] = torch.arange(lead, lead + count)
-        owner[row, place] = i
-    predicting = following != IGNORED
-    device = model.adapter.logit_scale.device
-    mask = _block_mask(owner, lead, dtype_of(model)) if packed else _padding_mask(owner, lead)
-    tensors = [tensor.to(device) for tensor in (ids, mask, positions, predicting, following[predicting])]
-    return PackedBatch(tensors[0], tensors[1], tensors[2] if packed else None, tensors[3], tensors[4], tuple(spans))
+    width = max(sum(len(sequences[i].ids) for i in row) for row in rows)
+    size, device = len(rows) * width, model.frozen_lm.device
+    ids, positions, owners = [model.processor.pad_token_id] * size, [0] * size, [-1] * size
+    labels: list[tuple[int, int]] = []
+    spans = []
+    for row, indices in enumerate(rows):
+        begin = row * width
+        for index in indices:
+            sequence, first_label, length = sequences[index], len(labels), len(sequences[index].ids)
+            place = slice(begin, begin + length)
+            ids[place], owners[place] = sequence.ids, [index] * length
+            positions[place] = range(prefix, prefix + length)
+            # The id at a position predicts the next one, hence the labels from the second on.
+            labels += [(begin + n, label) for n, label in enumerate(sequence.labels[1:]) if label != IGNORE_INDEX]
+            spans.append(Span(index, row, begin - row * width, length, slice(first_label, len(labels))))
+            begin += length
+    ret, first_image_id = model.ret_token_id, model.frozen_lm.vocabulary.first_image_id
+    owner = torch.tensor(owners).view(len(rows), width)
+    mask = _block_mask(owner, prefix, model.frozen_lm.dtype) if packed else _padding_mask(owner, prefix)
+    return PackedBatch(
+        on_device(ids, device).view(len(rows), width),
+        mask.to(device, non_blocking=True),
+        on_device(positions, device).view(len(rows), width) if packed else None,
+        on_device([position for position, _ in labels], device),
+        on_device([label for _, label in labels], device),
+        tuple(spans),
+        any(i == ret or i >= first_image_id for i in ids),
+    )
 
 
-def _padding_mask(owner: Tensor, lead: int) -> Tensor:
-    return torch.nn.functional.pad((owner >= 0).long(), (lead, 0), value=1)
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Return whole numbers as a tensor (n,) long, without waiting for what the device is doing."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
 
-def _block_mask(owner: Tensor, lead: int, dtype: torch.dtype) -> Tensor:
-    """Return (m, 1, s, p + s): every position sees the lead and its own sequence up to itself, and nothing else."""
+def _padding_mask(owner: Tensor, prefix: int) -> Tensor:
+    return pad((owner >= 0).long(), (prefix, 0), value=1)
+
+
+def _block_mask(owner: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    """Return (b, 1, s, p + s): every position sees the prefix and its own sequence up to itself, and nothing else."""
     length = owner.shape[1]
     seen = (owner[:, :, None] == owner[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
-    seen = torch.nn.functional.pad(seen, (lead, 0), value=True)[:, None]
+    return additive_mask(pad(seen, (prefix, 0), value=True)[:, None], dtype)
+
+
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask of what is seen into one that is added to the attention scores."""
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def read(
     model: GroundedModel,
-    piece: PackedBatch,
+    batch: PackedBatch,
+    positions: Tensor | None = None,
     image_tokens: Tensor | None = None,
-    lead: KeysValues | None = None,
-    whole_head: bool = False,
+    prefix: KeysValues | None = None,
     keep: bool = False,
-) -> tuple[Tensor, Any]:
-    """Run the LM over a piece; return what its head read at the labels (labels, h), and its output.
+    **options: Any,
+) -> LMReading:
+    """Run the LM over a batch and read it at some positions.
 
     Args:
         model: the grounded model.
-        piece: what to read.
+        batch: what to read.
+        positions: (r,), of the flattened ids; where the labels are predicted if None.
         image_tokens: (n * k, d).
-        lead: keys and values (1, heads, p, width) of each layer, of what stands before every sequence.
-        whole_head: run the output head at every label, for logits (1, labels, columns); else at one only.
-        keep: have the LM return its keys and values, those of the lead first.
+        prefix: keys and values (1, heads, p, width) of each layer, of what stands in front of every sequence.
+        keep: have the LM return its keys and values, those of the prefix first.
+        options: for `FrozenLM.read`.
     """
-    options: dict[str, Any] = {} if piece.positions is None else {"position_ids": piece.positions}
-    if lead is not None:
-        shared = [
-            (keys.expand(len(piece.ids), -1, -1, -1), values.expand(len(piece.ids), -1, -1, -1))
-            for keys, values in lead
-        ]
-        options["cache"] = _growing_cache(shared) if keep else fixed_cache(shared)
-    positions = piece.predicting.flatten().nonzero()[:, 0]
-    options |= {"max_logits": None if whole_head else 1, "use_cache": keep or lead is not None}
-    reading = model.frozen_lm.read(piece.ids, piece.mask, positions, image_tokens, **options)
-    return reading.head_input, reading.output
-
-
-class _FixedLayer(DynamicLayer):
-    """A layer's keys and values that a run reads and does not add to, so that it can be run again."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the kept and the new ones, joined."""
-        assert self.keys is not None and self.values is not None, "fixed_cache sets them"
-        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
-
-
-def dtype_of(model: GroundedModel) -> torch.dtype:
-    """Return the type of number that the LM computes in."""
-    return getattr(model.lm, "dtype", torch.float32)
-
-
-def fixed_cache(layers: KeysValues) -> DynamicCache:
-    """Return a cache of keys and values (m, heads, p, width) that stays as it is."""
-    cache = DynamicCache()
-    for keys, values in layers:
-        layer = _FixedLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
-
-
-def _growing_cache(layers: KeysValues) -> DynamicCache:
-    """Return a cache of keys and values (m, heads, p, width) that a run adds its own to."""
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys, values, number)
-    return cache
-
-
-def plain_layers(output: Any, length: int) -> KeysValues:
-    """Return each layer's keys and values (m, heads, length, width), of every position that was run.
-
-    Args:
-        output: what the LM returned, run with `use_cache=True`.
-        length: how many positions were run.
-
-    Raises:
-        GroundingStateError: an LM that keeps something else, such as a state space or less than all positions.
-    """
-    # As transformers name it from 5.24 on, and before.
-    cache = getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
-    layers = getattr(cache, "layers", None)
-    if type(cache) is not DynamicCache or not layers or any(type(x) not in PLAIN_LAYERS for x in layers):
-        raise GroundingStateError(f"{type(cache).__name__} is not one plain key-value cache per layer.")
-    if any(layer.keys.shape[-2] != length for layer in layers):
-        raise GroundingStateError(f"A layer keeps fewer than the {length} positions that were run.")
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-class SharedPrefixCache:
-    """Keys and values of what stands before many sequences alike, none of it trained; each is run once.
-
-    Args:
-        model: the grounded model, whose LM must keep one plain key-value cache per layer.
-    """
-
-    def __init__(self, model: GroundedModel) -> None:
-        self._model = model
-        self._kept: OrderedDict[tuple[int, ...], KeysValues] = OrderedDict()
-
-    @torch.no_grad()
-    def get(self, ids: tuple[int, ...]) -> KeysValues | None:
-        """Return each layer's keys and values (1, heads, p, width) of p ids, or None where there are no ids."""
-        if not ids:
-            return None
-        if ids not in self._kept:
-            tensor = torch.tensor([ids], device=self._model.adapter.logit_scale.device)
-            ones = torch.ones_like(tensor)
-            last = torch.full((1,), len(ids) - 1, device=tensor.device)
-            output = self._model.frozen_lm.read(tensor, ones, last, use_cache=True).output
-            self._kept[ids] = plain_layers(output, len(ids))
-            if len(self._kept) > LEADS_KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[ids]
+    if prefix is not None:
+        keys_values = expanded(prefix, len(batch.ids))
+        options["cache"] = growing_cache(keys_values) if keep else fixed_cache(keys_values)
+    if batch.position_ids is not None or model.frozen_lm.takes_positions:
+        # None has the LM count by itself, as it does without; but `run` need not look for padding in the mask then.
+        options["position_ids"] = batch.position_ids
+    options |= {"use_cache": keep or prefix is not None, "has_virtual": batch.has_virtual}
+    positions = batch.label_positions if positions is None else positions
+    return model.frozen_lm.read(batch.ids, batch.attention_mask, positions, image_tokens, **options)

@@ -1,0 +1,98 @@
+"""Captioning: how often the LM finds a caption likelier after its own image than after another one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from visual_ground.errors import GroundingValueError
+from visual_ground.evaluation.pairs import EvaluationPairs, Pairs
+from visual_ground.model import GroundedModel
+from visual_ground.prompts.encoded import EncodedPrompt
+
+
+class CaptionPairEvaluator:
+    """Caption pair accuracy, in percent; an `Evaluator`.
+
+    Args:
+        pairs: images with captions, at least 2.
+        name: tells the metrics from another evaluator's.
+        wrong_images: other images that each caption's own is compared with.
+        batch_size: captions that the LM reads at once.
+
+    Example:
+        >>> CaptionPairEvaluator(validation_rows)(model)  # doctest: +SKIP
+        {'caption_pair_accuracy': 80.7}
+    """
+
+    primary_metric = "caption_pair_accuracy"
+
+    def __init__(
+        self, pairs: Pairs | EvaluationPairs, name: str = "captions", wrong_images: int = 4, batch_size: int = 32
+    ) -> None:
+        self.pairs, self.name = EvaluationPairs.of(pairs), name
+        self.wrong_images, self.batch_size = wrong_images, batch_size
+
+    def __call__(self, model: GroundedModel) -> dict[str, float]:
+        """Return `caption_pair_accuracy`."""
+        accuracy = caption_pair_accuracy(model, *self.pairs.read(model), self.wrong_images, self.batch_size)
+        return {self.primary_metric: accuracy}
+
+
+@torch.no_grad()
+def caption_pair_accuracy(
+    model: GroundedModel,
+    captions: Sequence[str],
+    features: Tensor,
+    wrong_images: int = 4,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> float:
+    """Return the percentage of comparisons in which a caption is likelier after its own image than after another's.
+
+    The likelihood is summed over the caption's tokens.
+
+    Args:
+        model: the grounded model.
+        captions: n captions, n at least 2.
+        features: (n, f), their images' features.
+        wrong_images: images of other captions, drawn at random, that each caption's own is compared with.
+        batch_size: captions that the LM reads at once.
+        seed: of the draw.
+
+    Raises:
+        GroundingValueError: fewer than 2 pairs, or not as many captions as images.
+    """
+    count = len(captions)
+    if count != len(features) or count < 2:
+        raise GroundingValueError(
+            f"At least two pairs are needed, with one image for each caption, got {count} captions and {len(features)} "
+            "images."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    right = _caption_scores(model, captions, features, batch_size)
+    wins = []
+    for _ in range(wrong_images):
+        others = (torch.arange(count) + torch.randint(1, count, (count,), generator=generator)) % count
+        wins.append(right > _caption_scores(model, captions, features[others], batch_size))
+    return 100 * float(torch.stack(wins).double().mean())
+
+
+def _caption_scores(model: GroundedModel, captions: Sequence[str], features: Tensor, batch_size: int) -> Tensor:
+    """Return log p(caption | image) of n captions and the features (n, f) of an image for each, in nats, (n,)."""
+    prefix = tuple(model.processor.caption_prefix(image=True))
+    caption_ids = [tuple(model.processor.encode_caption(caption)) for caption in captions]
+    scores = torch.zeros(len(captions))
+    # Captions of similar length share a batch, so that one long caption does not pad all others.
+    order = sorted(range(len(captions)), key=lambda i: len(caption_ids[i]))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        prompts = [EncodedPrompt(prefix + caption_ids[i], ()) for i in numbers]
+        lengths = [len(caption_ids[i]) for i in numbers]
+        batch = model.processor.batch(prompts).to(model.frozen_lm.device)
+        image_tokens = model.active.image_tokens(image_features=features[numbers])
+        inputs = batch["input_ids"], batch["attention_mask"]
+        scores[numbers] = model.frozen_lm.log_likelihood(*inputs, lengths, image_tokens).float().cpu()
+    return scores

@@ -1,0 +1,65 @@
+"""`TokenSequence`: one unpadded training sequence, which is what the collator hands over.
+
+Nothing is padded before the losses know how the language model can read it: `speedups.packing` decides the layout.
+Until then everything is plain Python numbers, so that asking for one never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+# What torch's cross entropy ignores by default, and transformers puts where nothing is to be predicted.
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids with their labels, without padding.
+
+    Args:
+        ids: the token ids; an image's tokens are negative numbers, as in `EncodedPrompt`, until `number_images`.
+        labels: for each id the same id where it is to be predicted, else -100.
+
+    Example:
+        >>> TokenSequence.of([1, 2], [7])
+        TokenSequence(ids=(1, 2, 7), labels=(-100, -100, 7))
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prefix: Sequence[int], predicted: Sequence[int]) -> TokenSequence:
+        """Join ids that are only read and ids that are to be predicted."""
+        return cls((*prefix, *predicted), (*[IGNORE_INDEX] * len(prefix), *predicted))
+
+    def __add__(self, other: TokenSequence) -> TokenSequence:
+        num_images = len({i for i in self.ids if i < 0})
+        shifted = tuple(i - num_images if i < 0 else i for i in other.ids)
+        return TokenSequence(self.ids + shifted, self.labels + other.labels)
+
+    @property
+    def num_labels(self) -> int:
+        """How many ids are to be predicted; the first id never is, because nothing stands before it."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+def number_images(sequences: Sequence[TokenSequence], first_image_id: int) -> list[TokenSequence]:
+    """Give the image tokens of a batch their ids, in order over all sequences.
+
+    Args:
+        sequences: with negative numbers for image tokens.
+        first_image_id: id of the batch's first image token.
+
+    Example:
+        >>> sequences = [TokenSequence.of([-1, -1], [7]), TokenSequence.of([-1], [8])]
+        >>> [sequence.ids for sequence in number_images(sequences, 100)]
+        [(100, 101, 7), (102, 8)]
+    """
+    image_id = count(first_image_id)
+    return [
+        TokenSequence(tuple(next(image_id) if i < 0 else i for i in sequence.ids), sequence.labels)
+        for sequence in sequences
+    ]
