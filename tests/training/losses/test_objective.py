@@ -12,6 +12,7 @@ from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObj
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan
 from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
+from visual_ground.training.losses.objective import FromageLoss, GroundingLoss
 from visual_ground.training.speedups import cross_entropy as cross_entropy_module
 from visual_ground.training.speedups.checkpointing import LayerCheckpoints
 from visual_ground.training.speedups.cross_entropy import sum_of_parts
@@ -177,3 +178,42 @@ def test_captions_that_say_ret_are_refused():
     batch = ExampleCollator(model)([dataset[i] for i in range(4)])
     with pytest.raises(GroundingValueError, match=r"Examples \[0, 1, 2, 3\] .* \[RET\] once"):
         GroundingObjective(model)(**batch)
+
+
+class CaptioningTimes(torch.nn.Module):
+    """A loss of one's own, with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, objective, batch):
+        captioning = objective.captioning(batch)
+        return GroundingLoss(loss=captioning * self.log_scale.exp(), captioning=captioning.detach())
+
+
+def test_a_loss_of_ones_own_trains():
+    def only_captioning(objective, batch):
+        captioning = objective.captioning(batch)
+        return GroundingLoss(loss=captioning, captioning=captioning.detach())
+
+    model = grounded()
+    batch = batch_of(model)
+    published = GroundingObjective(model, FromageLoss(2.0, 0.5))(**batch)
+    parts = published.text_retrieval + (published.text_to_image + published.image_to_text) / 2
+    assert torch.allclose(published.loss, 2 * published.captioning + 0.5 * parts)
+    objective = GroundingObjective(model, only_captioning, plan=ComputePlan(True, True, True))
+    optimizer = torch.optim.Adam(model.adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        output = objective(**batch)
+        output.loss.backward()
+        optimizer.step()
+        losses.append(float(output.loss.detach()))
+    assert losses[0] == pytest.approx(float(published.captioning), rel=1e-5) and losses[-1] < losses[0]
+    assert set(output) == {"loss", "captioning"}
+    assert model.adapter.text_retrieval_projection[0].weight.grad is None
+    trained = GroundingObjective(model, CaptioningTimes())
+    trained(**batch).loss.backward()
+    assert "loss.log_scale" in dict(trained.named_parameters()) and bool(trained.loss.log_scale.grad)

@@ -1,1 +1,1 @@
-"""Training data: datasets of any kind become batches."""
+"""Training data: rows of any dataset become examples, and those become batches of unpadded token sequences."""

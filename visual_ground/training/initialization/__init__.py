@@ -1,1 +1,1 @@
-"""Start values that are computed from the training pairs."""
+"""Start values of a new adapter that are computed from the training pairs."""

@@ -221,8 +221,7 @@ def run_retrieval(
         sequences: each ends with `[RET]`.
         prefixes: None runs whole captions.
         mini_batch_size: sequences whose activations are in memory at once. All vectors are computed first, and each
-            part of them again when its gradient is known (gradient caching: Gao et al. 2021), so that the contrastive
-            loss is that of the whole batch.
+            part again when its gradient is known (gradient caching: Gao et al. 2021): the loss is the whole batch's.
         context: a context manager around every run of the LM.
 
     Raises:
