@@ -33,7 +33,7 @@ weights), `"timm:NAME"`, a loaded model of one of these, or any module from pixe
 
 The tables below were recorded by `make test-vision` with {versions}: random weights, full width, few layers. An encoder
 is in them if the features of two pictures are finite, of a width that its own settings name, and the same alone as in a
-batch. A name that is not below has not been tried in this form. "Components" is the width of a part with
+batch. A name that is not below has not been tried in this form. "Parts" is the width of a part with
 `visual_tokens_from="patches"`.
 """
 
