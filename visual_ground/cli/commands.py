@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from visual_ground.prompts.processor import IMAGE_SUFFIXES
+from visual_ground.prompts.types import IMAGE_SUFFIXES
 
 
 def train(options: argparse.Namespace) -> None:

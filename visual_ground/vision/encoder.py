@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
 from visual_ground.vision.entry_point import entry_of, has_method, parameter_names
-from visual_ground.vision.images import ImageLike
+from visual_ground.vision.images import ImageLike, Images
 from visual_ground.vision.pooling import patches, pool
 from visual_ground.vision.preprocessing import Preprocessing
 
@@ -83,7 +83,7 @@ class VisionEncoder(nn.Module):
         """Turn PIL images or paths into pixels (n, c, h, w)."""
         return self.preprocessing(images)
 
-    def encode(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 32) -> Tensor:
+    def encode(self, images: Images, batch_size: int = 32) -> Tensor:
         """Turn images into features, batch by batch.
 
         Args:
