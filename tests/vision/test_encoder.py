@@ -203,6 +203,7 @@ def test_encode_runs_images_in_batches_and_takes_one_alone(tmp_path):
     picture(0).save(tmp_path / "0.png")
     at_once = vision(vision.preprocess(images))
     assert torch.allclose(vision.encode(images, batch_size=2), at_once, atol=1e-5)
+    assert torch.equal(vision.encode(iter(images), batch_size=2), vision.encode(images, batch_size=2))
     for alone in (images[0], str(tmp_path / "0.png"), {"bytes": (tmp_path / "0.png").read_bytes()}):
         assert torch.allclose(vision.encode(alone), at_once[:1], atol=1e-5)
     for call in (lambda: vision.encode([]), lambda: vision.encode(images, batch_size=0)):

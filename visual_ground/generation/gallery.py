@@ -13,7 +13,7 @@ from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.vision.images import to_rgb
 
-# Six columns of 112 pixels fit the width in which the Hub shows a card; the whole stays at some tens of kB.
+# In pixels and percent; small, because the picture is published with the adapter.
 SIDE, LABEL_HEIGHT, COLUMNS, JPEG_QUALITY = 112, 16, 6, 80
 MARGIN, LABEL_LENGTH = 4, 18  # Pixels around an image; characters of an id that fit below it.
 

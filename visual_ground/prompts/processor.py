@@ -73,8 +73,8 @@ class GroundingProcessor:
         size = self.vocabulary.num_rows
         if unknown := sorted({i for prompt in encoded for i in prompt.ids if i >= size and i != self.ret_token_id}):
             raise GroundingValueError(
-                f"The tokens {self.tokenizer.convert_ids_to_tokens(unknown)} have ids {unknown}, and the LM has "
-                f"embeddings for {size} ids. They were added to the tokenizer and not to the LM; leave them out of the "
+                f"The tokens {self.tokenizer.convert_ids_to_tokens(unknown)} have ids {unknown}, and the LM's "
+                f"embedding has {size} rows. They were added to the tokenizer and not to the LM; leave them out of the "
                 "prompts, or load the LM's own tokenizer."
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class VisionEncoder(nn.Module):
         """Turn images into features, batch by batch.
 
         Args:
-            images: n PIL images or paths, or one alone.
+            images: n PIL images or paths, or one alone; an iterator is read batch by batch too.
             batch_size: images that are decoded and run at once.
 
         Returns:
@@ -99,12 +100,14 @@ class VisionEncoder(nn.Module):
         """
         if isinstance(images, (str, os.PathLike, Image.Image, Mapping)):
             images = [images]
-        if not len(images):
-            raise GroundingValueError("There are no images to embed; give at least one.")
         if batch_size < 1:
             raise GroundingValueError(f"batch_size must be at least 1, got {batch_size}.")
-        starts = range(0, len(images), batch_size)
-        return torch.cat([self(self.preprocess(images[start : start + batch_size])) for start in starts])
+        iterator = iter(images)
+        batches = iter(lambda: list(islice(iterator, batch_size)), [])
+        features = [self(self.preprocess(batch)) for batch in batches]
+        if not features:
+            raise GroundingValueError("There are no images to embed; give at least one.")
+        return torch.cat(features)
 
     def release(self) -> None:
         """Give the model's config back as it was."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +15,8 @@ from visual_ground.errors import GroundingTypeError, GroundingValueError
 
 # A PIL image, a path, or `{"bytes": ..., "path": ...}`, as `datasets` holds an image that is not decoded yet.
 ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | Mapping[str, Any]
-Images: TypeAlias = ImageLike | Sequence[ImageLike]
+# One image, or many in order.
+Images: TypeAlias = ImageLike | Iterable[ImageLike]
 
 
 def to_rgb(image: ImageLike) -> Image.Image:
