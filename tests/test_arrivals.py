@@ -198,7 +198,9 @@ def test_a_lora_is_trained_with_the_adapter_where_asked_and_saved_beside(tmp_pat
     inputs = model.prepare(PROMPTS)
     assert torch.allclose(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert loaded.metadata.fingerprint == loaded.spec.fingerprint  # It is of the LM without what PEFT put there.
+    assert (
+        loaded.active.metadata.fingerprint == loaded.active.spec.fingerprint
+    )  # It is of the LM without what PEFT put there.
     (tmp_path / "adapter" / "lm_adapter" / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(GroundingError, match="damaged"):
         model.active.load_weights(tmp_path / "adapter", model.lm)
@@ -240,7 +242,7 @@ def test_adapters_are_switched_by_name(tmp_path):
     assert model.embed_images([picture()]).shape == (1, 4)
     assert model.prepare(PROMPTS)["input_ids"].shape[1] == inputs["input_ids"].shape[1] + 2
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained and all(name.startswith("adapters.new.") for name in trained)
+    assert trained and all(name.startswith("adapters.attached.new.") for name in trained)
     model.active.record_training({"steps": 2})
     model.save_pretrained(tmp_path / "two")
     saved = AdapterFiles.open(tmp_path / "two")

@@ -38,8 +38,7 @@ class GroundedModel(nn.Module):
 
     Attributes:
         lm, tokenizer, ret_token_id: the transformers model and its tokenizer, and the id of `[RET]`.
-        adapters: all adapters by name; `active` is the one in use.
-        frozen_lm: the LM with its hooks, for this package's own use.
+        adapters, frozen_lm: all adapters by name, and the LM with its hooks; for this package's own use.
     """
 
     adapter = OfActive[Adapter]("What is trained.")
@@ -52,8 +51,8 @@ class GroundedModel(nn.Module):
         super().__init__()
         self.lm, self.tokenizer, spec = components.lm, components.tokenizer, components.spec
         self.ret_token_id, self.adapters = spec.vocabulary.ret_token_id, AdapterSet()
-        ret_embeddings = lambda: self.adapter.ret_embeddings()  # noqa: E731
-        self.frozen_lm = FrozenLM(self.lm, spec, ret_embeddings, config.mask_spare_columns, config.train_lm_adapter)
+        options = config.mask_spare_columns, config.train_lm_adapter
+        self.frozen_lm = FrozenLM(self.lm, spec, self.adapters.ret_embeddings, *options)
         self._attach(self.adapters.active_name, config, components)
 
     def _attach(self, name: str, config: GroundingConfig, parts: Components) -> AttachedAdapter:
@@ -61,6 +60,11 @@ class GroundedModel(nn.Module):
         attached = self.adapters.add(name, config, parts.spec, parts.vision, *own)
         attached.adapter.to(self.frozen_lm.device)
         return attached
+
+    @property
+    def active_adapter(self) -> str:
+        """The name of the adapter in use."""
+        return self.adapters.active_name
 
     @property
     def active(self) -> AttachedAdapter:
@@ -104,10 +108,7 @@ class GroundedModel(nn.Module):
         return self.active.embed_images(images, image_features, batch_size)
 
     def embed_text(self, prompts: Prompts) -> Tensor:
-        """Map prompts, as in `prepare`, to unit vectors (n, q), read at a `[RET]` put after each.
-
-        A plain string is encoded as a caption is in training: after the sink token and `config.caption_prompt`.
-        """
+        """Map prompts to unit vectors (n, q), read at a `[RET]` after each; a string is encoded as a caption is."""
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
     def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:
@@ -225,11 +226,11 @@ class GroundedModel(nn.Module):
         """Ground an LM with a saved adapter, or load an adapter with the LM that it names.
 
         Args:
-            lm: as in `ground`, likewise `tokenizer` and `image_processor`; or, where nothing follows it, the adapter.
+            lm: as in `ground`; or, where nothing follows it, the adapter.
             model_id: local folder or Hub id of the adapter.
             vision_encoder: for an encoder that no name can load; else the one that the adapter names.
-            tokenizer: see `lm`.
-            image_processor: see `lm`.
+            tokenizer: as in `ground`.
+            image_processor: as in `ground`.
             is_trainable: False freezes the adapter too.
             hub_options: revision, subfolder, token, cache_dir, local_files_only; see `HubOptions`.
 

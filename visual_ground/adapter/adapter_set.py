@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.adapter.files import AdapterFiles
@@ -52,29 +52,33 @@ class AdapterSet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._attached = nn.ModuleDict()
+        self.attached = nn.ModuleDict()
         self._freeze_guard = FreezeGuard()
         self.active_name = DEFAULT
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._attached)
+        return iter(self.attached)
 
     def __len__(self) -> int:
-        return len(self._attached)
+        return len(self.attached)
 
     def __getitem__(self, name: str) -> AttachedAdapter:
-        if name not in self._attached:
+        if name not in self.attached:
             raise GroundingValueError(f"There is no adapter {name!r}; there are {list(self)}.")
-        return cast(AttachedAdapter, self._attached[name])
+        return cast(AttachedAdapter, self.attached[name])
 
     @property
     def active(self) -> AttachedAdapter:
         """The active adapter."""
         return self[self.active_name]
 
+    def ret_embeddings(self) -> tuple[Tensor, Tensor]:
+        """Return the active adapter's `[RET]` embeddings, (d,) and (h,)."""
+        return self.active.adapter.ret_embeddings()
+
     def check_new(self, name: str, config: GroundingConfig) -> None:
         """Raise GroundingValueError where no adapter of this name and these settings can be put beside the others."""
-        if not name or "." in name or name in self._attached:
+        if not name or "." in name or name in self.attached:
             raise GroundingValueError(
                 f"An adapter's name must be new and without dots, got {name!r}; there are {list(self)}."
             )
@@ -108,7 +112,7 @@ class AdapterSet(nn.Module):
         if not any(vision is self[other].vision for other in self):
             self._freeze_guard.add(vision)
         attached = AttachedAdapter(config, spec, vision, tokenizer, max_length, provenance)
-        self._attached[name] = attached
+        self.attached[name] = attached
         attached.adapter.requires_grad_(name == self.active_name)
         return attached
 
@@ -125,12 +129,14 @@ class AdapterSet(nn.Module):
         try:
             attached.load_weights(files.folder, lm)
         except BaseException:
-            del self._attached[name]
+            del self.attached[name]
             raise
         attached.metadata, attached.anchors, attached.is_trainable = files.metadata, files.anchors, is_trainable
         base = files.metadata.provenance.get("base_model_name_or_path")
         warn_of_differences(files.metadata.fingerprint, attached.spec.fingerprint, base)
         attached.adapter.requires_grad_(is_trainable and name == self.active_name)
+        if files.config.train_lm_adapter and not is_trainable:
+            lm.requires_grad_(False)
 
     def set(self, name: str) -> None:
         """Make an adapter the active one.
@@ -154,7 +160,7 @@ class AdapterSet(nn.Module):
         self[name]  # Raises where there is none.
         if name == self.active_name:
             raise GroundingStateError(f"{name!r} is the active adapter. Call set_adapter with another name first.")
-        del self._attached[name]
+        del self.attached[name]
 
     def release(self) -> None:
         """Give the encoders back as they were."""

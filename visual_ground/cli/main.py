@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from visual_ground.cli import chat, demo, import_fromage, index, push, train, transfer
 from visual_ground.cli import eval as evaluate
@@ -17,6 +18,7 @@ COMMANDS = (train, transfer, index, chat, evaluate, push, import_fromage, demo)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code, or 2 after an error message where the input cannot be used."""
     parser = argparse.ArgumentParser(prog="visual-ground", description="Give any language model eyes.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('visual-ground')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)

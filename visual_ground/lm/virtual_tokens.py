@@ -51,7 +51,7 @@ class VirtualTokens:
         self.mask_spare_columns = mask_spare_columns
         self._parameters = list(inspect.signature(lm.forward).parameters)
         self._handles: list[RemovableHandle] = []
-        # Whether -inf in the logits survives the rest of the LM, which may cap or scale them. Found at first use.
+        # Whether -inf in the logits survives the rest of the LM, which may cap or scale them.
         self._keeps_infinity: bool | None = None
 
     def attach(self) -> None:
@@ -172,7 +172,8 @@ class VirtualTokens:
             hidden, context.selected = _at(hidden, context.positions), True
         # Heads that predict several tokens ahead read (b, g, s, h); the first of the g is the next token's.
         context.head_input = hidden if hidden.dim() == 3 else hidden[:, 0]
-        return (hidden if context.max_logits is None else hidden[..., : context.max_logits, :], *args[1:])
+        cut = context.selected and context.max_logits is not None
+        return (hidden[:, : context.max_logits] if cut else hidden, *args[1:])
 
     def _add_columns(self, module: nn.Module, args: Args, logits: Tensor) -> Tensor | None:
         context = self._active()
@@ -212,16 +213,17 @@ class VirtualTokens:
         if context.positions is not None and not context.selected and context.head_input is not None:
             output.logits = _at(output.logits, context.positions)
             context.head_input = _at(context.head_input, context.positions)
-        return self._forbid_columns(output)
+        return self._forbid_columns(output, context)
 
-    def _forbid_columns(self, output: Any) -> Any:
+    def _forbid_columns(self, output: Any, context: HookContext) -> Any:
         """Set columns of ids that must not be generated to -inf again, where the LM capped or scaled its logits."""
-        if self._keeps_infinity or not hasattr(output, "logits"):
+        if not hasattr(output, "logits"):
             return None
         logits = output.logits
         columns = self.vocabulary.forbidden_columns(self.mask_spare_columns)
         columns = [part for part in columns if logits[..., part].numel()]
-        if columns and self._keeps_infinity is None:
+        # Looking waits for a GPU, so a caller that knows its ids (in training) takes what was found the last time.
+        if columns and (self._keeps_infinity is None or context.has_virtual is None):
             self._keeps_infinity = all(bool(logits[0, 0, part][0] == float("-inf")) for part in columns)
         if not columns or self._keeps_infinity:
             return None
