@@ -8,10 +8,10 @@ PYTEST_ARGS ?=
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m visual_ground.demo.run
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/visual-ground demo
 
 demo-short: $(VENV)/demo-installed
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m visual_ground.demo.run --short --out demo/short
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/visual-ground demo --short --out demo/short
 
 test: $(VENV)/dev-installed
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -150,7 +150,7 @@ def test_a_head_that_hooks_cannot_read_is_refused_before_training():
     lm = build("llama_untied")
     lm.lm_head = WholeNumbers(lm.lm_head)
     handle = lm.model.norm.register_forward_hook(lambda module, args, out: (out * 16).round().to(torch.int8))
-    with pytest.raises(GroundingTypeError, match="floating numbers are needed"):
+    with pytest.raises(GroundingTypeError, match="floating-point numbers are needed"):
         grounded(lm=lm)
     handle.remove()
 

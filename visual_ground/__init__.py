@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from visual_ground.grounding import ground
     from visual_ground.index.image_index import ImageIndex
     from visual_ground.model import GroundedModel
+    from visual_ground.prompts.types import Prompt
     from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+    from visual_ground.vision.images import ImageLike
 
 _HOMES = {
     "GroundedModel": "model",
@@ -19,7 +21,9 @@ _HOMES = {
     "GroundingTrainer": "training",
     "GroundingTrainingArguments": "training",
     "ImageIndex": "index.image_index",
+    "ImageLike": "vision.images",
     "InterleavedOutput": "generation.output",
+    "Prompt": "prompts.types",
     "RetrievedImage": "generation.output",
     "ground": "grounding",
 }
@@ -31,7 +35,9 @@ __all__ = [
     "GroundingTrainer",
     "GroundingTrainingArguments",
     "ImageIndex",
+    "ImageLike",
     "InterleavedOutput",
+    "Prompt",
     "RetrievedImage",
     "ground",
 ]

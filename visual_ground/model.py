@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from visual_ground.generation.generate import generate
 from visual_ground.generation.output import InterleavedOutput
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.scoring import embed_prompts, log_likelihood
-from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.processor import GroundingProcessor
+from visual_ground.prompts.types import Prompts
 from visual_ground.storage.hub import HubOptions, PushOptions
 from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.images import Images
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,7 +71,7 @@ class GroundedModel(nn.Module):
         """The active adapter with all that belongs to it: processor, metadata, report, anchors."""
         return self.adapters.active
 
-    def prepare(self, prompts: Any, padding_side: str = "left") -> BatchFeature:
+    def prepare(self, prompts: Prompts, padding_side: str = "left") -> BatchFeature:
         """Return what `forward` reads: input_ids and attention_mask (b, s), and images as pixel_values (n, c, h, w).
 
         Args:
@@ -101,26 +103,20 @@ class GroundedModel(nn.Module):
         image_tokens = self.active.image_tokens(pixel_values, image_features)
         return self.frozen_lm.forward(input_ids, attention_mask, image_tokens, **lm_options)
 
-    def embed_images(self, images: Any = None, image_features: Tensor | None = None) -> Tensor:
-        """Map a list of PIL images or paths, or features (n, f), to unit vectors (n, q) of the retrieval space."""
-        return self.active.embed_images(images, image_features)
+    def embed_images(self, images: Images = (), image_features: Tensor | None = None, batch_size: int = 32) -> Tensor:
+        """Map PIL images or paths, `batch_size` at once, or features (n, f), to unit vectors (n, q) for retrieval."""
+        return self.active.embed_images(images, image_features, batch_size)
 
-    def embed_text(self, prompts: Any) -> Tensor:
-        """Map prompts, as in `prepare`, to unit vectors (n, q): the state at a `[RET]` put after each.
-
-        A plain string stands where a caption stands in training, after the sink token and `config.caption_prompt`.
-        """
+    def embed_text(self, prompts: Prompts) -> Tensor:
+        """Map prompts to unit vectors (n, q), read at a `[RET]` after each; a string is encoded as a caption is."""
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
-    def log_likelihood(self, prompts: Any, continuations: Sequence[str]) -> Tensor:
-        """Return log p(continuation | prompt), summed over the continuation's tokens, in nats, (n,).
-
-        The n continuations are tokenised on their own and put right after the prompts; `[RET]` may be in them.
-        """
+    def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:
+        """Return log p(continuation | prompt), (n,), in nats, summed over the tokens; `[RET]` may be among them."""
         return log_likelihood(self.frozen_lm, self.active, prompts, continuations)
 
     def generate(
-        self, prompts: Any, index: ImageIndex | None = None, max_new_tokens: int = 64, **options: Any
+        self, prompts: Prompts, index: RetrievalIndex | None = None, max_new_tokens: int = 64, **options: Any
     ) -> list[InterleavedOutput]:
         """Answer prompts with text and retrieved images.
 
@@ -151,7 +147,7 @@ class GroundedModel(nn.Module):
 
     def load_adapter(
         self,
-        model_id: str | os.PathLike,
+        model_id: str | os.PathLike[str],
         adapter_name: str,
         vision_encoder: Any = None,
         image_processor: Any = None,
@@ -176,11 +172,9 @@ class GroundedModel(nn.Module):
         """Take an adapter away; the active one cannot be."""
         self.adapters.delete(adapter_name)
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside the block, the LM behaves as if it had never been grounded."""
-        with self.frozen_lm.disabled():
-            yield
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Return a context in which the LM behaves as if it had never been grounded."""
+        return self.frozen_lm.disabled()
 
     def unground(self) -> nn.Module:
         """Take everything off the LM and hand it back, bit for bit what it was."""
@@ -195,9 +189,8 @@ class GroundedModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print both counts and their ratio, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
+        percent = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
 
     def train(self, mode: bool = True) -> Self:
         """Set the adapter's mode; the frozen parts stay in evaluation mode."""
@@ -206,7 +199,7 @@ class GroundedModel(nn.Module):
             frozen.eval()
         return self
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the active adapter's folder, whole or not at all; the network is never used. See docs/adapters.md."""
         self.active.save(folder, self.lm)
 
@@ -223,7 +216,7 @@ class GroundedModel(nn.Module):
     def from_pretrained(
         cls,
         lm: str | nn.Module,
-        model_id: str | os.PathLike | None = None,
+        model_id: str | os.PathLike[str] | None = None,
         vision_encoder: Any = None,
         tokenizer: Any = None,
         image_processor: Any = None,

@@ -1,9 +1,13 @@
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from tests.golden_parts import saved_parts
+from tests.paths import ROOT
 from tests.storage.hub_client import hub  # noqa: F401
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
@@ -81,3 +85,15 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0 and command in capsys.readouterr().out
+
+
+def test_help_lists_all_commands_and_loads_no_torch():
+    code = (
+        "import sys\nfrom visual_ground.cli.main import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    listed = re.findall(r"^    ([a-z-]+)(?:  |$)", shown, re.MULTILINE)
+    assert listed == ["train", "transfer", "index", "chat", "eval", "push", "import-fromage", "demo"]
+    assert shown.endswith("False False\n")

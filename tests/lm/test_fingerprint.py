@@ -9,14 +9,14 @@ import torch
 
 from tests.tiny import FAMILIES, Eye, build, grounded, image_processor, tokenizer
 from visual_ground import GroundedModel
-from visual_ground.lm.fingerprint import Fingerprint, _tell
+from visual_ground.lm.fingerprint import Fingerprint, _warn_once
 from visual_ground.lm.spec import read_spec
 from visual_ground.storage.tensors import CONFIG_FILE
 
 
 @pytest.fixture(autouse=True)
 def untold(caplog):
-    _tell.cache_clear()
+    _warn_once.cache_clear()
     caplog.set_level(logging.WARNING, "visual_ground")
 
 

@@ -161,7 +161,7 @@ def test_preprocessing_is_found_by_name_or_kind_and_images_of_any_shape_become_o
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=16, num_patches=64
     )
     vision = load_vision(Siglip2VisionModel(config)).eval()
-    assert "its kind" in caplog.text and vision.square_side == 512
+    assert "its kind" in caplog.text and vision.preprocessing.square_side == 512
     images = [picture(0).resize((60, 30)), picture(1).resize((20, 50))]
     together = vision(vision.preprocess(images))
     assert torch.allclose(together[1:], vision(vision.preprocess(images[1:])), atol=1e-5)
@@ -195,3 +195,17 @@ def test_what_cannot_be_an_encoder_is_refused():
         load_vision(nn.Linear(99, 3), PROCESSOR)
     with pytest.raises(GroundingError, match="got int"):
         load_vision(3)
+
+
+def test_encode_runs_images_in_batches_and_takes_one_alone(tmp_path):
+    vision = load_vision(tower(), PROCESSOR).eval()
+    images = [picture(i) for i in range(5)]
+    picture(0).save(tmp_path / "0.png")
+    at_once = vision(vision.preprocess(images))
+    assert torch.allclose(vision.encode(images, batch_size=2), at_once, atol=1e-5)
+    assert torch.equal(vision.encode(iter(images), batch_size=2), vision.encode(images, batch_size=2))
+    for alone in (images[0], str(tmp_path / "0.png"), {"bytes": (tmp_path / "0.png").read_bytes()}):
+        assert torch.allclose(vision.encode(alone), at_once[:1], atol=1e-5)
+    for call in (lambda: vision.encode([]), lambda: vision.encode(images, batch_size=0)):
+        with pytest.raises(GroundingValueError, match="at least"):
+            call()

@@ -12,9 +12,11 @@ from torch import nn
 
 from tests.paths import ROOT
 from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
-from visual_ground.vision.encoder import TransformProcessor, VisionEncoder
-from visual_ground.vision.feature_cache import FeatureCache, fingerprint, image_key
+from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.feature_cache import FeatureCache
 from visual_ground.vision.feature_store import FEATURES_FILE, INDEX_FILE
+from visual_ground.vision.identity import encoder_fingerprint, image_key
+from visual_ground.vision.preprocessing import TransformProcessor
 
 
 def to_pixels(image):
@@ -125,7 +127,7 @@ def test_other_encoders_do_not_share(tmp_path):
     for vision in others:
         assert close(FeatureCache(tmp_path, vision).features(images), exact(vision, images))
         assert vision.model.seen == 4
-    assert fingerprint(encoder()) == fingerprint(encoder())
+    assert encoder_fingerprint(encoder()) == encoder_fingerprint(encoder())
     assert len(os.listdir(tmp_path)) == 4
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from visual_ground.adapter.adapter import Adapter
@@ -17,13 +16,13 @@ from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.adapter.files import FILES, published, save_adapter
 from visual_ground.adapter.metadata import AdapterMetadata, Report
 from visual_ground.config import GroundingConfig
-from visual_ground.errors import GroundingValueError
 from visual_ground.lm import peft as lm_peft
 from visual_ground.lm.spec import LMSpec
 from visual_ground.prompts.processor import GroundingProcessor
 from visual_ground.storage.hub import PushOptions, push_folder
 from visual_ground.storage.tensors import WEIGHTS_FILE, read_tensors
 from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.images import Images
 
 
 class AttachedAdapter(nn.Module):
@@ -68,13 +67,6 @@ class AttachedAdapter(nn.Module):
         """Where the adapter is."""
         return self.adapter.logit_scale.device
 
-    def image_features(self, images: Any) -> Tensor:
-        """Return the frozen encoder's features (n, f) of PIL images or paths."""
-        images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
-        if not len(images):
-            raise GroundingValueError("There are no images to embed; give at least one.")
-        return self.vision(self.vision.preprocess(images))
-
     def image_tokens(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
         """Return the input embeddings (n * k, d) of images, or None where there are none.
 
@@ -87,9 +79,14 @@ class AttachedAdapter(nn.Module):
         return None if image_features is None else self.adapter.image_tokens(image_features.to(self.device))
 
     @torch.no_grad()
-    def embed_images(self, images: Any = None, image_features: Tensor | None = None) -> Tensor:
-        """Map images, or their features (n, f), to unit vectors (n, q) of the retrieval space."""
-        features = self.image_features(images) if image_features is None else image_features
+    def embed_images(
+        self,
+        images: Images = (),
+        image_features: Tensor | None = None,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Map images, or their features (n, f), to unit vectors (n, q); `batch_size` images are encoded at once."""
+        features = self.vision.encode(images, batch_size) if image_features is None else image_features
         return self.adapter.embed_images(features.to(self.device))
 
     def embed_states(self, states: list[Tensor]) -> Tensor:
@@ -119,7 +116,7 @@ class AttachedAdapter(nn.Module):
         report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
         self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
 
-    def load_weights(self, folder: str | os.PathLike, lm: nn.Module) -> None:
+    def load_weights(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
         """Load saved tensors, and those of the LM's PEFT adapter where it is trained beside.
 
         Args:
@@ -135,7 +132,7 @@ class AttachedAdapter(nn.Module):
             lm_peft.load_into(lm, folder)
         self.adapter.load_state_dict(tensors)
 
-    def save(self, folder: str | os.PathLike, lm: nn.Module) -> None:
+    def save(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
         """Write the adapter's folder, see `GroundedModel.save_pretrained`; `lm` is the LM that it is on."""
         self._write(folder, lm, self.metadata)
 
@@ -145,7 +142,7 @@ class AttachedAdapter(nn.Module):
         return push_folder(lambda folder: self._write(folder, lm, metadata, repo_id), repo_id, options, FILES)
 
     def _write(
-        self, folder: str | os.PathLike, lm: nn.Module, metadata: AdapterMetadata, repo_id: str | None = None
+        self, folder: str | os.PathLike[str], lm: nn.Module, metadata: AdapterMetadata, repo_id: str | None = None
     ) -> None:
         beside = lm_peft.writers(lm) if self.config.train_lm_adapter else {}
         if self.anchors is not None:

@@ -1,4 +1,4 @@
-"""The command line: each command a thin layer over the Python API."""
+"""The command line: one file a command, each a thin layer over the Python API."""
 
 from visual_ground.cli.main import main
 

@@ -1,7 +1,7 @@
 """The main job, end to end: ground, train, evaluate, converse, save, load again.
 
     make demo
-    python -m visual_ground.demo.run --choose
+    visual-ground demo --choose
 
 The second is for choosing settings: it reports on the validation concepts, where the first reports on the test
 concepts.
@@ -9,7 +9,6 @@ concepts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import time
@@ -178,41 +177,42 @@ def _words(held: dict[str, list[Exchange]]) -> list[str]:
     return [f"{title}: {exchange.answer}" for title, exchanges in held.items() for exchange in exchanges]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; return 0, or 1 where the adapter that was loaded again answers otherwise than the saved one."""
-    parser = argparse.ArgumentParser(prog="visual-ground demo", description="The main job on real weights and images.")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the page and the results")
-    parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="folder for weights and features")
-    parser.add_argument("--short", action="store_true", help="few concepts, few steps: only to see that it runs")
-    parser.add_argument("--choose", action="store_true", help="report on the validation concepts")
-    options = parser.parse_args(argv)
-    settings = {**SETTINGS, **({"max_steps": 3, "per_device_train_batch_size": 16} if options.short else {})}
+def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) -> int:
+    """Run the demo; return 0, or 1 where the adapter that was loaded again gives other answers than the saved one.
+
+    Args:
+        out: folder for the page and the results.
+        cache: folder for weights and features.
+        short: few concepts and few steps, only to see that it runs.
+        choose: report on the validation concepts instead of the test concepts.
+    """
+    settings = {**SETTINGS, **({"max_steps": 3, "per_device_train_batch_size": 16} if short else {})}
     clock = Clock()
     with clock.step("load the language model and the vision encoder"):
-        lm, tokenizer = load_lm(options.cache)
+        lm, tokenizer = load_lm(cache)
         vision = load_vision()
     with clock.step("draw the pictures and compute their features"):
-        pairs = Pairs(options.cache, vision, 20 if options.short else None)
+        pairs = Pairs(cache, vision, 20 if short else None)
     torch.manual_seed(settings["seed"])
     model = ground(lm, vision, tokenizer)
     model.print_trainable_parameters()
     with clock.step("train the adapter"):
-        train(model, pairs, options.out, options.cache, settings)
+        train(model, pairs, out, cache, settings)
     with clock.step("evaluate"):
-        results = evaluate(model, pairs, "validation" if options.choose else "test")
+        results = evaluate(model, pairs, "validation" if choose else "test")
     with clock.step("converse"):
         biases = find_biases(model, pairs)
         held = converse_all(model, pairs, biases)
     with clock.step("save, load on a fresh language model, converse again"):
-        model.save_pretrained(options.out / "adapter")
-        fresh = GroundedModel.from_pretrained(*load_lm(options.cache)[:1], options.out / "adapter", vision, tokenizer)
+        model.save_pretrained(out / "adapter")
+        fresh = GroundedModel.from_pretrained(*load_lm(cache)[:1], out / "adapter", vision, tokenizer)
         same = _words(converse_all(fresh, pairs, biases)) == _words(held)
     clock.total()
     shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in held.values())
     results |= {"conversations_with_pictures": shown, "answers_identical_after_reload": same, "seconds": clock.seconds}
     settings = {**settings, "ret_bias": asdict(biases)}
     results |= {"settings": settings, "versions": {name: _version(name) for name in PACKAGES}}
-    report(results, held, options.out)
+    report(results, held, out)
     return 0 if same else 1
 
 
@@ -233,7 +233,3 @@ def report(results: dict[str, Any], held: dict[str, list[Exchange]], out: Path) 
     print(f"\nsame answers after saving and loading: {results['answers_identical_after_reload']}")
     print("seconds: " + json.dumps(results["seconds"]))
     print(f"see {out / 'index.html'}, {out / 'contact_sheet.png'}, {out / 'results.json'}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from visual_ground.errors import GroundingFileError
-from visual_ground.vision.encoder import TransformProcessor, VisionEncoder
+from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.preprocessing import TransformProcessor
 
 LM_NAME = "smollm2-135m-instruct"
 

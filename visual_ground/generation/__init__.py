@@ -1,1 +1,1 @@
-"""Answers: `[RET]` becomes retrieved images between the text."""
+"""Answers: an LM's text, with retrieved images where it generated `[RET]`."""

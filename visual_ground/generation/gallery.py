@@ -1,4 +1,4 @@
-"""Some answers of an adapter for its card: their text, and one small picture of the images in them."""
+"""A few answers for an adapter's card: their text, and one small picture of the images in them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.vision.images import to_rgb
 
-SIDE, LABEL, COLUMNS, QUALITY = 112, 16, 6, 80
+# In pixels and percent; small, because the picture is published with the adapter.
+SIDE, LABEL_HEIGHT, COLUMNS, JPEG_QUALITY = 112, 16, 6, 80
+MARGIN, LABEL_LENGTH = 4, 18  # Pixels around an image; characters of an id that fit below it.
 
 
 def with_samples(report: Report, prompts: Sequence[str], answers: Sequence[InterleavedOutput]) -> Report:
-    """Return a report that shows these answers, with a picture of the images in them.
+    """Return a report with these answers as its samples, and a picture of the images in them.
 
     Args:
-        report: whose samples are replaced.
-        prompts: what was asked, as text.
-        answers: what was answered, one for each prompt.
+        report: the report, whose samples are replaced.
+        prompts: the prompts, as text.
+        answers: one for each prompt.
 
     Example:
         >>> report = with_samples(Report(), ["Show me a cat."], [InterleavedOutput(("Here.",))])
@@ -32,22 +34,22 @@ def with_samples(report: Report, prompts: Sequence[str], answers: Sequence[Inter
     samples = tuple(Sample(prompt, str(answer)) for prompt, answer in zip(prompts, answers, strict=True))
     images = [image for answer in answers for image in answer.images]
     shown = [image for image in images if image.image is not None and not isinstance(image.image, ImageLink)]
-    return replace(report, samples=samples, picture=_sheet(shown) if shown else None)
+    return replace(report, samples=samples, picture=_draw(shown) if shown else None)
 
 
-def _sheet(shown: Sequence[RetrievedImage]) -> bytes:
-    """Draw images in rows, each with its id below, as a JPEG of some kB."""
+def _draw(shown: Sequence[RetrievedImage]) -> bytes:
+    """Return a JPEG of images in a grid, each with its id below."""
     columns = min(len(shown), COLUMNS)
-    page = Image.new("RGB", (columns * SIDE, -(-len(shown) // columns) * (SIDE + LABEL)), "white")
+    page = Image.new("RGB", (columns * SIDE, -(-len(shown) // columns) * (SIDE + LABEL_HEIGHT)), "white")
     draw = ImageDraw.Draw(page)
-    for i, one in enumerate(shown):
-        x, y = i % columns * SIDE, i // columns * (SIDE + LABEL)
-        small = to_rgb(one.image)
-        small.thumbnail((SIDE - 8, SIDE - 8))
+    for i, retrieved in enumerate(shown):
+        x, y = i % columns * SIDE, i // columns * (SIDE + LABEL_HEIGHT)
+        small = to_rgb(retrieved.image)
+        small.thumbnail((SIDE - 2 * MARGIN, SIDE - 2 * MARGIN))
         page.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
-        # Pillow's small built-in font knows Latin letters only.
-        label = str(one.id)[-18:].encode("latin-1", "replace").decode("latin-1")
-        draw.text((x + 4, y + SIDE), label, "black")
+        # Pillow's small built-in font has Latin letters only.
+        label = str(retrieved.id)[-LABEL_LENGTH:].encode("latin-1", "replace").decode("latin-1")
+        draw.text((x + MARGIN, y + SIDE), label, "black")
     buffer = io.BytesIO()
-    page.save(buffer, format="JPEG", quality=QUALITY)
+    page.save(buffer, format="JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()

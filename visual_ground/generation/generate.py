@@ -1,4 +1,4 @@
-"""Answers in text and pictures: transformers' own `generate`, then a search for each `[RET]` that was said."""
+"""Answers in text and images: transformers' own `generate`, then a search for each `[RET]` that it generated."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from transformers import BatchFeature, LogitsProcessorList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.generation.output import InterleavedOutput
+from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
-from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
 
 
@@ -22,7 +22,7 @@ def generate(
     frozen_lm: FrozenLM,
     attached: AttachedAdapter,
     batch: BatchFeature,
-    index: ImageIndex | None,
+    index: RetrievalIndex | None,
     settings: RetrievalSettings,
     options: Mapping[str, Any],
 ) -> list[InterleavedOutput]:
@@ -32,9 +32,13 @@ def generate(
         frozen_lm: the LM.
         attached: the active adapter.
         batch: as from `GroundedModel.prepare`, padded on the left.
-        index: where images are searched.
-        settings: how `[RET]` is said and images are shown.
+        index: where images are searched; None leaves each `[RET]` an image without id.
+        settings: when `[RET]` is generated and how many images are shown.
         options: for transformers' `generate`.
+
+    Raises:
+        GroundingTypeError: an index that cannot be searched.
+        GroundingValueError: an index of vectors of another width.
     """
     check_index(index, attached)
     image_tokens = attached.image_tokens(batch.get("pixel_values"))
@@ -43,8 +47,8 @@ def generate(
     mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
     vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
     return [
-        _interleave(attached, ids[start:].tolist(), found, index, settings)
-        for ids, found in zip(sequences, vectors, strict=True)
+        _interleave(attached, ids[start:].tolist(), queries, index, settings)
+        for ids, queries in zip(sequences, vectors, strict=True)
     ]
 
 
@@ -56,11 +60,11 @@ def generate_ids(
     settings: RetrievalSettings,
     options: Mapping[str, Any],
 ) -> Tensor:
-    """Run transformers' `generate`; return ids (b * num_return_sequences, s), the prompts' among them."""
+    """Run transformers' `generate`; return ids (b * num_return_sequences, s), which begin with the prompts'."""
     options, processor = dict(options), attached.processor
-    steer = RetLogitsProcessor(processor.ret_token_id, batch["input_ids"].shape[1], settings)
-    options["logits_processor"] = LogitsProcessorList([steer, *(options.pop("logits_processor", None) or [])])
-    if "stop_strings" in options:
+    ret_processor = RetLogitsProcessor(processor.ret_token_id, batch["input_ids"].shape[1], settings)
+    options["logits_processor"] = LogitsProcessorList([ret_processor, *(options.pop("logits_processor", None) or [])])
+    if "stop_strings" in options:  # transformers needs the tokenizer for these.
         options.setdefault("tokenizer", processor.tokenizer)
     options.setdefault("pad_token_id", processor.pad_token_id)
     return frozen_lm.generate(batch["input_ids"], image_tokens, attention_mask=batch["attention_mask"], **options)
@@ -74,9 +78,9 @@ def ret_vectors(
     start: int,
     image_tokens: Tensor | None,
 ) -> list[Tensor]:
-    """Return, for each sequence, the retrieval vectors (r, q) of the `[RET]`s said from `start` on.
+    """Return, for each sequence, the retrieval vectors (r, q) of the `[RET]`s in its answer.
 
-    One forward over the finished sequences reads them, so that beams, sampling and any cache give the same.
+    One forward over the finished sequences reads their states, so beams, sampling and caches make no difference.
 
     Args:
         frozen_lm: the LM.
@@ -90,12 +94,12 @@ def ret_vectors(
     is_ret[:, :start] = False
     if not bool(is_ret.any()):
         return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
-    asking = is_ret.any(-1)
-    stop = int(is_ret.any(0).nonzero().max()) + 1
-    ids, positions = sequences[asking, :stop], is_ret[asking, :stop].flatten().nonzero()[:, 0]
-    mask = nn.functional.pad(mask[asking], (0, stop - start), value=1)
+    has_ret = is_ret.any(-1)
+    stop = int(is_ret.any(0).nonzero().max()) + 1  # What comes after the last [RET] has no say in its state.
+    ids, positions = sequences[has_ret, :stop], is_ret[has_ret, :stop].flatten().nonzero()[:, 0]
+    mask = nn.functional.pad(mask[has_ret], (0, stop - start), value=1)
     states = frozen_lm.hidden_states(ids, mask, positions, attached.config.text_layers, image_tokens)
-    return list(attached.embed_states(states).cpu().split(is_ret.sum(-1).tolist()))
+    return list(torch.split(attached.embed_states(states).cpu(), is_ret.sum(-1).tolist()))
 
 
 def check_index(index: Any, attached: AttachedAdapter) -> None:
@@ -107,22 +111,29 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
     """
     if index is None:
         return
-    if not callable(getattr(index, "search", None)):
-        raise GroundingTypeError(f"index must be an ImageIndex or None, got {type(index).__name__}.")
-    if index.vectors.shape[1] != attached.config.retrieval_dim:
+    if not isinstance(index, RetrievalIndex):
+        raise GroundingTypeError(
+            f"index must be an ImageIndex, an object with the same dim, search and entry, or None; got "
+            f"{type(index).__name__}."
+        )
+    if index.dim != attached.config.retrieval_dim:
         raise GroundingValueError(
-            f"The index holds vectors of width {index.vectors.shape[1]}, this model's retrieval space has width "
+            f"The index holds vectors of width {index.dim}, this model's retrieval space has width "
             f"{attached.config.retrieval_dim}. Build the index with this model."
         )
 
 
 def _interleave(
-    attached: AttachedAdapter, ids: list[int], vectors: Tensor, index: ImageIndex | None, settings: RetrievalSettings
+    attached: AttachedAdapter,
+    ids: list[int],
+    vectors: Tensor,
+    index: RetrievalIndex | None,
+    settings: RetrievalSettings,
 ) -> InterleavedOutput:
     processor = attached.processor
     images = iter(retrieve(vectors, index, settings))
-    parts: list[Any] = []
-    # An LM with more rows than its tokenizer has tokens can say ids that are no text.
+    parts: list[str | RetrievedImage] = []
+    # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
     ids = [i for i in ids if i < processor.vocabulary.num_tokens or i == processor.ret_token_id]
     for text in split_at_ret(ids, processor.ret_token_id, processor.tokenizer):
         parts += next(images) if text is None else [text]

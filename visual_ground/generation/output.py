@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.storage.atomic import replacing
-from visual_ground.vision.images import to_rgb
+from visual_ground.vision.images import ImageLike, to_rgb
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class RetrievedImage:
     Args:
         id: its id in the index; None where there was no index to search.
         score: cosine with the model's `[RET]` state; None likewise.
-        image: a PIL image, a path, or an `ImageLink` that was not opened, where the index knows one.
-        metadata: what the index holds beside it.
+        image: a PIL image, a path, or an `ImageLink` that was not opened; None where the index has no images.
+        metadata: the index's metadata of it.
     """
 
     id: str | int | None = None
@@ -50,7 +48,7 @@ class InterleavedOutput:
     """One answer.
 
     Args:
-        parts: strings and `RetrievedImage`s, in the order in which they were said.
+        parts: strings and `RetrievedImage`s, in order.
 
     Example:
         >>> print(InterleavedOutput(("A cat.", RetrievedImage("cat", 0.9))))
@@ -78,7 +76,7 @@ class InterleavedOutput:
     def _repr_html_(self) -> str:
         return "<div>" + "".join(render_part(part) for part in self.parts) + "</div>"
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a page that shows the answer, with its images inside the file."""
         page = f'<!doctype html><html><head><meta charset="utf-8"></head><body>{self._repr_html_()}</body></html>\n'
         with replacing(Path(path)) as temporary:
@@ -108,7 +106,7 @@ def _anchor(link: ImageLink) -> str:
     return f'<a href="{text}" rel="noreferrer">{text}</a>' if is_page else text
 
 
-def data_uri(image: Image.Image | str | os.PathLike, width: int) -> str:
+def data_uri(image: ImageLike, width: int) -> str:
     """Return an image, at most `width` pixels wide, as a PNG data URI."""
     small = to_rgb(image)
     small.thumbnail((width, width))

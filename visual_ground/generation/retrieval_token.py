@@ -1,4 +1,4 @@
-"""Saying `[RET]`: the logits processor that steers it, and the way from generated ids to interleaved parts."""
+"""`[RET]` in generation: the logits processor that steers it, and the images that are retrieved for it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from transformers import LogitsProcessor
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.generation.output import RetrievedImage
-from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.base import RetrievalIndex
 
 
 @dataclass(frozen=True)
 class RetrievalSettings:
-    """How an answer says and shows images.
+    """When an answer has images, and how many.
 
     Args:
         images_per_ret: images shown at each `[RET]`, at least 1.
-        max_images: `[RET]`s per answer; None for any number, 0 for none.
-        ret_bias: added to `[RET]`'s logit.
-        min_new_tokens_before_ret: tokens that an answer says before its first `[RET]`.
-        min_new_tokens_between_rets: tokens that an answer says between two `[RET]`s.
+        max_images: the most `[RET]`s in an answer; None for any number, 0 for none.
+        ret_bias: added to `[RET]`'s logit; larger values give more images.
+        min_new_tokens_before_ret: the fewest tokens before an answer's first `[RET]`.
+        min_new_tokens_between_rets: the fewest tokens between two `[RET]`s.
         allow_repeats: whether one answer may show an image twice.
+
+    Raises:
+        GroundingValueError: a number out of its range.
     """
 
     images_per_ret: int = 1
@@ -38,9 +41,10 @@ class RetrievalSettings:
     def __post_init__(self) -> None:
         if self.images_per_ret < 1:
             raise GroundingValueError(f"images_per_ret must be at least 1, got {self.images_per_ret}.")
-        least = min(self.min_new_tokens_before_ret, self.min_new_tokens_between_rets)
-        if least < 0 or (self.max_images is not None and self.max_images < 0):
-            raise GroundingValueError("Numbers of tokens and max_images must not be negative.")
+        for name in ("max_images", "min_new_tokens_before_ret", "min_new_tokens_between_rets"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise GroundingValueError(f"{name} must be at least 0, got {value}.")
 
     @classmethod
     def take_from(cls, options: dict[str, Any]) -> RetrievalSettings:
@@ -61,14 +65,14 @@ class RetLogitsProcessor(LogitsProcessor):
         self.ret_token_id, self.prompt_length, self.settings = ret_token_id, prompt_length, settings
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (b, v + 1) with `[RET]`'s column biased, and -inf where it must not be said."""
+        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come."""
         new = input_ids[:, self.prompt_length :]
         column = scores[:, self.ret_token_id] + self.settings.ret_bias
         if new.shape[1] < self.settings.min_new_tokens_before_ret:
             column = torch.full_like(column, float("-inf"))
         elif self.settings.max_images is not None:
-            said = (new == self.ret_token_id).sum(-1)
-            column = column.masked_fill(said >= self.settings.max_images, float("-inf"))
+            num_rets = (new == self.ret_token_id).sum(-1)
+            column = column.masked_fill(num_rets >= self.settings.max_images, float("-inf"))
         if gap := self.settings.min_new_tokens_between_rets:
             column = column.masked_fill((new[:, -gap:] == self.ret_token_id).any(-1), float("-inf"))
         scores = scores.clone()
@@ -79,48 +83,53 @@ class RetLogitsProcessor(LogitsProcessor):
 def split_at_ret(ids: Sequence[int], ret_token_id: int, tokenizer: Any) -> list[str | None]:
     """Cut generated ids into text, with None for each `[RET]`; empty text is left out.
 
-    Text is decoded cumulatively, so that tokenizers which mark word starts keep the spaces around an image.
+    At each `[RET]` all ids up to it are decoded again, because a tokenizer that marks where words start would drop the
+    space at the beginning of a part that is decoded alone.
     """
     parts: list[str | None] = []
-    said: list[int] = []
-    before = ""
+    text_ids: list[int] = []
+    text_before = ""
     for token in [*ids, None]:
         if token is not None and token != ret_token_id:
-            said.append(token)
+            text_ids.append(token)
             continue
-        whole = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if len(whole) > len(before):
-            parts.append(whole[len(before) :])
-            before = whole
+        text = tokenizer.decode(text_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if len(text) > len(text_before):
+            parts.append(text[len(text_before) :])
+            text_before = text
         if token is not None:
             parts.append(None)
     return parts
 
 
-def retrieve(states: Tensor, index: ImageIndex | None, settings: RetrievalSettings) -> list[tuple[RetrievedImage, ...]]:
+def retrieve(
+    vectors: Tensor, index: RetrievalIndex | None, settings: RetrievalSettings
+) -> list[tuple[RetrievedImage, ...]]:
     """Find the images of one answer.
 
     Args:
-        states: (r, q), the retrieval vectors of its `[RET]`s in order.
+        vectors: (r, q), the retrieval vectors of its `[RET]`s in order.
         index: where to search; None gives one image without id for each `[RET]`.
         settings: how many images, and whether one may come twice.
 
     Returns:
-        For each `[RET]`, its images, best first; fewer than asked where the index has no more.
+        For each `[RET]`, its images, best first; fewer where the index has no more.
     """
-    if index is None or not len(states):
-        return [(RetrievedImage(),) for _ in states]
-    found = index.search(states, settings.images_per_ret * (1 if settings.allow_repeats else len(states)))
+    if index is None or not len(vectors):
+        return [(RetrievedImage(),) for _ in vectors]
+    # Enough for each [RET] even where all the ones before it have taken its best images.
+    count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors))
+    results = index.search(vectors, count)
     shown: set[int] = set()
     answers = []
-    for positions, scores in zip(found.positions.tolist(), found.scores.tolist(), strict=True):
-        fresh = [(p, s) for p, s in zip(positions, scores, strict=True) if settings.allow_repeats or p not in shown]
-        fresh = fresh[: settings.images_per_ret]
-        shown.update(p for p, _ in fresh)
-        answers.append(tuple(_image(index, position, score) for position, score in fresh))
+    for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True):
+        hits = [hit for hit in zip(positions, scores, strict=True) if settings.allow_repeats or hit[0] not in shown]
+        hits = hits[: settings.images_per_ret]
+        shown.update(position for position, _ in hits)
+        answers.append(tuple(_image(index, position, score) for position, score in hits))
     return answers
 
 
-def _image(index: ImageIndex, position: int, score: float) -> RetrievedImage:
-    name, image, metadata = index.entry(position)
-    return RetrievedImage(name, score, image, metadata)
+def _image(index: RetrievalIndex, position: int, score: float) -> RetrievedImage:
+    image_id, image, metadata = index.entry(position)
+    return RetrievedImage(image_id, score, image, metadata)

@@ -1,19 +1,19 @@
-"""What a grounded model makes of prompts without answering: retrieval vectors and likelihoods."""
+"""Prompts without an answer: their retrieval vectors, and the likelihoods of given continuations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.prompts.types import Prompts
 
 
 @torch.no_grad()
-def embed_prompts(frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Any) -> Tensor:
+def embed_prompts(frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Prompts) -> Tensor:
     """Return unit vectors (n, q): the states at a `[RET]` put after each prompt; see `GroundedModel.embed_text`."""
     processor = attached.processor
     batch = processor.batch(processor.encode_queries(prompts)).to(frozen_lm.device)
@@ -26,7 +26,7 @@ def embed_prompts(frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Any) 
 
 @torch.no_grad()
 def log_likelihood(
-    frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Any, continuations: Sequence[str]
+    frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Prompts, continuations: Sequence[str]
 ) -> Tensor:
     """Return log p(continuation | prompt), (n,), in nats; see `GroundedModel.log_likelihood`."""
     encoded, lengths = attached.processor.encode_continuations(prompts, continuations)

@@ -1,4 +1,4 @@
-"""The folder of an image index: vectors, entries, and images, written whole or not at all and read strictly."""
+"""The folder of an image index: vectors, entries and images, written whole or not at all and read strictly."""
 
 from __future__ import annotations
 
@@ -12,23 +12,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.errors import GroundingFileError
+from visual_ground.index.exact import ExactIndex
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
 from visual_ground.storage.atomic import resolve, write_folder
 from visual_ground.storage.hub import CARD_FILE
 from visual_ground.storage.readme import render_page
-from visual_ground.storage.tensors import (
-    FORMAT_VERSION,
-    read_json,
-    read_shapes,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
-from visual_ground.vision.images import to_rgb
+from visual_ground.storage.tensors import FORMAT_VERSION, read_json, write_json
+from visual_ground.vision.images import ImageLike, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +27,8 @@ VECTORS_FILE = "index.safetensors"
 ENTRIES_FILE = "index.json"
 IMAGES_FOLDER = "images"
 FILES = (VECTORS_FILE, ENTRIES_FILE, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
-OWN_NAME = re.compile(r"[\w.-]{1,200}(?:/[\w.-]{1,200}){0,7}", re.ASCII)
+# Names of image files that mean the same on every system: no drives, no backslash, nothing too long.
+IMAGE_NAME = re.compile(r"[\w.-]{1,200}(?:/[\w.-]{1,200}){0,7}", re.ASCII)
 KEYS = {"format_version", "ids", "images", "metadata"}
 
 
@@ -44,13 +36,13 @@ KEYS = {"format_version", "ids", "images", "metadata"}
 class IndexContents:
     """What an index holds, as `ImageIndex` takes it."""
 
-    vectors: Tensor
+    engine: ExactIndex
     ids: list[str | int]
     images: list[Any] | None
     metadata: list[dict[str, Any]] | None
 
 
-def write_index(folder: str | os.PathLike, contents: IndexContents, card: str | None = None) -> None:
+def write_index(folder: str | os.PathLike[str], contents: IndexContents, card: str | None = None) -> None:
     """Write vectors, ids, images and metadata; paths and addresses stay as they are, PIL images become files.
 
     Args:
@@ -62,7 +54,7 @@ def write_index(folder: str | os.PathLike, contents: IndexContents, card: str | 
         GroundingValueError: a PIL image that cannot be read.
         GroundingTypeError: an image that is neither a PIL image nor a path or address.
     """
-    places, pictures = _place_images(contents.images or [], Path(folder))
+    places, new_images = _place_images(contents.images or [], Path(folder))
     entries = {
         "format_version": FORMAT_VERSION,
         "ids": contents.ids,
@@ -73,15 +65,15 @@ def write_index(folder: str | os.PathLike, contents: IndexContents, card: str | 
     write_folder(
         folder,
         {
-            **{name: partial(_write_png, image) for name, image in pictures.items()},
+            **{name: partial(_write_png, image) for name, image in new_images.items()},
             **page,
-            VECTORS_FILE: lambda path: write_tensors(path, {"vectors": contents.vectors}),
+            VECTORS_FILE: contents.engine.save,
             ENTRIES_FILE: lambda path: write_json(path, entries),
         },
     )
 
 
-def read_index(folder: str | os.PathLike, rules: LinkRules) -> IndexContents:
+def read_index(folder: str | os.PathLike[str], rules: LinkRules) -> IndexContents:
     """Read what `write_index` wrote. The folder's own images come back as paths in it.
 
     Any other path that the rules do not allow comes back as an `ImageLink`, and is not opened.
@@ -109,7 +101,7 @@ def read_index(folder: str | os.PathLike, rules: LinkRules) -> IndexContents:
                 len(outside),
                 outside[0],
             )
-    return IndexContents(_read_vectors(folder / VECTORS_FILE), entries["ids"], images, entries["metadata"])
+    return IndexContents(ExactIndex.load(folder / VECTORS_FILE), entries["ids"], images, entries["metadata"])
 
 
 def publishable(contents: IndexContents, copy_images: bool) -> IndexContents:
@@ -117,28 +109,32 @@ def publishable(contents: IndexContents, copy_images: bool) -> IndexContents:
 
     Args:
         contents: an index.
-        copy_images: True makes every image that is a path one of the index's own; False leaves it out, and keeps its
+        copy_images: True copies every image that is a path into the index; False leaves the image out, and keeps its
             id, vector and metadata.
     """
     if contents.images is None:
         return contents
-    images, left = [], 0
+    images: list[Any] = []
+    omitted = 0
     for image in contents.images:
         is_path = isinstance(image, (str, os.PathLike)) and not is_url(os.fspath(image))
-        hidden = isinstance(image, ImageLink) and not image.is_remote
-        left += hidden or (is_path and not copy_images)
-        images.append(None if hidden else (to_rgb(image) if copy_images else None) if is_path else image)
-    if left:
-        logger.warning("%d images are local files and are not published; copy_images=True publishes them.", left)
-    return IndexContents(contents.vectors, contents.ids, images, contents.metadata)
+        # A link to a local path that the index's rules do not let us open.
+        is_closed = isinstance(image, ImageLink) and not image.is_remote
+        if is_closed or (is_path and not copy_images):
+            omitted += 1
+            images.append(None)
+        else:
+            images.append(to_rgb(image) if is_path else image)
+    if omitted:
+        logger.warning("%d images are local files and are not published; copy_images=True publishes them.", omitted)
+    return IndexContents(contents.engine, contents.ids, images, contents.metadata)
 
 
 def index_card(contents: IndexContents, repo_id: str, page: str | None) -> str:
-    """Return the text of an index's README.md, with what people wrote into an earlier one."""
-    count, width = contents.vectors.shape
+    """Return the text of an index's README.md; what people wrote into an earlier `page` is kept."""
     opening = (
         f"# {repo_id.split('/')[-1]}\n\n"
-        f"An image index of visual_ground: {count:,} vectors of width {width}, with ids"
+        f"An image index of visual_ground: {len(contents.engine):,} vectors of width {contents.engine.dim}, with ids"
         f"{', images or their addresses' if contents.images else ''}{' and metadata' if contents.metadata else ''}. It "
         "fits adapters whose image layer made these vectors, and those moved from them to other language models."
     )
@@ -155,56 +151,56 @@ def index_card(contents: IndexContents, repo_id: str, page: str | None) -> str:
 def _place_images(images: Sequence[Any], folder: Path) -> tuple[list[Any], dict[str, Any]]:
     """Return what `index.json` holds for each image, and the images to write, by file name.
 
-    A path stands for itself and `{"file": NAME}` for a file of the folder's own. The paths of an index that was loaded
-    from this folder stay files of its own, and no new image is written over them.
+    A path stands for itself, and `{"file": NAME}` for a file inside the folder. An index that was loaded from this
+    folder holds paths into it: these files stay, and no new image is written over them.
     """
-    places: list[Any] = [
-        _own_file(image, folder) or os.fspath(image)
-        if isinstance(image, (str, os.PathLike))
-        else (image.address if isinstance(image, ImageLink) else None)
-        for image in images
-    ]
+    places = [_place_of(image, folder) for image in images]
     taken = {place["file"] for place in places if isinstance(place, dict)}
-    pictures = {}
+    new_images = {}
     for position, image in enumerate(images):
         if image is not None and places[position] is None:
             numbered = (f"{IMAGES_FOLDER}/{number:08d}.png" for number in count(position))
             name = next(name for name in numbered if name not in taken)
             taken.add(name)
-            pictures[name] = image
+            new_images[name] = image
             places[position] = {"file": name}
-    return places, pictures
+    return places, new_images
 
 
-def _own_file(path: str | os.PathLike, folder: Path) -> dict[str, str] | None:
-    parent, name = Path(path).parent, Path(path).name
-    own = re.fullmatch(r"\d{8,}\.png", name) and parent.resolve() == (folder / IMAGES_FOLDER).resolve()
-    return {"file": f"{IMAGES_FOLDER}/{name}"} if own else None
+def _place_of(image: Any, folder: Path) -> str | dict[str, str] | None:
+    """Return what `index.json` holds for an image; None for a PIL image, which needs a file first."""
+    if isinstance(image, ImageLink):
+        return image.address
+    if not isinstance(image, (str, os.PathLike)):
+        return None
+    parent, name = Path(image).parent, Path(image).name
+    if re.fullmatch(r"\d{8,}\.png", name) and parent.resolve() == (folder / IMAGES_FOLDER).resolve():
+        return {"file": f"{IMAGES_FOLDER}/{name}"}
+    return os.fspath(image)
 
 
-def _write_png(image: Any, path: Path) -> None:
+def _write_png(image: ImageLike, path: Path) -> None:
     to_rgb(image).save(path, format="PNG")
 
 
 def _find_image(place: Any, folder: Path, rules: LinkRules) -> str | ImageLink | None:
-    """Return the path that an entry of `index.json` stands for, or a link where it may not be followed."""
+    """Return the path that `index.json` gives an image, or a link where the rules do not allow to open it."""
     if place is None:
         return None
     if isinstance(place, str):
         return place if not is_url(place) and rules.allow_path(place, folder) else ImageLink(place)
     name = place.get("file") if isinstance(place, dict) and len(place) == 1 else None
-    # Names that mean the same on every system: no drives, no second kind of slash, nothing too long, no way up.
-    if not isinstance(name, str) or not OWN_NAME.fullmatch(name) or ".." in name.split("/"):
-        raise _leads_out(place, folder)
+    if not isinstance(name, str) or not IMAGE_NAME.fullmatch(name) or ".." in name.split("/"):
+        raise _outside(place, folder)
     path = os.fspath(resolve(folder, name))
-    # huggingface_hub's cache keeps a snapshot's files beside it, behind symbolic links of its own.
+    # In huggingface_hub's cache, a snapshot's files are symbolic links into the folder blobs beside it.
     blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
     if not LinkRules(folders=(*blobs,)).allow_path(path, folder):
-        raise _leads_out(place, folder)
+        raise _outside(place, folder)
     return path
 
 
-def _leads_out(place: Any, folder: Path) -> GroundingFileError:
+def _outside(place: Any, folder: Path) -> GroundingFileError:
     return GroundingFileError(
         f"{ENTRIES_FILE} in {str(folder)!r} places an image at {place!r}, which is not inside the folder. "
         "Do not use this index, or build it again."
@@ -214,7 +210,7 @@ def _leads_out(place: Any, folder: Path) -> GroundingFileError:
 def _read_entries(path: Path) -> dict[str, Any]:
     """Read and check `index.json`."""
     entries = read_json(path)
-    # Without images or metadata these are null; what else is false is damage.
+    # An index without images or metadata has null there; any other value that is no list is damage.
     optional = [[] if entries.get(name) is None else entries[name] for name in ("images", "metadata")]
     lists: list[Any] = [entries.get("ids"), *optional]
     if (
@@ -225,11 +221,3 @@ def _read_entries(path: Path) -> dict[str, Any]:
     ):
         raise GroundingFileError(f"{path} is damaged: it does not hold the lists {sorted(KEYS)}. Save the index again.")
     return entries
-
-
-def _read_vectors(path: Path) -> Tensor:
-    shapes = read_shapes(path)
-    shape, dtype = shapes.get("vectors", ((), ""))
-    if set(shapes) != {"vectors"} or len(shape) != 2 or dtype != "F32":
-        raise GroundingValueError(f"{path} must hold vectors (n, q) of F32 and nothing else; it holds {shapes}.")
-    return read_tensors(path, {"vectors": torch.empty(shape, device="meta")})["vectors"]

@@ -1,46 +1,37 @@
-"""`ImageIndex`: exact search over image vectors, saved as safetensors with ids, images and metadata beside them."""
+"""`ImageIndex`: image vectors in a search engine, with ids, images and metadata beside them."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from visual_ground.errors import GroundingFileError, GroundingIndexError, GroundingValueError
+from visual_ground.errors import (
+    GroundingFileError,
+    GroundingIndexError,
+    GroundingStateError,
+    GroundingTypeError,
+    GroundingValueError,
+)
+from visual_ground.index.base import ImageEmbedder, SearchResult, VectorIndex
+from visual_ground.index.exact import ExactIndex
 from visual_ground.index.files import FILES, IndexContents, index_card, publishable, read_index, write_index
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
 from visual_ground.storage.hub import CARD_FILE, HubOptions, PushOptions, fetch_folder, push_folder
-
-if TYPE_CHECKING:
-    from visual_ground.model import GroundedModel
+from visual_ground.vision.images import ImageLike
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The best entries for each query, best first.
-
-    Args:
-        positions: (queries, m) long, positions in the index.
-        scores: (queries, m) float, inner products.
-    """
-
-    positions: Tensor
-    scores: Tensor
 
 
 class ImageIndex:
     """Image vectors with what they stand for.
 
     Args:
-        vectors: (n, q) unit vectors.
+        vectors: (n, q) unit vectors, searched exactly; or a search engine that holds them.
         ids: n distinct names; 0 to n - 1 where None.
         images: n PIL images, paths or addresses on the network, or None.
         metadata: n mappings, or None.
@@ -48,35 +39,40 @@ class ImageIndex:
 
     Raises:
         GroundingValueError: lengths differ, ids repeat, or vectors are not (n, q) and finite.
+        GroundingTypeError: vectors that are neither a tensor nor a search engine.
     """
 
     def __init__(
         self,
-        vectors: Tensor,
+        vectors: Tensor | VectorIndex,
         ids: Sequence[str | int] | None = None,
         images: Sequence[Any] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         rules: LinkRules | None = None,
     ) -> None:
-        if vectors.dim() != 2 or not torch.isfinite(vectors).all():
-            raise GroundingValueError(f"vectors must be finite and (n, q), got shape {tuple(vectors.shape)}.")
-        self.vectors = vectors.detach().float().cpu().contiguous()
+        engine = ExactIndex(vectors) if isinstance(vectors, Tensor) else vectors
+        if not isinstance(engine, VectorIndex):
+            raise GroundingTypeError(
+                f"vectors must be a tensor (n, q) or a VectorIndex, got {type(engine).__name__}; "
+                "visual_ground.index.base.VectorIndex lists what a search engine needs."
+            )
+        self.engine: VectorIndex = engine
         self.rules = LinkRules() if rules is None else rules
-        self.ids: list[str | int] = list(range(len(vectors))) if ids is None else list(ids)
+        self.ids: list[str | int] = list(range(len(engine))) if ids is None else list(ids)
         self.images = None if images is None else list(images)
         self.metadata = None if metadata is None else [dict(entry) for entry in metadata]
         for name in ("ids", "images", "metadata"):
             values = getattr(self, name)
-            if values is not None and len(values) != len(vectors):
-                raise GroundingValueError(f"{len(vectors)} vectors need as many {name}, got {len(values)}.")
+            if values is not None and len(values) != len(engine):
+                raise GroundingValueError(f"{len(engine)} vectors need as many {name}, got {len(values)}.")
         if len(set(self.ids)) != len(self.ids):
             raise GroundingValueError("ids must be distinct; give each image its own.")
 
     @classmethod
     def build(
         cls,
-        model: GroundedModel,
-        images: Sequence[Any],
+        model: ImageEmbedder,
+        images: Sequence[ImageLike],
         ids: Sequence[str | int] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         batch_size: int = 32,
@@ -89,32 +85,52 @@ class ImageIndex:
             ids: as in the class.
             metadata: as in the class.
             batch_size: images embedded at once.
+
+        Raises:
+            GroundingValueError: no images, or one that cannot be read.
         """
         if not len(images):
             raise GroundingValueError("An index needs at least one image, got none.")
-        parts = [model.embed_images(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
-        return cls(torch.cat(parts), ids, images, metadata)
+        return cls(model.embed_images(images, batch_size=batch_size), ids, images, metadata)
+
+    @property
+    def dim(self) -> int:
+        """q, the width of its vectors."""
+        return self.engine.dim
+
+    @property
+    def vectors(self) -> Tensor:
+        """The vectors (n, q), float32 on the CPU.
+
+        Raises:
+            GroundingStateError: the search engine is not an `ExactIndex`, and so need not keep them as they are.
+        """
+        return self._exact.vectors
+
+    @property
+    def _exact(self) -> ExactIndex:
+        if not isinstance(self.engine, ExactIndex):
+            raise GroundingStateError(
+                f"The vectors of this index are in a {type(self.engine).__name__}, and only an ExactIndex gives them "
+                "out and is saved with the images. Save the engine by its own save(), or build an index of vectors."
+            )
+        return self.engine
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return len(self.engine)
 
-    def search(self, vectors: Tensor, k: int) -> SearchResult:
+    def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
         """Return the k best entries for each query, fewer where the index is smaller.
 
         Args:
             vectors: (queries, q).
             k: how many, at least 1.
+            filter: (n,) bool, True at the positions that may be found; all where None.
 
         Raises:
             GroundingValueError: k below 1, or another width than the index has.
         """
-        if k < 1:
-            raise GroundingValueError(f"k must be at least 1, got {k}.")
-        if vectors.dim() != 2 or vectors.shape[1] != self.vectors.shape[1]:
-            raise GroundingValueError(f"Queries must be (m, {self.vectors.shape[1]}), got {tuple(vectors.shape)}.")
-        scores = vectors.detach().float().cpu() @ self.vectors.T
-        best = scores.topk(min(k, len(self)), dim=-1)
-        return SearchResult(best.indices, best.values)
+        return self.engine.search(vectors, k, filter)
 
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
         """Return the id, image (or None) and metadata at a position.
@@ -139,9 +155,9 @@ class ImageIndex:
 
     @property
     def _contents(self) -> IndexContents:
-        return IndexContents(self.vectors, self.ids, self.images, self.metadata)
+        return IndexContents(self._exact, self.ids, self.images, self.metadata)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save vectors, ids, images and metadata, whole or not at all (see `storage.atomic.write_folder`).
 
         Paths and addresses are kept as given. PIL images are written beside the index as upright RGB,
@@ -153,6 +169,7 @@ class ImageIndex:
         Raises:
             GroundingValueError: a PIL image that cannot be read.
             GroundingTypeError: an image that is neither a PIL image nor a path.
+            GroundingStateError: the search engine is not an `ExactIndex`.
         """
         write_index(folder, self._contents)
 
@@ -182,6 +199,7 @@ class ImageIndex:
 
         Raises:
             GroundingFileError: the Hub did not take it; the repository is as it was.
+            GroundingStateError: the search engine is not an `ExactIndex`.
         """
         contents = publishable(self._contents, copy_images)
 
@@ -194,7 +212,9 @@ class ImageIndex:
         return push_folder(save, repo_id, options, FILES, kind="dataset")
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike, rules: LinkRules | None = None, **hub_options: Any) -> ImageIndex:
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], rules: LinkRules | None = None, **hub_options: Any
+    ) -> ImageIndex:
         """Load an index; the folder's own images come back as paths in it.
 
         Nothing outside the folder is opened, and nothing on the network, but for what `rules` allow.
@@ -213,5 +233,5 @@ class ImageIndex:
         """
         rules = LinkRules() if rules is None else rules
         folder = fetch_folder(name, FILES, HubOptions.of(hub_options), kind="dataset")
-        found = read_index(folder, rules)
-        return cls(found.vectors, found.ids, found.images, found.metadata, rules)
+        saved = read_index(folder, rules)
+        return cls(saved.engine, saved.ids, saved.images, saved.metadata, rules)

@@ -1,6 +1,6 @@
-"""Images that are known by their address only: on the network, or outside the folder whose index speaks of them.
+"""Images that an index holds by address only: on the network, or outside its folder.
 
-Nothing here is opened unless the user says so, with `LinkRules`.
+Nothing here is opened unless the user allows it, with `LinkRules`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.vision.images import to_rgb
 
 SCHEMES = ("http", "https")
-CHUNK = 1 << 16
+CHUNK_BYTES = 1 << 16  # Small enough that size and time are checked often while an image arrives.
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class ImageLink:
 
 @dataclass(frozen=True)
 class LinkRules:
-    """Which of the images that an index speaks of may be opened.
+    """Which of the images that an index holds by address may be opened.
 
     Args:
         hosts: names of the hosts that images may be fetched from; ".example.org" stands for all below it.
         folders: folders that paths may lead into, besides the index's own.
-        timeout: seconds for one image, from the first byte asked for to the last one got.
-        max_bytes: of one image.
+        timeout: seconds for one image, from the request to its last byte.
+        max_bytes: the largest image that is fetched.
     """
 
     hosts: tuple[str, ...] = ()
-    folders: tuple[str | os.PathLike, ...] = ()
+    folders: tuple[str | os.PathLike[str], ...] = ()
     timeout: float = 10.0
     max_bytes: int = 20_000_000
 
@@ -64,22 +64,24 @@ class LinkRules:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, (str, os.PathLike)) else tuple(value))
         if not self.timeout > 0 or self.max_bytes < 1:
-            raise GroundingValueError("timeout and max_bytes must be more than 0.")
+            raise GroundingValueError(
+                f"timeout and max_bytes must be more than 0, got {self.timeout} and {self.max_bytes}."
+            )
 
     def allow_host(self, url: str) -> bool:
-        """Say whether an image may be fetched from a URL."""
+        """Return whether an image may be fetched from a URL."""
         try:
             parts = urlsplit(url)
             host = (parts.hostname or "").lower()
         except ValueError:
             return False
-        below = (name.lower() for name in self.hosts)
+        allowed = (name.lower() for name in self.hosts)
         return parts.scheme in SCHEMES and any(
-            host.endswith(name) if name.startswith(".") else host == name for name in below
+            host.endswith(name) if name.startswith(".") else host == name for name in allowed
         )
 
     def allow_path(self, path: str, folder: Path) -> bool:
-        """Say whether a path leads into the index's folder or another that is allowed, symbolic links followed."""
+        """Return whether a path leads into the index's folder or another that is allowed, symbolic links followed."""
         try:
             target = Path(path).resolve()
             return any(target.is_relative_to(Path(root).resolve()) for root in (folder, *self.folders))
@@ -90,11 +92,13 @@ class LinkRules:
         """Fetch an image as upright RGB.
 
         Raises:
-            GroundingFileError: a host that is not allowed, also where it is redirected to; too slow, too large, gone.
+            GroundingFileError: a host, or one that it redirects to, is not allowed; too slow, too large, or missing.
             GroundingValueError: not an image.
         """
         if not self.allow_host(url):
-            raise GroundingFileError(f"{url!r} is on no host that is allowed; those are {list(self.hosts)}.")
+            raise GroundingFileError(
+                f"{url!r} is on no host that is allowed; LinkRules(hosts=...) allows only {list(self.hosts)}."
+            )
         deadline = time.monotonic() + self.timeout
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "visual_ground", "Accept": "image/*"})
@@ -104,17 +108,21 @@ class LinkRules:
             if isinstance(error, GroundingFileError):
                 raise
             raise GroundingFileError(f"{url!r} cannot be fetched: {error}.") from error
-        return to_rgb(_opened(data, url))
+        return to_rgb(_open_image(data, url))
 
     def _read(self, answer: Any, url: str, deadline: float) -> bytes:
         data = bytearray()
-        # read1 returns what has come; read would wait for the whole chunk and so forget the time.
-        while piece := answer.read1(CHUNK):
-            data += piece
+        # read1 returns what has arrived; read would wait for a whole chunk, past the deadline.
+        while chunk := answer.read1(CHUNK_BYTES):
+            data += chunk
             if len(data) > self.max_bytes:
-                raise GroundingFileError(f"{url!r} is larger than {self.max_bytes} bytes.")
+                raise GroundingFileError(
+                    f"{url!r} is larger than {self.max_bytes} bytes; LinkRules(max_bytes=...) sets this."
+                )
             if time.monotonic() > deadline:
-                raise GroundingFileError(f"{url!r} took longer than {self.timeout} s.")
+                raise GroundingFileError(
+                    f"{url!r} took longer than {self.timeout} s; LinkRules(timeout=...) sets this."
+                )
         return bytes(data)
 
 
@@ -131,11 +139,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def is_url(address: str) -> bool:
-    """Say whether an address is on the network, and no path."""
+    """Return whether an address is on the network rather than a path."""
     return "://" in address
 
 
-def _opened(data: bytes, url: str) -> Image.Image:
+def _open_image(data: bytes, url: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,1 +1,1 @@
-"""The frozen language model: loading it, reading what it is, and the virtual tokens that it is given."""
+"""The frozen language model: loading it, reading its properties, and giving it virtual tokens through hooks."""

@@ -1,4 +1,4 @@
-"""`Fingerprint`: a few numbers by which a language model is known again, in any dtype and under any name."""
+"""`Fingerprint`: a few numbers that identify a language model, in any dtype and under any name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# So few that they can be saved in adapter_config.json and read again at every load.
 SAMPLED_ROWS, SAMPLED_TOKENS, SAMPLED_DIMS = 8, 64, 8
 # Relative differences below these are a change of dtype, not of the LM: SmolLM2-135M in bfloat16 differs by 0.2 % and
 # 1.9 % from itself in float32; with linear layers of 8 bits, by 0 % and 5.3 % (benchmarks/results/fingerprints.json).
@@ -38,8 +39,8 @@ class Fingerprint:
     Args:
         tokens: how many the tokenizer has.
         vocabulary: hash of some of the tokens with their ids.
-        rows: parts of some rows of the input embedding, (8, 8) numbers.
-        state: parts of what the output head reads after two tokens, 16 numbers. Every layer has a say in it.
+        rows: 8 numbers of each of 8 input embeddings.
+        state: 16 numbers of what the output head reads after two tokens; all layers contribute to it.
     """
 
     tokens: int
@@ -54,14 +55,14 @@ class Fingerprint:
         Args:
             vocabulary: the tokens' ids.
             rows: (8, d) embeddings of `spread(number of rows, 8)`.
-            state: (h,) what the output head reads.
+            state: (h,) what the output head reads after two tokens.
         """
         tokens = max(vocabulary.values()) + 1
-        chosen = set(spread(tokens, SAMPLED_TOKENS))
-        named = sorted((number, token) for token, number in vocabulary.items() if number in chosen)
+        sampled = set(spread(tokens, SAMPLED_TOKENS))
+        pairs = sorted((number, token) for token, number in vocabulary.items() if number in sampled)
         return cls(
             tokens=tokens,
-            vocabulary=hashlib.sha256(repr(named).encode("utf-8", "backslashreplace")).hexdigest()[:16],
+            vocabulary=hashlib.sha256(repr(pairs).encode("utf-8", "backslashreplace")).hexdigest()[:16],
             rows=tuple(_rounded(row[spread(len(row), SAMPLED_DIMS)]) for row in rows),
             state=_rounded(state[spread(len(state), 2 * SAMPLED_DIMS)]),
         )
@@ -71,7 +72,7 @@ class Fingerprint:
         return {**asdict(self), "rows": [list(row) for row in self.rows], "state": list(self.state)}
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Say in words what was compared and is not the same; empty for the same LM, whatever its dtype.
+        """Describe what differs between two LMs; empty for the same LM, whatever its dtype.
 
         Example:
             >>> one = Fingerprint(2, "a", ((1.0, 0.0),), (3.0, 4.0))
@@ -80,48 +81,48 @@ class Fingerprint:
         """
         if self.tokens != other.tokens or self.vocabulary != other.vocabulary:
             return [f"the vocabulary is another one ({other.tokens} tokens here, {self.tokens} in training)"]
-        told = []
+        differences = []
         rows = relative_difference(sum(self.rows, ()), sum(other.rows, ()))
         state = relative_difference(self.state, other.state)
         if rows > ROW_TOLERANCE:
-            told.append(f"{len(self.rows)} sampled embedding rows differ by {100 * rows:.2g} %")
+            differences.append(f"{len(self.rows)} sampled embedding rows differ by {100 * rows:.2g} %")
         if state > STATE_TOLERANCE:
-            told.append(f"the last hidden state after two tokens differs by {100 * state:.2g} %")
-        return told
+            differences.append(f"the last hidden state after two tokens differs by {100 * state:.2g} %")
+        return differences
 
 
 def _rounded(values: Tensor) -> tuple[float, ...]:
-    # Numbers that are not finite (an LM with broken weights) would be no JSON.
+    # JSON has no number that is not finite, as broken weights give.
     return tuple(float(f"{value:.5g}") if math.isfinite(value) else 0.0 for value in values.float().tolist())
 
 
 def relative_difference(one: Sequence[float], two: Sequence[float]) -> float:
-    """Return the distance of two vectors in parts of the first one's length."""
+    """Return the distance of two vectors as a fraction of the first one's length."""
     if len(one) != len(two):
         return math.inf
     length = math.hypot(*one)
-    apart = math.dist(one, two)
-    return apart / length if length else math.inf if apart else 0.0
+    distance = math.dist(one, two)
+    return distance / length if length else math.inf if distance else 0.0
 
 
 def warn_of_differences(trained: Fingerprint | None, present: Fingerprint | None, name: str | None) -> None:
-    """Log a warning, once for the same finding, where an adapter is loaded on another LM than it was trained on.
+    """Log a warning, each text once, where an adapter is loaded on another LM than it was trained on.
 
     Args:
-        trained: of the LM it was trained on, as the adapter says.
-        present: of the LM it is loaded on.
-        name: of the LM it was trained on.
+        trained: fingerprint of the LM it was trained on, as saved with the adapter.
+        present: fingerprint of the LM it is loaded on.
+        name: name of the LM it was trained on.
     """
     if trained is None or present is None:
         return
-    if found := trained.differences(present):
-        _tell(
+    if differences := trained.differences(present):
+        _warn_once(
             f"This adapter was trained on another language model than this one ({name or 'one without a name'}). "
-            f"Compared were the vocabulary, embedding rows and a hidden state: {'; '.join(found)}. On a fine-tune, a "
-            "merged LoRA or a quantised copy an adapter mostly works as it is: measure it before you rely on it."
+            f"Compared were the vocabulary, embedding rows and a hidden state: {'; '.join(differences)}. On a "
+            "fine-tune, a merged LoRA or a quantised copy an adapter mostly works as it is: measure it first."
         )
 
 
 @functools.lru_cache(maxsize=256)
-def _tell(message: str) -> None:
+def _warn_once(message: str) -> None:
     logger.warning(message)

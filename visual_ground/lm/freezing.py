@@ -1,4 +1,4 @@
-"""Freezing modules, and giving them back as they were."""
+"""`FreezeGuard`: freezes modules, and gives them back as they were."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class FreezeGuard:
-    """Modules that are frozen, in evaluation mode, and what it takes to give them back as they were.
+    """Holds modules frozen and in evaluation mode, and remembers how they were.
 
     Args:
         modules: the modules to freeze.

@@ -1,4 +1,4 @@
-"""`FrozenLM`: a causal language model where it is, run with virtual tokens; the only place that touches the hooks."""
+"""`FrozenLM`: a causal language model run with virtual tokens; the only place that touches the hooks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from visual_ground.lm.spec import LMSpec
 from visual_ground.lm.virtual_tokens import VirtualTokens
 from visual_ground.lm.weights import EmbeddingStatistics, embedding_device, embedding_vectors, head_vectors
 
-LAST = (-1,)
+LAST = (-1,)  # As in `GroundingConfig.text_layers`: what the output head reads.
 
 
 class FrozenLM:
@@ -27,14 +27,14 @@ class FrozenLM:
 
     Args:
         lm: a causal LM; may be a `PeftModel`.
-        spec: what was read of it.
+        spec: its widths and ids, as `read_spec` returns them.
         ret_embeddings: returns `[RET]`'s input (d,) and output embedding (h,), read anew in each forward.
         mask_spare_columns: as in `GroundingConfig`.
-        train_lm_adapter: let what PEFT has put into the LM learn, and nothing else.
+        train_lm_adapter: leave the PEFT adapter in the LM trainable, and nothing else.
 
     Attributes:
-        lm: the transformers model, where it was.
-        vocabulary: which ids are its own and which are virtual.
+        lm: the transformers model, not a copy of it.
+        vocabulary: which ids are the LM's own and which are virtual.
         virtual_tokens: the hooks.
         takes_positions: whether its forward takes position_ids.
     """
@@ -55,7 +55,7 @@ class FrozenLM:
         core = base_model_of(lm)
         parameters = inspect.signature(core.forward).parameters
         self.takes_positions = "position_ids" in parameters
-        # transformers 5.24 renamed what older ones call past_key_values.
+        # transformers 5.24 renamed the argument past_key_values.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, mask_spare_columns)
         self.virtual_tokens.attach()
@@ -67,16 +67,16 @@ class FrozenLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of number that the LM computes in."""
+        """The dtype in which the LM computes."""
         return getattr(self.lm, "dtype", torch.float32)
 
     @property
     def max_length(self) -> int | None:
-        """How many ids the LM's context holds, where its config says so."""
+        """How many ids the LM's context holds; None where its config does not say."""
         limit = getattr(self.lm.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
-    # On and off.
+    # Attached or not.
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -85,7 +85,7 @@ class FrozenLM:
             yield
 
     def release(self) -> nn.Module:
-        """Take everything off the LM and hand it back, bit for bit what it was."""
+        """Take the hooks off the LM and return it, bit for bit as it was."""
         self.virtual_tokens.detach()
         self._freeze_guard.restore()
         return self.lm
@@ -95,7 +95,7 @@ class FrozenLM:
     def bind(
         self, image_tokens: Tensor | None = None, **settings: Any
     ) -> contextlib.AbstractContextManager[HookContext]:
-        """Return the context in which the LM, called in whatever way, knows these images.
+        """Return a context in which any forward of the LM reads these images.
 
         Args:
             image_tokens: (n * k, d), or None.
@@ -120,25 +120,25 @@ class FrozenLM:
         image_tokens: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Run the LM over ids that may be virtual; return its own output, with logits (b, s, >= v + 1).
+        """Run the LM on ids that may be virtual; return its own output, with logits (b, s, >= v + 1).
 
         Args:
             input_ids: (b, s).
             attention_mask: (b, s).
-            image_tokens: (n * k, d), of the images in the ids, in order.
+            image_tokens: (n * k, d), the embeddings of the image tokens in the ids, in order.
             options: any other argument of the LM's forward.
         """
         with self.bind(image_tokens):
             return self.run(input_ids, attention_mask, **options)
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, **options: Any) -> Any:
-        """Run the LM inside `bind`; left-padded sequences get the positions that they have alone.
+        """Run the LM inside `bind`; left-padded sequences get the positions that they have without padding.
 
         Args:
             input_ids: (b, s).
-            attention_mask: (b, p + s), or what the LM takes in its place.
+            attention_mask: (b, p + s), or anything else that the LM takes for it.
             cache: keys and values of p earlier positions.
-            options: for the LM; with `position_ids` among them, the mask is not looked at.
+            options: for the LM; `position_ids` among them are used as they are.
         """
         if cache is not None:
             options[self._cache_name] = cache
@@ -159,14 +159,14 @@ class FrozenLM:
         has_virtual: bool | None = None,
         **options: Any,
     ) -> LMReading:
-        """Run the LM and read it at some positions only; its output head runs at no others.
+        """Run the LM and read it at some positions; the output head runs at these only.
 
         Args:
             input_ids: (b, s).
             attention_mask: as in `run`.
             positions: (r,) long, positions of the flattened ids.
             image_tokens: (n * k, d).
-            layers: whose hidden states to return, as in `GroundingConfig.text_layers`.
+            layers: the layers whose hidden states to return, as in `GroundingConfig.text_layers`.
             max_logits: as in `HookContext`.
             has_virtual: as in `HookContext`.
             options: for `run`.
@@ -180,7 +180,7 @@ class FrozenLM:
         states = [
             head_input
             if layer == -1
-            else (found := output.hidden_states[layer]).flatten(0, 1).index_select(0, positions.to(found.device))
+            else (hidden := output.hidden_states[layer]).flatten(0, 1).index_select(0, positions.to(hidden.device))
             for layer in layers
         ]
         return LMReading(head_input, states, output.logits[0], output)
@@ -200,7 +200,7 @@ class FrozenLM:
     def log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int], image_tokens: Tensor | None = None
     ) -> Tensor:
-        """Return the log likelihood of each sequence's last ids, summed, in nats, (b,).
+        """Return the log-likelihood of each sequence's last ids, summed, in nats, (b,).
 
         Args:
             input_ids: (b, s), padded on the left.
@@ -209,12 +209,12 @@ class FrozenLM:
             image_tokens: (n * k, d).
         """
         width = input_ids.shape[1]
-        places = [[row * width + column for column in range(width - n, width)] for row, n in enumerate(lengths)]
-        scored = torch.tensor([place for row in places for place in row], device=input_ids.device)
+        scored_flat = [i * width + j for i, n in enumerate(lengths) for j in range(width - n, width)]
+        scored = torch.tensor(scored_flat, device=input_ids.device)
         logits = self.read(input_ids, attention_mask, scored - 1, image_tokens).logits
         targets = input_ids.flatten()[scored].to(logits.device)
         values = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
-        return torch.stack([part.sum() for part in values.split(list(lengths))])
+        return torch.stack([part.sum() for part in torch.split(values, list(lengths))])
 
     def generate(self, input_ids: Tensor, image_tokens: Tensor | None = None, **options: Any) -> Tensor:
         """Run transformers' own `generate`; return ids (b * num_return_sequences, s).
@@ -229,21 +229,22 @@ class FrozenLM:
         return output if isinstance(output, Tensor) else output.sequences
 
     def head_logits(self, states: Tensor) -> Tensor:
-        """Run the output head, with `[RET]`'s column, over what it reads (r, h); return float32 (r, columns)."""
+        """Run the output head, with `[RET]`'s column, on states (r, h); return logits (r, columns) in float32."""
         with self.bind():
-            return self.lm.get_output_embeddings()(states.unsqueeze(0))[0].float()
+            logits: Tensor = self.lm.get_output_embeddings()(states.unsqueeze(0))
+        return logits[0].float()
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Return the LM's own input embeddings (..., d) of its own ids (...)."""
         with self.disabled():
-            return self.lm.get_input_embeddings()(ids.reshape(1, -1).to(self.device))[0].view(*ids.shape, -1)
+            embeddings: Tensor = self.lm.get_input_embeddings()(ids.reshape(1, -1).to(self.device))
+        return embeddings[0].view(*ids.shape, -1)
 
     def statistics(self) -> tuple[EmbeddingStatistics, EmbeddingStatistics | None]:
         """Return the statistics of the input embeddings, and of the output embeddings where they are not tied."""
         count = min(self.vocabulary.num_rows, self.vocabulary.num_tokens)
         with self.disabled():
             inputs = EmbeddingStatistics.of(embedding_vectors(self.lm, count))
-            if self.spec.tied:
-                return inputs, None
-            return inputs, EmbeddingStatistics.of(head_vectors(self.lm, count, self.spec.head_dim))
+            head = None if self.spec.tied else head_vectors(self.lm, count, self.spec.head_dim)
+            return inputs, None if head is None else EmbeddingStatistics.of(head)

@@ -1,4 +1,4 @@
-"""What one call of the LM binds for the hooks, in a context variable, so that two threads never see each other's."""
+"""`HookContext`: what one call of the LM binds for the hooks, in a context variable, so that threads stay apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 @dataclass(eq=False)
 class HookContext:
-    """What one call binds for the hooks, and what they hand back.
+    """What one call binds for the hooks, and what they return to it.
 
     Args:
         owner: the hooks that this context is meant for.
@@ -20,18 +20,18 @@ class HookContext:
         positions: (r,) long, positions of the flattened (b, s) ids; where given, the output head runs only there and
             logits are (1, r, v + 1).
         enabled: False makes the LM behave as if nothing were attached.
-        max_logits: the output head runs at no more than so many of the positions; `head_input` has all of them.
-        has_virtual: whether there are virtual ids, where the caller knows; looked up in the ids where None, for which a
-            GPU has to be waited for.
-        unbound: a forward outside any `VirtualTokens.bind` block; the context ends with it.
+        max_logits: the output head runs at the first so many of the positions only; `head_input` has all of them.
+        has_virtual: whether there are virtual ids, where the caller knows; None looks into the ids, which waits for the
+            GPU.
+        unbound: whether this is a forward outside any `VirtualTokens.bind` block; the context ends with it.
         outer: the context around this one.
         shape: (b, s) of the ids of the latest forward.
         head_input: (b, s, h) or (1, r, h), what the head read in the latest forward.
-        virtual, table_index, safe_ids: (b, s) of the latest forward: which ids are virtual, which row of the table of
-            virtual embeddings each is, and the ids that the LM saw instead.
+        virtual, table_index, safe_ids: (b, s) of the latest forward: which ids are virtual, the row of each in the
+            table of virtual embeddings, and the ids that the LM was given instead.
         embedded: whether the virtual embeddings were written.
         selected: whether the head ran at the positions only.
-        packed: how many positions of the logits hold `[RET]`'s column, for LMs that cut their logits.
+        packed: how many extra positions of the logits carry `[RET]`'s column through an LM that cuts its logits.
     """
 
     owner: object
@@ -52,17 +52,17 @@ class HookContext:
     packed: int = 0
 
     def start_forward(self) -> None:
-        """Forget what the forward before this one left."""
+        """Clear what the previous forward left."""
         self.virtual, self.embedded, self.head_input, self.packed = None, False, None, 0
 
     def locate(self, seen: Tensor) -> tuple[Tensor, Tensor] | None:
         """Find the virtual ids in the ids that the embedding was given: as they are, transposed, fewer, or more.
 
-        Matched by content, never by shape alone: XLNet transposes to (s, b), XLM leaves out what its cache holds
-        already, CPM-Ant puts ids of its own in front, Reformer fills up its last chunk with pads.
+        They are matched by content, never by shape alone: XLNet transposes to (s, b), XLM leaves out what its cache
+        holds already, CPM-Ant puts ids of its own in front, Reformer fills up its last chunk with padding.
 
         Returns:
-            Which of the ids seen are virtual, and their rows in the table; None where these are other ids.
+            Which of these ids are virtual, and their rows in the table; None where they are not this call's ids.
         """
         safe, virtual, index = self.safe_ids, self.virtual, self.table_index
         assert safe is not None and virtual is not None and index is not None, "they are set together"
@@ -73,7 +73,7 @@ class HookContext:
             return None
         safe, marked = safe.to(seen.device), virtual.to(seen.device)
         if seen.shape == safe.shape and (torch.equal(seen, safe) or torch.equal(seen[marked], safe[marked])):
-            # Equal at our positions is enough: some models replace their own placeholder ids by pad elsewhere.
+            # Equality at the virtual positions is enough: some models replace their own placeholders elsewhere.
             return virtual, index
         if seen.shape == safe.T.shape and torch.equal(seen, safe.T):
             return virtual.T, index.T

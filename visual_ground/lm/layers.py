@@ -1,4 +1,4 @@
-"""The states of one of the LM's layers, without running those above it."""
+"""Reading the states of one of the LM's layers without running those above it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from visual_ground.lm.peft import base_model_of
 
 @torch.no_grad()
 def find_layers(frozen_lm: FrozenLM) -> list[nn.Module]:
-    """Return the LM's layers in order, or none where they cannot be told from its other parts.
+    """Return the LM's layers in order, or none where they cannot be identified.
 
-    The layers are the longest `nn.ModuleList` of which every member was run, once and in order, and gave states.
+    They are the longest `nn.ModuleList` whose members all run, once and in order, and return states (b, s, width).
 
     Args:
         frozen_lm: the LM, which is run once.
@@ -35,12 +35,12 @@ def find_layers(frozen_lm: FrozenLM) -> list[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-    whole = [list(stack) for stack in stacks if [part for part in ran if part in set(stack)] == list(stack)]
-    return max(whole, key=len, default=[])
+    complete = [list(stack) for stack in stacks if [module for module in ran if module in set(stack)] == list(stack)]
+    return max(complete, key=len, default=[])
 
 
 def layer_states(frozen_lm: FrozenLM, layer: nn.Module, *args: Any, **options: Any) -> Tensor:
-    """Return the states (b, s, width) that a layer gives; those above it do not run.
+    """Return the states (b, s, width) that a layer returns; those above it do not run.
 
     Args:
         frozen_lm: the LM.
@@ -59,7 +59,7 @@ def layer_states(frozen_lm: FrozenLM, layer: nn.Module, *args: Any, **options: A
 
 
 class _Reached(Exception):
-    """A run came to the layer that is looked at."""
+    """Ends a run at the layer that is read, with its states."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Loading a causal language model with its tokenizer, and refusing what is none."""
+"""Loading a causal language model with its tokenizer, and refusing models of other kinds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_lm(
         hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
-        GroundingFileError: no LM can be loaded by that name, or a path to a GGUF file that is not there.
+        GroundingFileError: no LM can be loaded by that name, or no GGUF file is at that path.
         GroundingTypeError: not a causal LM.
         GroundingValueError: no tokenizer can be found.
     """
@@ -51,17 +51,17 @@ def load_lm(
 
 
 def _gguf_file(name: str) -> tuple[str, dict[str, str]]:
-    """Return the folder or Hub id of a name, and how to ask for the GGUF file in it where the name is of one."""
+    """Split the name of a GGUF file into folder or Hub id and transformers' option for the file; others stay whole."""
     if not name.lower().endswith(".gguf"):
         return name, {}
     folder, file = os.path.split(name)
     if not os.path.isfile(name) and (os.path.isdir(folder) or folder.count("/") != 1):
-        raise GroundingFileError(f"{name!r} is no file. Give a GGUF file's path, or owner/repository/file.gguf.")
+        raise GroundingFileError(f"{name!r} is no file. Give the path of a GGUF file, or owner/repository/file.gguf.")
     return folder or ".", {"gguf_file": file}
 
 
 def check_causal_lm(lm: Any) -> None:
-    """Raise unless `lm` is a causal language model with both of its ends."""
+    """Raise GroundingTypeError unless `lm` is a causal LM with one input embedding and one output head."""
     name = type(lm).__name__
     for method in ("generate", "get_input_embeddings", "get_output_embeddings"):
         if not callable(getattr(lm, method, None)):
@@ -76,5 +76,6 @@ def check_causal_lm(lm: Any) -> None:
         )
     if isinstance(embedding, nn.ModuleList) or isinstance(head, nn.ModuleList):
         raise GroundingTypeError(
-            f"{name} reads or says several codebooks at once, as audio decoders do; grounding needs one stream of text."
+            f"{name} reads or predicts several codebooks at once, as audio decoders do; grounding needs one "
+            "stream of text."
         )

@@ -1,4 +1,4 @@
-"""What PEFT has put into an LM (LoRA and the like): trained together with an adapter where asked, saved beside it."""
+"""PEFT adapters inside an LM (LoRA and the like): trained together with ours where asked, and saved beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.storage.tensors import CONFIG_FILE, WEIGHTS_FILE, read_tensors, resolve, write_tensors
+from visual_ground.storage.atomic import resolve
+from visual_ground.storage.tensors import CONFIG_FILE, WEIGHTS_FILE, read_tensors, write_tensors
 
 FOLDER = "lm_adapter"
 
@@ -22,10 +23,10 @@ def base_model_of(lm: nn.Module) -> nn.Module:
 
 
 def tuner_layers(lm: nn.Module) -> list[Any]:
-    """Return the layers of an LM into which PEFT has put something.
+    """Return the layers of an LM that PEFT has replaced.
 
     Raises:
-        GroundingValueError: an LM without any.
+        GroundingValueError: there are none.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -47,11 +48,11 @@ def writers(lm: Any) -> dict[str, Callable[[Path], object]]:
     }
 
 
-def load_into(lm: Any, folder: str | os.PathLike) -> None:
+def load_into(lm: Any, folder: str | os.PathLike[str]) -> None:
     """Load the PEFT adapter saved in an adapter's folder into an LM that has one of the same shape.
 
     Raises:
-        GroundingFileError: nothing was saved there, or it is damaged.
+        GroundingFileError: no PEFT adapter was saved there, or it is damaged.
         GroundingValueError: other names, shapes or dtypes; each is listed.
     """
     from peft import set_peft_model_state_dict
@@ -62,20 +63,21 @@ def load_into(lm: Any, folder: str | os.PathLike) -> None:
     set_peft_model_state_dict(lm, read_tensors(path, _tensors(lm, name)), adapter_name=name)
 
 
-def attach(lm: nn.Module, folder: str | os.PathLike) -> nn.Module:
-    """Return the LM with the PEFT adapter that was saved beside an adapter in it; as it is where it has one.
+def attach(lm: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Put the PEFT adapter that was saved beside an adapter into an LM; an LM that has one is returned as it is.
 
     Raises:
-        GroundingFileError: nothing was saved there.
+        GroundingFileError: no PEFT adapter was saved there.
     """
     if getattr(lm, "peft_config", None):
         return lm
     from peft import PeftModel
 
     paths = [resolve(folder, f"{FOLDER}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    if lost := [str(path) for path in paths if not path.is_file()]:
-        raise GroundingFileError(f"{lost} are missing: this adapter was not saved with an LM adapter beside it.")
-    return PeftModel.from_pretrained(lm, str(paths[0].parent))  # type: ignore[arg-type]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise GroundingFileError(f"{missing} are missing: this adapter was not saved with an LM adapter beside it.")
+    model: nn.Module = PeftModel.from_pretrained(lm, str(paths[0].parent))
+    return model
 
 
 def _active(lm: Any) -> str:
@@ -86,4 +88,5 @@ def _active(lm: Any) -> str:
 def _tensors(lm: Any, name: str) -> Mapping[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(lm, adapter_name=name, save_embedding_layers=False)
+    tensors: Mapping[str, Tensor] = get_peft_model_state_dict(lm, adapter_name=name, save_embedding_layers=False)
+    return tensors

@@ -1,4 +1,4 @@
-"""`LMReading`: what one run of the LM gave at chosen positions."""
+"""`LMReading`: the results of one run of the LM at chosen positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LMReading:
-    """What one run of the LM gave at r chosen positions.
+    """The results of one run of the LM at r chosen positions.
 
     Args:
         head_input: (r, h), what the output head read.

@@ -1,4 +1,4 @@
-"""`LMSpec`: what grounding needs to know of a language model, read by running two tokens through it."""
+"""`LMSpec`: a language model's widths, ids and fingerprint, read by running two tokens through it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class LMSpec:
         embedding_dim: d, width of its input embedding's output.
         head_dim: h, width of what its output head reads.
         text_dims: widths of the hidden states named by `text_layers`.
-        tied: whether a row that goes in is the row that comes out: one weight, and no scaling inside the embedding.
-        vocabulary: whose ids are whose.
-        fingerprint: by which the LM is known again; None where its weights are not there yet.
+        tied: whether input and output embeddings are one: one weight, and no scaling inside the embedding.
+        vocabulary: which ids are the LM's and which are virtual.
+        fingerprint: identifies the LM; None where its weights are not loaded yet.
     """
 
     embedding_dim: int
@@ -52,13 +52,14 @@ def read_spec(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> LM
     reserved = reserved_ids(lm.config) | frozenset(tokenizer.all_special_ids)
     words, num_rows = tokenizer.get_vocab(), getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
     count = min(num_rows, max(words.values()) + 1)
-    # Two different words, so that attention has a say in the fingerprint; special tokens may ask for more than ids.
+    # Two different words, so that attention affects the fingerprint. Special tokens, such as image placeholders, may
+    # require further inputs.
     plain = [i for i in range(1, count) if i not in reserved] or [0]
     ids = torch.tensor([[plain[len(plain) // 3], plain[2 * len(plain) // 3]]], device=embedding_device(lm))
     frozen = FreezeGuard(lm)
     try:
         sampled = embedding(torch.tensor([spread(count, SAMPLED_ROWS)], device=ids.device))[0]
-        # Asked for only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
+        # Only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
         embedded, head_input, output, widens = _run_once(lm, ids, any(layer != -1 for layer in text_layers))
     finally:
         frozen.restore()
@@ -78,18 +79,18 @@ def read_spec(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> LM
 
 
 def _run_once(lm: nn.Module, ids: Tensor, hidden_states: bool) -> tuple[Tensor, Tensor, Any, bool]:
-    """Run ids (1, s) with one more column of logits.
+    """Run ids (1, s), with one column added to what the output head returns.
 
     Returns:
-        What the embedding gave (1, s, d), what the head read (1, s, h), the LM's output, and whether its logits have
-        the column that was added.
+        What the embedding returned (1, s, d), what the head read (1, s, h), the LM's output, and whether its logits
+        have the column that was added.
 
     Raises:
-        GroundingTypeError: an LM that does not make logits (1, s, v) of ids alone, through both of its ends.
+        GroundingTypeError: an LM that does not compute logits (1, s, v) from ids alone, with its embedding and head.
     """
     seen: dict[str, Tensor] = {}
 
-    def widen(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
+    def widen(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
         seen.update(head_input=args[0], head_output=logits)
         return nn.functional.pad(logits, (0, 1))
 
@@ -97,7 +98,7 @@ def _run_once(lm: nn.Module, ids: Tensor, hidden_states: bool) -> tuple[Tensor, 
         lm.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.update(embedded=output)),
         lm.get_output_embeddings().register_forward_hook(widen),
     ]
-    reason = "its logits are not one row over a vocabulary for each token"
+    reason = "its logits are not (1, s, v)"
     try:
         output = lm(input_ids=ids, output_hidden_states=hidden_states)
     except torch.OutOfMemoryError:
@@ -113,13 +114,13 @@ def _run_once(lm: nn.Module, ids: Tensor, hidden_states: bool) -> tuple[Tensor, 
         widens = logits.shape[-1] == seen["head_output"].shape[-1] + 1
         return seen["embedded"], seen["head_input"], output, widens
     raise GroundingTypeError(
-        f"{type(lm).__name__} does not make logits of token ids alone, as a causal language model does and a draft "
-        f"head, which reads another model's states, does not. Its own words: {reason}."
+        f"{type(lm).__name__} does not compute logits from token ids alone, as a causal language model does; a draft "
+        f"head, for example, reads another model's states. The reason: {reason}. Load a complete causal LM."
     )
 
 
 def reserved_ids(config: Any) -> frozenset[int]:
-    """Return the ids to which a config, or one that it holds, gives a meaning: pad, bos, eos, placeholders and more."""
+    """Return the ids with a special meaning in a config or the configs inside it: pad, bos, eos, placeholders ..."""
     ids: set[int] = set()
     for name, value in vars(config).items():
         if hasattr(value, "get_text_config"):

@@ -6,9 +6,9 @@ Ids that the frozen embedding does not have travel through the LM's own forward 
     ret_token_id                     the adapter's [RET] embedding      one logit, head input . [RET] output embedding
     first_image_id + i, i < n * k    embedding i of this call's images  -inf
 
-Before anything inside the LM sees them, a hook swaps those ids for a real one; a hook on the input embedding then
-writes our embeddings over those positions; a hook on the output head adds the columns. Nothing in the LM is resized,
-copied or written. What one call needs is in its `HookContext`.
+Before anything inside the LM sees them, a hook replaces those ids by a real one; a hook on the input embedding then
+writes the virtual embeddings at their positions; a hook on the output head adds the columns. Nothing in the LM is
+resized, copied or written. What one call needs is in its `HookContext`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from visual_ground.errors import GroundingIndexError, GroundingStateError
 from visual_ground.lm.hook_context import HookContext, context_of, current
 from visual_ground.lm.vocabulary import VirtualVocabulary
 
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
+
 
 class VirtualTokens:
     """The hooks that give a frozen LM its virtual tokens.
@@ -34,7 +37,7 @@ class VirtualTokens:
         lm: a causal LM with `get_input_embeddings` and `get_output_embeddings`.
         vocabulary: which ids are the LM's and which are virtual.
         ret_embeddings: returns `[RET]`'s input (d,) and output embedding (h,), read anew in each forward.
-        mask_spare_columns: set the logits of ids that no token has to -inf.
+        mask_spare_columns: set the logits of the LM's ids that no token uses to -inf.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class VirtualTokens:
         self.mask_spare_columns = mask_spare_columns
         self._parameters = list(inspect.signature(lm.forward).parameters)
         self._handles: list[RemovableHandle] = []
-        # Whether the LM leaves -inf in its logits as it is: one that caps or scales them does not.
+        # Whether -inf in the logits survives the rest of the LM, which may cap or scale them.
         self._keeps_infinity: bool | None = None
 
     def attach(self) -> None:
@@ -65,7 +68,7 @@ class VirtualTokens:
         ]
 
     def detach(self) -> None:
-        """Take the hooks off; the LM is what it was."""
+        """Take the hooks off; the LM is as it was."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -101,7 +104,7 @@ class VirtualTokens:
 
     # Ids in.
 
-    def _swap_ids(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _swap_ids(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         bound = context_of(self)
         if bound is not None and not bound.enabled:
             return None
@@ -121,7 +124,7 @@ class VirtualTokens:
         return args, {**kwargs, "input_ids": context.safe_ids}
 
     def _find_virtual(self, context: HookContext, ids: Tensor) -> bool:
-        """Note which ids are virtual; return whether any is."""
+        """Record which ids are virtual; return whether any is."""
         if context.has_virtual is False:
             return False
         virtual = self.vocabulary.is_virtual(ids)
@@ -142,16 +145,14 @@ class VirtualTokens:
             )
         return (ids - (self.vocabulary.first_image_id - 1)).clamp_min(0)
 
-    def _write_embeddings(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
+    def _write_embeddings(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor | None:
         context = self._active()
         if context is None or context.virtual is None:
             return None
-        place = context.locate(args[0] if args else next(iter(kwargs.values())))
-        if place is None:
+        located = context.locate(args[0] if args else next(iter(kwargs.values())))
+        if located is None:
             return None
-        virtual, index = place
+        virtual, index = located
         context.embedded = True
         table = self.ret_embeddings()[0].unsqueeze(0)
         if context.image_tokens is not None:
@@ -161,7 +162,7 @@ class VirtualTokens:
 
     # Logits out.
 
-    def _select_positions(self, module: nn.Module, args: tuple) -> tuple | None:
+    def _select_positions(self, module: nn.Module, args: Args) -> Args | None:
         context = self._active()
         if context is None:
             return None
@@ -174,37 +175,27 @@ class VirtualTokens:
         cut = context.selected and context.max_logits is not None
         return (hidden[:, : context.max_logits] if cut else hidden, *args[1:])
 
-    def _add_columns(self, module: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
+    def _add_columns(self, module: nn.Module, args: Args, logits: Tensor) -> Tensor | None:
         context = self._active()
         if context is None:
             return None
         embedding, width = self.ret_embeddings()[1], self.vocabulary.num_columns
-        largest = torch.finfo(logits.dtype).max
+        largest = torch.finfo(logits.dtype).max  # An LM in float16 must not get an infinite logit that is likeliest.
         column = (args[0].to(embedding) @ embedding.to(args[0].device)).clamp(-largest, largest).to(logits)
         if self.vocabulary.widens:
-            return self._with_ours(logits, column, context)
-        # The LM will cut its logits to `width` columns, so [RET]'s travels through the rest of it as further positions.
+            return self._widen(logits, column, context)
+        # The LM will cut its logits to `width` columns, so [RET]'s column (b, s) is written in rows of that width and
+        # passes the rest of the LM as further positions; `_finish` turns them back into a column.
         context.packed = -(-column.shape[1] // width)
-        room = nn.functional.pad(column, (0, context.packed * width - column.shape[1]))
-        room = room.unflatten(1, (context.packed, width))
-        return torch.cat([logits, nn.functional.pad(room, (0, logits.shape[-1] - width))], dim=1)
+        packed = nn.functional.pad(column, (0, context.packed * width - column.shape[1]))
+        packed = torch.unflatten(packed, 1, (context.packed, width))
+        return torch.cat([logits, nn.functional.pad(packed, (0, logits.shape[-1] - width))], dim=1)
 
-    def _with_ours(self, logits: Tensor, column: Tensor, context: HookContext) -> Tensor:
-        """Put `[RET]`'s column (b, s) and those of images, which no one may say, into logits (b, s, v)."""
-        words, column = self.vocabulary, column.unsqueeze(-1)
-        own, width = logits.shape[-1], words.first_image_id
-        width += 0 if context.image_tokens is None else len(context.image_tokens)
-        gap = lambda count: logits.new_full((*logits.shape[:-1], count), float("-inf"))  # noqa: E731
-        if words.ret_is_spare:
-            spare = logits[..., words.ret_token_id + 1 :]
-            after = gap(spare.shape[-1]) if self.mask_spare_columns else spare
-            return torch.cat([logits[..., : words.ret_token_id], column, after, gap(width - own)], dim=-1)
-        if self.mask_spare_columns and words.num_tokens < own:
-            logits = torch.cat([logits[..., : words.num_tokens], gap(own - words.num_tokens)], dim=-1)
-        before, after = gap(words.ret_token_id - own), gap(width - words.ret_token_id - 1)
-        return torch.cat([logits, before, column, after], dim=-1)
+    def _widen(self, logits: Tensor, column: Tensor, context: HookContext) -> Tensor:
+        num_image_tokens = 0 if context.image_tokens is None else len(context.image_tokens)
+        return self.vocabulary.add_columns(logits, column, num_image_tokens, self.mask_spare_columns)
 
-    def _finish(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def _finish(self, module: nn.Module, args: Args, output: Any) -> Any:
         context = self._active()
         if context is None:
             return None
@@ -217,20 +208,19 @@ class VirtualTokens:
             )
         context.virtual = None
         if context.packed and hasattr(output, "logits"):
-            own, ours = output.logits[:, : -context.packed], output.logits[:, -context.packed :].flatten(1)
-            output.logits = self._with_ours(own, ours[:, : own.shape[1]], context)
+            logits, column = output.logits[:, : -context.packed], output.logits[:, -context.packed :].flatten(1)
+            output.logits = self._widen(logits, column[:, : logits.shape[1]], context)
         if context.positions is not None and not context.selected and context.head_input is not None:
             output.logits = _at(output.logits, context.positions)
             context.head_input = _at(context.head_input, context.positions)
         return self._forbid_columns(output, context)
 
     def _forbid_columns(self, output: Any, context: HookContext) -> Any:
-        """Put -inf back into the columns that no one may say, where the LM capped or scaled its logits."""
+        """Set columns of ids that must not be generated to -inf again, where the LM capped or scaled its logits."""
         if not hasattr(output, "logits"):
             return None
-        columns, words, logits = [slice(self.vocabulary.first_image_id, None)], self.vocabulary, output.logits
-        if self.mask_spare_columns:
-            columns.append(slice(words.ret_token_id + 1 if words.ret_is_spare else words.num_tokens, words.num_columns))
+        logits = output.logits
+        columns = self.vocabulary.forbidden_columns(self.mask_spare_columns)
         columns = [part for part in columns if logits[..., part].numel()]
         # Looking waits for a GPU, so a caller that knows its ids (in training) takes what was found the last time.
         if columns and (self._keeps_infinity is None or context.has_virtual is None):

@@ -1,22 +1,23 @@
-"""Which ids are the language model's own, and which are ours."""
+"""`VirtualVocabulary`: which ids are the language model's own, and which are virtual."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class VirtualVocabulary:
-    """Which ids are the LM's own and which are ours.
+    """Which ids are the LM's own and which are virtual.
 
     Args:
         num_rows: rows of the LM's input embedding.
         num_columns: columns of its logits.
         num_tokens: one more than the tokenizer's highest id.
-        reserved_ids: ids with a meaning of their own (pad, bos, eos, placeholders), never used as the safe id.
-        widens: whether columns that are added to what the head gives reach the logits; a few LMs cut them off.
+        reserved_ids: ids with a special meaning (pad, bos, eos, placeholders), never used as the safe id.
+        widens: whether columns that are added to the head's output reach the logits; a few LMs cut them off.
     """
 
     num_rows: int
@@ -37,15 +38,51 @@ class VirtualVocabulary:
 
     @property
     def first_image_id(self) -> int:
-        """The id of the first image row; all ids from here on are image rows."""
+        """The id of the first image token; all ids from here on are image tokens."""
         return max(self.num_rows, self.num_columns, self.num_tokens, self.ret_token_id + 1)
 
     @property
     def safe_id(self) -> int:
-        """A real, ordinary id that stands in for ours inside the LM."""
+        """An ordinary id of the LM's own, which replaces virtual ids inside it."""
         count = min(self.num_rows, self.num_columns, self.num_tokens)
+        # From the middle of the vocabulary, because special tokens are at its ends.
         return next((i for i in range(count // 2, count) if i not in self.reserved_ids), 0)
 
     def is_virtual(self, ids: Tensor) -> Tensor:
-        """Return the mask, shaped as `ids`, of the ids that are ours."""
+        """Return the mask, shaped as `ids`, of the virtual ids."""
         return (ids == self.ret_token_id) | (ids >= self.first_image_id)
+
+    def add_columns(self, logits: Tensor, ret_column: Tensor, num_image_tokens: int, mask_spare: bool) -> Tensor:
+        """Put the columns of virtual ids into the LM's logits; those of image tokens are -inf.
+
+        Args:
+            logits: (b, s, v), the LM's own.
+            ret_column: (b, s), the logits of `[RET]`.
+            num_image_tokens: n * k of this call.
+            mask_spare: whether columns of ids that no token uses become -inf.
+
+        Returns:
+            (b, s, >= v + 1).
+        """
+        ret_column = ret_column.unsqueeze(-1)
+        own, width = logits.shape[-1], self.first_image_id + num_image_tokens
+        if self.ret_is_spare:
+            spare = logits[..., self.ret_token_id + 1 :]
+            after = _forbidden(logits, spare.shape[-1]) if mask_spare else spare
+            parts = [logits[..., : self.ret_token_id], ret_column, after, _forbidden(logits, width - own)]
+            return torch.cat(parts, dim=-1)
+        if mask_spare and self.num_tokens < own:
+            logits = torch.cat([logits[..., : self.num_tokens], _forbidden(logits, own - self.num_tokens)], dim=-1)
+        before, after = _forbidden(logits, self.ret_token_id - own), _forbidden(logits, width - self.ret_token_id - 1)
+        return torch.cat([logits, before, ret_column, after], dim=-1)
+
+    def forbidden_columns(self, mask_spare: bool) -> list[slice]:
+        """Return the columns that `add_columns` sets to -inf, some of which may be empty."""
+        columns = [slice(self.first_image_id, None)]
+        if mask_spare:
+            columns.append(slice(self.ret_token_id + 1 if self.ret_is_spare else self.num_tokens, self.num_columns))
+        return columns
+
+
+def _forbidden(logits: Tensor, count: int) -> Tensor:
+    return logits.new_full((*logits.shape[:-1], count), float("-inf"))

@@ -1,9 +1,9 @@
-"""The rows at a language model's two ends, wherever and however its weights are kept: quantised, offloaded, plain."""
+"""Reading a language model's input and output embeddings, however they are stored: plain, quantised, offloaded."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from visual_ground.errors import GroundingTypeError
 
-CHUNK = 512
-# Rows of a head that can only be read by running it are read from a sample: only their statistics are wanted.
+CHUNK = 512  # Embeddings read at once, so that no second copy of a whole vocabulary is made.
+# A head that must be run to be read gives only a sample of its rows, which is enough for their statistics.
 SAMPLED_ROWS = 4096
-LEAVE_OUT = "Leave it out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)."
+DO_NOT_QUANTISE = "Leave it out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)."
 
 
 def embedding_device(lm: nn.Module) -> torch.device:
@@ -28,11 +28,11 @@ def embedding_device(lm: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def weight_of(module: nn.Module) -> Iterator[Tensor | None]:
-    """Give a module's plain floating weight inside the block, loaded from where it is offloaded to; else None."""
+    """Inside the block, give a module's floating-point weight matrix, loaded if offloaded; None if it has none."""
     with _loaded(module):
         weight: Any = getattr(module, "weight", None)
-        usual = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
-        yield weight if usual and weight.is_floating_point() and weight.dim() == 2 else None
+        is_plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+        yield weight if is_plain and weight.is_floating_point() and weight.dim() == 2 else None
 
 
 def _loaded(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -40,24 +40,25 @@ def _loaded(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device
 
-    return align_module_device(module)
+    context: contextlib.AbstractContextManager[Any] = align_module_device(module)
+    return context
 
 
 def ends_are_tied(lm: nn.Module, embedded: Tensor, ids: Tensor) -> bool:
-    """Return whether a row that goes in is the row that comes out: one weight, and no scaling inside the embedding.
+    """Return whether input and output embeddings are one: one weight, and no scaling inside the embedding.
 
     Args:
         lm: a causal LM.
-        embedded: (1, s, d), its embedding's output.
-        ids: (1, s), of these ids.
+        embedded: (1, s, d), its embedding's output for `ids`.
+        ids: (1, s).
     """
-    # Offloaded weights are loaded one by one, so one weight has two places in memory then.
+    # Offloaded weights are loaded one by one, so that a tied weight is at two places in memory.
     offloaded = getattr(getattr(lm.get_output_embeddings(), "weight", None), "is_meta", False)
     with weight_of(lm.get_input_embeddings()) as rows, weight_of(lm.get_output_embeddings()) as columns:
         if rows is None or columns is None or rows.shape != columns.shape:
             return False
-        one = rows.data_ptr() == columns.data_ptr() or (offloaded and torch.equal(rows, columns))
-        return one and torch.equal(embedded[0, 0].to(rows), rows[ids[0, 0].to(rows.device)])
+        same_weight = rows.data_ptr() == columns.data_ptr() or (offloaded and torch.equal(rows, columns))
+        return same_weight and torch.equal(embedded[0, 0].to(rows), rows[ids[0, 0].to(rows.device)])
 
 
 @torch.no_grad()
@@ -72,54 +73,54 @@ def embedding_vectors(lm: nn.Module, count: int) -> Iterator[Tensor]:
 def head_vectors(lm: nn.Module, count: int, head_dim: int) -> Iterator[Tensor]:
     """Yield the output head's first `count` rows, in chunks (rows, h).
 
-    A head whose weight is quantised, or is no matrix, is run over unit vectors instead, and gives a sample of its rows.
+    A head whose weight is quantised, or is no matrix, is run over unit vectors instead, and only some rows are read.
 
     Raises:
-        GroundingTypeError: a head that gives no finite numbers for them.
+        GroundingTypeError: a head that returns no finite numbers for unit vectors.
     """
     head = lm.get_output_embeddings()
     with weight_of(head) as weight:
         if weight is not None and weight.shape[1] == head_dim:
-            yield from weight[:count].split(CHUNK)
+            yield from torch.split(weight[:count], CHUNK)
             return
-    wanted = torch.arange(0, count, max(1, count // SAMPLED_ROWS))
-    dtype, device = _reads(lm), embedding_device(lm)
-    bias = head(torch.zeros(1, 1, head_dim, dtype=dtype, device=device))[0, :, wanted]
+    sampled = torch.arange(0, count, max(1, count // SAMPLED_ROWS))
+    dtype, device = _input_dtype(lm), embedding_device(lm)
+    bias = head(torch.zeros(1, 1, head_dim, dtype=dtype, device=device))[0, :, sampled]
     columns = []
     for start in range(0, head_dim, CHUNK):
         unit = torch.zeros(1, min(CHUNK, head_dim - start), head_dim, dtype=dtype, device=device)
         unit[0, :, start : start + CHUNK].fill_diagonal_(1)
-        columns.append((head(unit)[0, :, wanted] - bias).float())
+        columns.append((head(unit)[0, :, sampled] - bias).float())
     rows = torch.cat(columns).T
     if not bool(torch.isfinite(rows).all()) or not bool(rows.any()):
         raise GroundingTypeError(
-            f"The output head, a {type(head).__name__}, cannot be read: for unit vectors it gives numbers that are not "
-            "finite, or all zero. " + LEAVE_OUT
+            f"The output head, a {type(head).__name__}, cannot be read: for unit vectors it returns numbers that are "
+            "not finite, or all zero. " + DO_NOT_QUANTISE
         )
-    yield from rows.split(CHUNK)
+    yield from torch.split(rows, CHUNK)
 
 
 def check_head(head: nn.Module, head_input: Any, head_output: Any) -> None:
-    """Raise GroundingTypeError unless what a head read and gave are plain floating numbers.
+    """Raise GroundingTypeError unless a head's input and output are floating-point numbers.
 
-    A quantised head may take whole numbers with a scale of their own; a row of ours times these would be wrong.
+    A quantised head may read integers with a scale of their own; a logit of `[RET]` computed from them is wrong.
     """
-    for what, value in (("reads", head_input), ("gives", head_output)):
+    for verb, value in (("reads", head_input), ("returns", head_output)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = f"{value.dtype} numbers" if isinstance(value, Tensor) else type(value).__name__
             raise GroundingTypeError(
-                f"The output head, a {type(head).__name__}, {what} {kind} where floating numbers are needed, so the "
-                "column of [RET] cannot be computed beside it. " + LEAVE_OUT
+                f"The output head, a {type(head).__name__}, {verb} {kind} where floating-point numbers are needed, so "
+                "the column of [RET] cannot be computed beside it. " + DO_NOT_QUANTISE
             )
 
 
-def _reads(lm: nn.Module) -> torch.dtype:
+def _input_dtype(lm: nn.Module) -> torch.dtype:
     dtype = getattr(lm, "dtype", torch.float32)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
 class EmbeddingStatistics:
-    """Mean (d,), per-dimension spread (d,) and mean norm of many rows, gathered in chunks.
+    """Mean (d,), standard deviation (d,) and mean norm of many embeddings, computed chunk by chunk.
 
     Example:
         >>> statistics = EmbeddingStatistics.of(iter([torch.eye(2)]))
@@ -131,12 +132,12 @@ class EmbeddingStatistics:
         self.mean, self.std, self.mean_norm = mean, std, mean_norm
 
     @classmethod
-    def of(cls, chunks) -> EmbeddingStatistics:
-        """Gather the statistics of an iterable of chunks (rows, d)."""
+    def of(cls, chunks: Iterable[Tensor]) -> EmbeddingStatistics:
+        """Compute the statistics of chunks (rows, d)."""
         count, norms = 0, 0.0
         total = squares = torch.zeros(())
         for chunk in chunks:
-            wide = chunk.double()
+            wide = chunk.double()  # The variance is a small difference of large sums.
             count += len(wide)
             total, squares = total + wide.sum(0), squares + wide.square().sum(0)
             norms += float(wide.norm(dim=-1).sum())

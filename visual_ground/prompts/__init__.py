@@ -1,1 +1,1 @@
-"""Prompts: interleaved text, images and chat messages become ids."""
+"""Prompts: interleaved text and images, or chat messages, become token ids and pixels."""

@@ -1,30 +1,51 @@
-"""Chat messages become the texts and images that a chat template makes of them."""
+"""Chat messages: made of texts and images, and rendered by the tokenizer's chat template."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import TemplateError
 
 from visual_ground.errors import GroundingValueError
+from visual_ground.prompts.types import ChatMessage, PromptPart, is_image_file
 
 
-def is_chat(prompt: Any) -> bool:
+def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
+    """Return a chat message of texts and images.
+
+    Args:
+        role: "user", "assistant" or "system".
+        parts: texts, PIL images and paths of images, in order.
+
+    Example:
+        >>> chat_message("user", ["What is it?"])
+        {'role': 'user', 'content': [{'type': 'text', 'text': 'What is it?'}]}
+    """
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str) and not is_image_file(part)
+        else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return {"role": role, "content": content}
+
+
+def is_chat(prompt: Any) -> TypeGuard[Sequence[ChatMessage]]:
     """Return whether a prompt is a list of chat messages, `{"role": ..., "content": ...}`."""
     return (
         isinstance(prompt, (list, tuple))
         and bool(prompt)
-        and all(isinstance(m, Mapping) and "role" in m for m in prompt)
+        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
     )
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return the parts, texts and images, of chat messages as the tokenizer's chat template orders them.
+def render_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[Any]:
+    """Return the texts and images of chat messages, in the order in which the tokenizer's chat template puts them.
 
     Args:
-        tokenizer: whose template it is.
+        tokenizer: the tokenizer that has the template.
         messages: `{"role": ..., "content": ...}`; a content is a text or a list of parts.
 
     Raises:
@@ -35,34 +56,35 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[A
             "These chat messages need a chat template, and the tokenizer has none. Set tokenizer.chat_template, "
             "or write the prompt as a list of text and images."
         )
-    mark, images = f"<{uuid.uuid4().hex}>", []
-    plain = []
+    # Templates know only text, so each image is a marker in it. It is random, so that no text can contain it.
+    marker, images = f"<{uuid.uuid4().hex}>", []
+    plain_messages = []
     for message in messages:
         content = message["content"]
-        pieces = [{"type": "text", "text": content}] if isinstance(content, str) else content
         text = ""
-        for piece in pieces:
-            if piece.get("type") == "image":
-                images.append(_image_of(piece))
-                text += mark
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part.get("type") == "image":
+                images.append(_image_of(part))
+                text += marker
             else:
-                text += piece["text"]
-        plain.append({**message, "content": text})
-    generate = messages[-1]["role"] != "assistant"
+                text += part["text"]
+        plain_messages.append({**message, "content": text})
+    # After an assistant's message, which the prompt lets the LM continue, no new turn is opened.
+    opens_turn = messages[-1]["role"] != "assistant"
     try:
-        rendered = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generate)
+        rendered = tokenizer.apply_chat_template(plain_messages, tokenize=False, add_generation_prompt=opens_turn)
     except TemplateError as error:
         roles = [message["role"] for message in messages]
         raise GroundingValueError(f"The chat template refuses messages of the roles {roles}: {error}") from error
     parts: list[Any] = []
-    for i, text in enumerate(rendered.split(mark)):
+    for i, text in enumerate(rendered.split(marker)):
         parts += [images[i - 1]] if i else []
         parts += [text] if text else []
     return parts
 
 
-def _image_of(piece: Mapping[str, Any]) -> Any:
-    image = next((piece[key] for key in ("image", "path", "url") if key in piece), None)
+def _image_of(part: Mapping[str, Any]) -> Any:
+    image = next((part[key] for key in ("image", "path", "url") if key in part), None)
     if image is None:
-        raise GroundingValueError(f'An image part needs "image" or "path", got the keys {sorted(piece)}.')
+        raise GroundingValueError(f'An image part needs "image" or "path", got the keys {sorted(part)}.')
     return image

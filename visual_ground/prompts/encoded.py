@@ -1,4 +1,4 @@
-"""`EncodedPrompt`: a prompt as ids, and how several are padded into one batch."""
+"""`EncodedPrompt`: a prompt as token ids, and how several are padded into one batch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from visual_ground.errors import GroundingValueError
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One prompt as ids; image j of the prompt stands in `ids` as the k numbers -1 - j.
+    """One prompt as ids; image j of the prompt is k times the number -1 - j in them.
 
     Args:
-        ids: token ids, and negative marks for images.
+        ids: token ids, and negative marks for image tokens.
         images: the prompt's images, upright RGB, in order.
     """
 
@@ -26,12 +26,12 @@ class EncodedPrompt:
 
 
 def pad_batch(encoded: Sequence[EncodedPrompt], first_image_id: int, pad_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """Stack prompts into ids (b, s) and their attention mask (b, s); images get ids in order over the whole batch.
+    """Stack prompts into ids (b, s) and their attention mask (b, s); image tokens are numbered over the whole batch.
 
     Args:
         encoded: the prompts.
-        first_image_id: id of the first image row.
-        pad_id: id to pad with; masked, so any real id does.
+        first_image_id: id of the batch's first image token.
+        pad_id: id to pad with; any real one, as it is masked.
         side: "left", for generation, or "right".
 
     Raises:
@@ -43,12 +43,12 @@ def pad_batch(encoded: Sequence[EncodedPrompt], first_image_id: int, pad_id: int
     ids = torch.full((len(encoded), length), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     next_id = first_image_id
-    for row, prompt in enumerate(encoded):
+    for i, prompt in enumerate(encoded):
         start = length - len(prompt.ids) if side == "left" else 0
-        place = slice(start, start + len(prompt.ids))
-        values = list(prompt.ids)
-        for i, value in enumerate(values):
+        span = slice(start, start + len(prompt.ids))
+        sequence = list(prompt.ids)
+        for position, value in enumerate(sequence):
             if value < 0:
-                values[i], next_id = next_id, next_id + 1
-        ids[row, place], mask[row, place] = torch.tensor(values), 1
+                sequence[position], next_id = next_id, next_id + 1
+        ids[i, span], mask[i, span] = torch.tensor(sequence), 1
     return ids, mask

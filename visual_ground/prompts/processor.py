@@ -1,4 +1,4 @@
-"""`GroundingProcessor`: interleaved text and images, or chat messages, become ids and pixels."""
+"""`GroundingProcessor`: interleaved text and images, or chat messages, become token ids and pixels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.lm.vocabulary import VirtualVocabulary
 from visual_ground.prompts.chat import is_chat, render_chat
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
+from visual_ground.prompts.types import Prompt, Prompts, is_image_file
 from visual_ground.vision.images import to_rgb
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm"})
 
 
 class GroundingProcessor:
@@ -29,7 +28,7 @@ class GroundingProcessor:
         config: which tokens stand for `[RET]` and in front of captions, and k, the ids per image.
         vocabulary: which ids are the LM's and which are virtual.
         preprocess: maps a list of images to pixels (n, c, h, w).
-        max_length: ids that the LM's context holds, where it says so.
+        max_length: how many ids the LM's context holds; None where that is unknown.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class GroundingProcessor:
         self.tokenizer, self.config, self.vocabulary = tokenizer, config, vocabulary
         self.preprocess, self.max_length = preprocess, max_length
 
-    def __call__(self, prompts: Any, padding_side: str = "left") -> BatchFeature:
+    def __call__(self, prompts: Prompts, padding_side: str = "left") -> BatchFeature:
         """Turn prompts into a batch on the CPU; see `GroundedModel.prepare`."""
         return self.batch([self.encode(prompt) for prompt in as_batch(prompts)], padding_side)
 
@@ -71,12 +70,12 @@ class GroundingProcessor:
             raise GroundingValueError(
                 f"A prompt has {length} ids, and the LM's context holds {self.max_length}. Shorten it."
             )
-        rows = self.vocabulary.num_rows
-        if lost := {i for prompt in encoded for i in prompt.ids if i >= rows and i != self.ret_token_id}:
-            names = self.tokenizer.convert_ids_to_tokens(sorted(lost))
+        size = self.vocabulary.num_rows
+        if unknown := sorted({i for prompt in encoded for i in prompt.ids if i >= size and i != self.ret_token_id}):
             raise GroundingValueError(
-                f"The tokens {names} have ids {sorted(lost)}, and the LM's embedding has {rows} rows. They were added "
-                "to the tokenizer and not to the LM; leave them out of the prompts, or load the LM's own tokenizer."
+                f"The tokens {self.tokenizer.convert_ids_to_tokens(unknown)} have ids {unknown}, and the LM's "
+                f"embedding has {size} rows. They were added to the tokenizer and not to the LM; leave them out of the "
+                "prompts, or load the LM's own tokenizer."
             )
 
     @property
@@ -86,11 +85,12 @@ class GroundingProcessor:
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills up a batch: the tokenizer's PAD or EOS where the LM has it; being masked, any does."""
-        own, rows = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id), self.vocabulary.num_rows
-        return next((i for i in own if i is not None and i < rows), self.vocabulary.safe_id)
+        """The id that fills up a batch: the tokenizer's PAD or EOS, else any that the LM has, as it is masked."""
+        candidates = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        in_lm = (i for i in candidates if i is not None and i < self.vocabulary.num_rows)
+        return next(in_lm, self.vocabulary.safe_id)
 
-    def encode(self, prompt: Any) -> EncodedPrompt:
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Encode one prompt.
 
         Args:
@@ -100,18 +100,19 @@ class GroundingProcessor:
             GroundingTypeError: a part that is none of these.
             GroundingValueError: chat messages without a chat template, an unreadable image, or nothing at all.
         """
-        chat = is_chat(prompt)
-        parts = (
-            render_chat(self.tokenizer, prompt) if chat else prompt if isinstance(prompt, (list, tuple)) else [prompt]
-        )
+        parts: Sequence[Any] = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+        chat = is_chat(prompt)  # A chat template writes the opening ids itself.
+        if chat:
+            parts = render_chat(self.tokenizer, parts)
         ids: list[int] = []
         images: list[Image.Image] = []
-        texts = 0
+        has_text = False
         for part in parts:
-            if isinstance(part, str) and not _names_image(part):
-                opening = self._opening if not (chat or texts) and (self.config.image_first or not images) else ()
-                ids += [*opening, *(self.continue_text(part) if ids else self.encode_text(part))]
-                texts += 1
+            if isinstance(part, str) and not is_image_file(part):
+                opens = not (chat or has_text) and (self.config.image_first or not images)
+                ids += self._opening if opens else ()
+                ids += self.continue_text(part) if ids else self.encode_text(part)
+                has_text = True
             elif isinstance(part, (str, os.PathLike, Image.Image)):
                 # An LM's first position is its attention sink, which an image must not become.
                 sink = () if chat or ids or self.config.image_first else self.sink
@@ -126,19 +127,21 @@ class GroundingProcessor:
             raise GroundingValueError("The prompt is empty: it has neither text nor images. Give at least one token.")
         return EncodedPrompt(tuple(ids), tuple(images))
 
-    def encode_queries(self, prompts: Any) -> list[EncodedPrompt]:
-        """Encode prompts with a `[RET]` put after each; a plain string stands where a caption stands in training."""
-        encoded = []
+    def encode_queries(self, prompts: Prompts) -> list[EncodedPrompt]:
+        """Encode prompts with a `[RET]` put after each; a plain string is encoded as a caption is in training."""
+        queries = []
         for prompt in as_batch(prompts):
             if isinstance(prompt, str):
-                whole = EncodedPrompt((*self.caption_prefix(image=False), *self.encode_caption(prompt)), ())
+                encoded = EncodedPrompt((*self.caption_prefix(image=False), *self.encode_caption(prompt)), ())
             else:
-                whole = self.encode(prompt)
-            encoded.append(EncodedPrompt((*whole.ids, self.ret_token_id), whole.images))
-        return encoded
+                encoded = self.encode(prompt)
+            queries.append(EncodedPrompt((*encoded.ids, self.ret_token_id), encoded.images))
+        return queries
 
-    def encode_continuations(self, prompts: Any, continuations: Sequence[str]) -> tuple[list[EncodedPrompt], list[int]]:
-        """Encode prompts with a text put after each; return them with the numbers of ids of the texts.
+    def encode_continuations(
+        self, prompts: Prompts, continuations: Sequence[str]
+    ) -> tuple[list[EncodedPrompt], list[int]]:
+        """Encode prompts with a text put after each; return them with how many ids each text has.
 
         Raises:
             GroundingValueError: another number of texts than of prompts, or one with no tokens.
@@ -147,30 +150,30 @@ class GroundingProcessor:
         if isinstance(continuations, str) or len(continuations) != len(prompts):
             count = 1 if isinstance(continuations, str) else len(continuations)
             raise GroundingValueError(f"{len(prompts)} prompts need a list of as many continuations, got {count}.")
-        tails = [self.continue_text(text) for text in continuations]
-        if empty := [i for i, tail in enumerate(tails) if not tail]:
-            raise GroundingValueError(f"Continuations {empty} have no tokens.")
-        heads = [self.encode(prompt) for prompt in prompts]
-        whole = [EncodedPrompt((*h.ids, *tail), h.images) for h, tail in zip(heads, tails, strict=True)]
-        return whole, [len(tail) for tail in tails]
+        texts = [self.continue_text(text) for text in continuations]
+        if empty := [i for i, ids in enumerate(texts) if not ids]:
+            raise GroundingValueError(f"Continuations {empty} have no tokens; give each at least one.")
+        encoded = [self.encode(prompt) for prompt in prompts]
+        joined = [EncodedPrompt((*one.ids, *ids), one.images) for one, ids in zip(encoded, texts, strict=True)]
+        return joined, [len(ids) for ids in texts]
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens in front; `[RET]` in it becomes its id."""
         ids: list[int] = []
-        for i, piece in enumerate(text.split(self.config.ret_token)):
+        for i, part in enumerate(text.split(self.config.ret_token)):
             ids += [self.ret_token_id] if i else []
-            ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+            ids += self.tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
         return ids
 
     def continue_text(self, text: str) -> list[int]:
-        """Return the ids of a text that stands after other ids.
+        """Return the ids of a text that comes after other ids.
 
-        Tokenizers that put a space before every text themselves are not given a second one.
+        A tokenizer that puts a space before every text is not given a second one.
         """
         return self.encode_text(text[1:] if self._adds_space and text[:1] == " " and text[1:] else text)
 
     def encode_caption(self, caption: str) -> list[int]:
-        """Return the ids of a caption as it stands after `caption_prefix`; these are what the losses are about.
+        """Return the ids of a caption that comes after `caption_prefix`; the losses are computed on these.
 
         Raises:
             GroundingTypeError: not a string.
@@ -185,7 +188,7 @@ class GroundingProcessor:
         return [*self.sink, *ids] if self.config.image_first else ids
 
     def caption_prefix(self, image: bool) -> list[int]:
-        """Return what stands before a caption: the sink token and the prompt, with the image's marks where asked.
+        """Return the ids before a caption: the sink token and the prompt, which holds the image where `image` is True.
 
         With `image_first` the sink token belongs to the caption: it comes after the image, and is predicted from it.
         """
@@ -200,7 +203,8 @@ class GroundingProcessor:
 
     @cached_property
     def _adds_space(self) -> bool:
-        """Whether the tokenizer puts a space, which sentencepiece and byte-level tokens show, before every text."""
+        """Whether the tokenizer puts a space before every text."""
+        # SentencePiece writes a space as U+2581, and byte-level BPE as U+0120.
         first = self.tokenizer("a", add_special_tokens=False)["input_ids"][:1]
         return any(token[:1] in ("\u2581", "\u0120") for token in self.tokenizer.convert_ids_to_tokens(first))
 
@@ -208,19 +212,19 @@ class GroundingProcessor:
     def _opening(self) -> tuple[int, ...]:
         """The special ids that the tokenizer puts in front of a text by itself."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer("a")["input_ids"]
-        return tuple(next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), []))
+        ids = self.tokenizer("a")["input_ids"]
+        return tuple(next((ids[:i] for i in range(len(ids)) if ids[i : i + len(plain)] == plain), []))
 
     @cached_property
     def sink(self) -> tuple[int, ...]:
         """The ids that open a sequence: the configured sink token, or the tokenizer's own opening, BOS or EOS."""
         if self.config.sink_token is not None:
             return tuple(self.tokenizer(self.config.sink_token, add_special_tokens=False)["input_ids"])
-        own = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return self._opening or tuple(token for token in own if token is not None)[:1]
+        candidates = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return self._opening or tuple(token for token in candidates if token is not None)[:1]
 
 
-def as_batch(prompts: Any) -> list[Any]:
+def as_batch(prompts: Prompts) -> list[Any]:
     """Return a list of prompts: one string, image, path or chat alone is a batch of one.
 
     Raises:
@@ -231,8 +235,3 @@ def as_batch(prompts: Any) -> list[Any]:
     if not isinstance(prompts, (list, tuple)):
         raise GroundingTypeError(f"Prompts must be a list of prompts, or one alone, got {type(prompts).__name__}.")
     return list(prompts)
-
-
-def _names_image(text: str) -> bool:
-    """Return whether a string is a path to an existing image file rather than text."""
-    return os.path.splitext(text)[1].lower() in IMAGE_SUFFIXES and "\n" not in text and os.path.isfile(text)

@@ -1,1 +1,1 @@
-"""Vision encoders: images become features, which are computed once and kept."""
+"""The frozen vision encoder: images become features, which are computed once and kept on disk."""

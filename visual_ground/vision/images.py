@@ -1,20 +1,25 @@
-"""Reading images: any PIL image, of any mode, or a path, becomes RGB, or one clear error."""
+"""Reading images: a PIL image of any mode, or a file, becomes upright RGB, or one clear error."""
 
 from __future__ import annotations
 
 import io
 import os
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 
+# A PIL image, a path, or `{"bytes": ..., "path": ...}`, as `datasets` holds an image that is not decoded yet.
+ImageLike: TypeAlias = Image.Image | str | os.PathLike[str] | Mapping[str, Any]
+# One image, or many in order.
+Images: TypeAlias = ImageLike | Iterable[ImageLike]
 
-def to_rgb(image: Any) -> Image.Image:
+
+def to_rgb(image: ImageLike) -> Image.Image:
     """Return an image as upright 8-bit RGB; transparency becomes white.
 
     Args:
@@ -37,7 +42,7 @@ def to_rgb(image: Any) -> Image.Image:
     return decode_file(read_file(image), image_name(image))
 
 
-def image_name(image: Any) -> str:
+def image_name(image: ImageLike) -> str:
     """Return what an image is called in messages: its path where it has one.
 
     Example:
@@ -49,16 +54,18 @@ def image_name(image: Any) -> str:
     return repr(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else f"{type(image).__name__}"
 
 
-def read_file(image: Any) -> bytes:
+def read_file(image: ImageLike) -> bytes:
     """Return the bytes of an image's file, given as a path or as `{"bytes": ..., "path": ...}`.
 
     Raises:
         GroundingTypeError: neither of these.
         GroundingValueError: the file cannot be opened.
     """
-    if isinstance(image, Mapping) and image.get("bytes") is not None:
-        return image["bytes"]
-    path = image.get("path") if isinstance(image, Mapping) else image
+    path: Any = image
+    if isinstance(image, Mapping):
+        if image.get("bytes") is not None:
+            return bytes(image["bytes"])
+        path = image.get("path")
     if not isinstance(path, (str, os.PathLike)):
         raise GroundingTypeError(f"An image must be a PIL image or a path, got {type(image).__name__}.")
     try:
@@ -72,6 +79,7 @@ def decode_file(data: bytes, name: str) -> Image.Image:
     """Return the bytes of an image's file as RGB, as `to_rgb` does; `name` is for messages."""
     try:
         with warnings.catch_warnings():
+            # Pillow only warns at its decompression limit, and raises at twice as much.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
@@ -96,13 +104,15 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         return _scale_to_bytes(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
-        page = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(page, image).convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image).convert("RGB")
     return image.convert("RGB")
 
 
 def _scale_to_bytes(image: Image.Image) -> Image.Image:
     """Map a 16-bit, 32-bit or float image to 8 bits; Pillow's own conversion clips at 255."""
+    # A float image up to 1 and whole numbers up to 255 are 8 bits already, and up to 65535 are 16; what is brighter is
+    # scaled by its own maximum.
     values = np.asarray(image, dtype=np.float64)
     values = np.nan_to_num(values, posinf=values[np.isfinite(values)].max(initial=0))
     top = values.max(initial=0)

@@ -1,4 +1,4 @@
-"""Vision encoders by name or as they come, each with the preprocessing that belongs to it."""
+"""Loading vision encoders by name, or wrapping loaded ones, each with the preprocessing that belongs to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.vision.encoder import TransformProcessor, VisionEncoder
+from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.preprocessing import TransformProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def load_vision(
             "openai/clip-vit-large-patch14#vision_model" is CLIP's tower alone, before its projection.
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
         revision: of a Hub id.
-        num_patch_tokens: parts of the picture wanted besides the pooled features.
+        num_patch_tokens: parts of the picture to read besides the pooled features; 0 for none.
         hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
@@ -39,25 +40,25 @@ def load_vision(
         given = vision_encoder
         if image_processor is None and given.num_patch_tokens == num_patch_tokens:
             return given
-        processor = image_processor or given.image_processor
         given.release()
+        processor = image_processor or given.image_processor
         return VisionEncoder(given.model, processor, given.name, None, num_patch_tokens, given.use_pooler)
     name = vision_encoder if isinstance(vision_encoder, str) else None
     use_pooler = True
     if name is not None:
-        model, found, use_pooler = _load_by_name(name, image_processor, {"revision": revision, **hub})
+        model, processor, use_pooler = _load_by_name(name, image_processor, {"revision": revision, **hub})
     elif isinstance(vision_encoder, nn.Module):
-        model, found = vision_encoder, image_processor or processor_of(vision_encoder)
+        model, processor = vision_encoder, image_processor or processor_of(vision_encoder)
     else:
         raise GroundingTypeError(f"vision_encoder must be a name or a module, got {type(vision_encoder).__name__}.")
-    return VisionEncoder(model, found, name, None, num_patch_tokens, use_pooler)
+    return VisionEncoder(model, processor, name, None, num_patch_tokens, use_pooler)
 
 
 def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple[nn.Module, Any, bool]:
-    """Return a model, its preprocessing, and whether its pooler can be trusted."""
+    """Return a model, its preprocessing, and whether its pooler was trained."""
     if name.startswith("open_clip:"):
-        model, found = _load_open_clip(name.removeprefix("open_clip:"))
-        return model, image_processor or found, True
+        model, processor = _load_open_clip(name.removeprefix("open_clip:"))
+        return model, image_processor or processor, True
     if name.startswith("timm:"):
         import timm
 
@@ -68,8 +69,8 @@ def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple
     name, _, part = name.partition("#")
     model, loading = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **hub)
     missing = sorted(loading["missing_keys"])
-    no_pooler = any("pooler" in key for key in missing)
-    if no_pooler:
+    has_pooler = not any("pooler" in key for key in missing)
+    if not has_pooler:
         logger.warning(
             "%s has no weights for the pooler of %s, which would be random: the mean of its tokens is taken instead.",
             name,
@@ -79,10 +80,12 @@ def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple
         logger.warning("%s lacks weights, which are random now: %s.", name, ", ".join(others[:10]))
     processor = image_processor or processor_of(model, name, **hub)
     try:
-        return model.get_submodule(part).eval(), processor, not no_pooler
+        return model.get_submodule(part).eval(), processor, has_pooler
     except AttributeError as error:
-        inside = [child for child, _ in model.named_children()]
-        raise GroundingValueError(f"{name!r} has no submodule {part!r}; it has {inside}.") from error
+        children = [child for child, _ in model.named_children()]
+        raise GroundingValueError(
+            f"{name!r} has no submodule {part!r}; name one of {children}, or one inside them, after the #."
+        ) from error
 
 
 def _load_open_clip(name: str) -> tuple[nn.Module, Any]:
@@ -116,79 +119,88 @@ def processor_of(model: nn.Module, name: str | None = None, **hub: Any) -> Any:
         hub: revision, token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
-        GroundingValueError: nothing is known of it.
+        GroundingValueError: none is known.
     """
     if getattr(model, "pretrained_cfg", None) is not None:
-        from timm.data import create_transform, resolve_data_config
+        from timm import data
 
-        return TransformProcessor(create_transform(**resolve_data_config({}, model=model), is_training=False))
+        settings = data.resolve_data_config({}, model=model)  # type: ignore[attr-defined,no-untyped-call]
+        return TransformProcessor(data.create_transform(**settings, is_training=False))  # type: ignore[attr-defined]
     visual = getattr(model, "visual", None)
     if visual is not None and hasattr(visual, "preprocess_cfg"):
         import open_clip
 
         settings = open_clip.transform.PreprocessCfg(**visual.preprocess_cfg)
         return TransformProcessor(open_clip.transform.image_transform_v2(settings, is_train=False))
-    config = getattr(model, "config", None)
-    path = name or getattr(config, "_name_or_path", "")
-    error: Exception | None = None
-    if path:
-        from transformers import AutoImageProcessor
+    return _transformers_processor(
+        model, str(name or getattr(getattr(model, "config", None), "_name_or_path", "")), hub
+    )
 
+
+def _transformers_processor(model: nn.Module, path: str, hub: dict[str, Any]) -> Any:
+    """Return the processor saved at a path, else one of the kind that goes with the model's config."""
+    from transformers import AutoImageProcessor
+
+    reason: Exception | None = None
+    if path:
         try:
-            return AutoImageProcessor.from_pretrained(path, trust_remote_code=False, **hub)
-        except (OSError, ValueError, ImportError) as problem:
-            error = problem
-    if (usual := _usual_processor(config)) is not None:
+            return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                path, trust_remote_code=False, **hub
+            )
+        except (OSError, ValueError, ImportError) as error:
+            reason = error
+    if (default := _default_processor(getattr(model, "config", None))) is not None:
         logger.warning(
             "No preprocessing is saved with %s, so that of its kind is taken, %s with its default settings. Pass "
             "image_processor= where it was trained with another.",
             path or type(model).__name__,
-            type(usual).__name__,
+            type(default).__name__,
         )
-        return usual
+        return default
     raise GroundingValueError(
         f"No preprocessing is known for {type(model).__name__}. Pass image_processor=, which maps a list of PIL images "
         'to {"pixel_values": (n, c, h, w)}.'
-    ) from error
+    ) from reason
 
 
-def _usual_processor(config: Any) -> Any:
+def _default_processor(config: Any) -> Any:
     """Return the processor that transformers pairs with a config, or with the model that this config is a part of."""
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
     if config is None:
         return None
-    kinds = IMAGE_PROCESSOR_MAPPING.get(type(config), None)
-    if kinds is None:
+    classes = IMAGE_PROCESSOR_MAPPING.get(type(config), None)
+    if classes is None:
         for whole in IMAGE_PROCESSOR_MAPPING.keys():
             if type(config) in getattr(whole, "sub_configs", {}).values():
-                kinds = IMAGE_PROCESSOR_MAPPING[whole]
+                classes = IMAGE_PROCESSOR_MAPPING[whole]
                 break
-    choices = list(kinds.values()) if isinstance(kinds, dict) else [kind for kind in kinds or () if kind is not None]
-    kind = next((choice for choice in choices if isinstance(choice, type)), None)
-    if kind is None:
+    # transformers 5 maps to a dict by backend, older versions to a pair (slow, fast).
+    choices = list(classes.values()) if isinstance(classes, dict) else classes or ()
+    processor_class: Any = next((choice for choice in choices if isinstance(choice, type)), None)
+    if processor_class is None:
         return None
     try:
-        usual = kind()
-    except TypeError:  # It has no defaults: timm's, inside transformers, needs to know the model.
+        default = processor_class()
+    except TypeError:  # It has no defaults: transformers' processor for timm models needs to know the model.
         return None
-    sizes = {name: _resized(getattr(usual, name, None), _image_size(config)) for name in ("size", "crop_size")}
-    return kind(**{name: size for name, size in sizes.items() if size is not None})
+    sizes = {name: _resized(getattr(default, name, None), _image_size(config)) for name in ("size", "crop_size")}
+    return processor_class(**{name: size for name, size in sizes.items() if size is not None})
 
 
 def _image_size(config: Any) -> tuple[int, int] | None:
-    """Return the height and width that a config names, its own or its vision part's."""
+    """Return the height and width that a config or its vision part names."""
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     if isinstance(size, int):
         return size, size
     return (int(size[0]), int(size[1])) if isinstance(size, (list, tuple)) and len(size) == 2 else None
 
 
-def _resized(size: Any, wanted: tuple[int, int] | None) -> dict[str, int] | None:
-    """Return a processor's size, a dict by its own keys, for the wanted height and width."""
-    if wanted is None or not callable(getattr(size, "get", None)):
+def _resized(size: Any, image_size: tuple[int, int] | None) -> dict[str, int] | None:
+    """Return a processor's size, a dict by its own keys, for images of another height and width."""
+    if image_size is None or not callable(getattr(size, "get", None)):
         return None
-    names = {name for name in ("height", "width", "shortest_edge", "longest_edge") if size.get(name)}
-    if "height" in names:
-        return {"height": wanted[0], "width": wanted[1]}
-    return {"shortest_edge": min(wanted)} if names == {"shortest_edge"} else None
+    keys = {key for key in ("height", "width", "shortest_edge", "longest_edge") if size.get(key)}
+    if "height" in keys:
+        return {"height": image_size[0], "width": image_size[1]}
+    return {"shortest_edge": min(image_size)} if keys == {"shortest_edge"} else None

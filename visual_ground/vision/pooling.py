@@ -1,4 +1,4 @@
-"""The shapes of what encoders return: pooled features (n, f), and patches averaged to k parts of the picture."""
+"""From what encoders return to pooled features (n, f), or to patches averaged to k parts of the picture."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 
-# More tokens than these before a square grid are no class and register tokens, so the tokens are no grid at all.
-MOST_PREFIX_TOKENS = 16
+# Vision transformers have one class token and a few registers (DINOv2 has 4). More than this many tokens before a
+# square are therefore no prefix, and the tokens form no grid.
+MAX_PREFIX_TOKENS = 16
 
 
 def pool(output: Any, use_pooler: bool = True) -> Tensor:
@@ -39,7 +40,7 @@ def pool(output: Any, use_pooler: bool = True) -> Tensor:
         features = torch.stack([part.reshape(-1, part.shape[-1]).mean(0) for part in features])
     if not isinstance(features, Tensor) or not features.is_floating_point():
         raise GroundingTypeError(
-            f"A vision encoder must return features (n, f), got {_told(output)}. Pass a tower that returns a "
+            f"A vision encoder must return features (n, f), got {_describe(output)}. Pass a tower that returns a "
             "tensor, image_embeds, pooler_output or last_hidden_state."
         )
     if features.dim() == 4:
@@ -53,15 +54,15 @@ def pool(output: Any, use_pooler: bool = True) -> Tensor:
 
 
 def patches(output: Any, count: int, num_prefix_tokens: int | None = None) -> Tensor:
-    """Average an encoder's patches to `count` parts of the picture, row by row from the top left.
+    """Average an encoder's patches to `count` parts of the picture, in reading order.
 
-    The parts are a x b rectangles, as nearly square as `count` = a * b allows; where the tokens are no grid, they are
-    runs of tokens.
+    The picture is cut into a x b rectangles, as nearly square as `count` = a * b allows; tokens that form no grid are
+    cut into runs of equal length.
 
     Args:
         output: a tensor, or a transformers output with `last_hidden_state`: (n, tokens, f) or (n, f, height, width).
         count: k.
-        num_prefix_tokens: class and register tokens before the patches; None takes what does not fit a square grid.
+        num_prefix_tokens: class and register tokens before the patches; None takes those in excess of a square grid.
 
     Returns:
         (n, k, f).
@@ -76,30 +77,30 @@ def patches(output: Any, count: int, num_prefix_tokens: int | None = None) -> Te
     tokens = output if isinstance(output, Tensor) else _first(output, ["last_hidden_state"])
     tokens = _last_map(output) if tokens is None else tokens
     if not isinstance(tokens, Tensor) or tokens.dim() not in (3, 4):
-        what = tuple(tokens.shape) if isinstance(tokens, Tensor) else _told(output)
+        received = tuple(tokens.shape) if isinstance(tokens, Tensor) else _describe(output)
         raise GroundingValueError(
             f'This encoder gives no patches: visual_tokens_from="patches" needs (n, tokens, f) or (n, f, height, '
-            f'width), got {what}. Set visual_tokens_from="pooled".'
+            f'width), got {received}. Set visual_tokens_from="pooled".'
         )
     grid = _channels_first(tokens) if tokens.dim() == 4 else _as_grid(tokens, num_prefix_tokens)
     if grid.dim() == 4 and (shape := _nearly_square(count, grid.shape[-2], grid.shape[-1])):
         return F.adaptive_avg_pool2d(grid, shape).flatten(2).transpose(1, 2)
-    row = grid.flatten(2)
-    if row.shape[-1] < count:
+    sequence = grid.flatten(2)
+    if sequence.shape[-1] < count:
         raise GroundingValueError(
-            f"This encoder has {row.shape[-1]} patches, fewer than num_visual_tokens={count}. Ask for fewer."
+            f"This encoder has {sequence.shape[-1]} patches, fewer than num_visual_tokens={count}. Ask for fewer."
         )
-    return F.adaptive_avg_pool1d(row, count).transpose(1, 2)
+    return F.adaptive_avg_pool1d(sequence, count).transpose(1, 2)
 
 
 def _as_grid(tokens: Tensor, num_prefix_tokens: int | None) -> Tensor:
-    """Return tokens (n, t, f) as (n, f, side, side), or as (n, f, t) where they are no square."""
+    """Return tokens (n, t, f) as (n, f, side, side), or as (n, f, t) where they form no square."""
     total = tokens.shape[1]
     prefix = total - math.isqrt(total) ** 2 if num_prefix_tokens is None else num_prefix_tokens
     side = math.isqrt(total - prefix)
-    if side * side != total - prefix or prefix > MOST_PREFIX_TOKENS:
+    if side * side != total - prefix or prefix > MAX_PREFIX_TOKENS:
         return tokens[:, num_prefix_tokens or 0 :].transpose(1, 2)
-    return tokens[:, prefix:].transpose(1, 2).unflatten(-1, (side, side))
+    return torch.unflatten(tokens[:, prefix:].transpose(1, 2), -1, (side, side))
 
 
 def _nearly_square(count: int, height: int, width: int) -> tuple[int, int] | None:
@@ -110,14 +111,14 @@ def _nearly_square(count: int, height: int, width: int) -> tuple[int, int] | Non
 
 
 def _channels_first(features: Tensor) -> Tensor:
-    """Return (n, f, height, width); (n, height, width, f) is known by its square."""
+    """Return (n, f, height, width); (n, height, width, f) is recognised by its two equal sides."""
     _, first, second, last = features.shape
     if first == second != last:
         return features.permute(0, 3, 1, 2)
     if second != last and first < min(second, last):
         raise GroundingTypeError(
-            f"A vision encoder must return (n, f, height, width), and in {tuple(features.shape)} the features' axis "
-            "cannot be told: tiles or crops, perhaps. Pool them in a module of your own."
+            f"A vision encoder must return (n, f, height, width), and in {tuple(features.shape)} the axis of the "
+            "features cannot be told, as with tiles or crops. Pool them in a module of your own."
         )
     return features
 
@@ -131,7 +132,7 @@ def _last_map(output: Any) -> Any:
     return maps[-1] if isinstance(maps, (list, tuple)) and maps else None
 
 
-def _told(output: Any) -> str:
+def _describe(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"{output.dtype} numbers of shape {tuple(output.shape)}"
     names = list(output) if hasattr(output, "keys") else []

@@ -19,8 +19,8 @@ from visual_ground.training.data.columns import Columns, Skipped, open_rows
 from visual_ground.training.data.examples import example_of, read_image
 from visual_ground.training.data.preparing import Indices, Preparing
 from visual_ground.training.data.sampler import picker
-from visual_ground.vision.feature_cache import image_key
 from visual_ground.vision.feature_store import FeatureFile
+from visual_ground.vision.identity import image_key
 from visual_ground.vision.images import image_name
 
 

@@ -1,0 +1,99 @@
+"""`visual-ground train`: train an adapter on image-caption pairs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from visual_ground.cli.arguments import add_column_options, add_dataset_argument, columns_of
+
+if TYPE_CHECKING:
+    from visual_ground.cli.arguments import Commands
+
+DESCRIPTION = "Train an adapter. A run that was stopped goes on when the same command is given again."
+# Retrieval learns to tell each pair from the others of its batch, so a batch must not be small.
+BATCH_SIZE = 64
+CHECKPOINTS_KEPT = 2  # One to go on from, and the one before it.
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to a parser."""
+    parser = commands.add_parser("train", help="train an adapter on image-caption pairs", description=DESCRIPTION)
+    parser.add_argument("lm", help="Hub id or folder of a causal LM")
+    parser.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
+    add_dataset_argument(parser)
+    parser.add_argument("--output", metavar="DIR", default="grounded", help="folder for all that is written")
+    parser.add_argument("--validation", metavar="DATASET", help="pairs to evaluate on at every checkpoint")
+    parser.add_argument("--steps", metavar="N", type=int, default=2000, help="2000 where not given")
+    parser.add_argument("--batch-size", metavar="N", type=int, help="pairs per step and process; 64, or all there are")
+    parser.add_argument("--learning-rate", metavar="X", type=float, default=1e-3, help="0.001 where not given")
+    parser.add_argument("--visual-tokens", metavar="N", type=int, default=1, help="image tokens per image; 1")
+    parser.add_argument("--save-steps", metavar="N", type=int, default=200, help="steps between checkpoints; 200")
+    parser.add_argument("--workers", metavar="N", type=int, default=0, help="processes that read and decode; none")
+    parser.add_argument("--streaming", action="store_true", help="read row by row, without a copy on the disk")
+    parser.add_argument("--no-cache", action="store_true", help="run the encoder in every step, keep no features")
+    parser.add_argument(
+        "--max-skipped", metavar="X", type=float, default=0.01, help="part that may be unreadable; 0.01"
+    )
+    parser.add_argument("--bf16", action="store_true", help="load the LM in bfloat16")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of start values and order; 0")
+    add_column_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train an adapter, or go on training it."""
+    from transformers import set_seed
+
+    from visual_ground import GroundingConfig, GroundingTrainer, ground
+    from visual_ground.training.data.loading import SHUFFLED, load_rows
+
+    rows = load_rows(options.dataset, options.split, options.streaming)
+    arguments = _training_arguments(options, rows)
+    validation = None if options.validation is None else load_rows(options.validation, options.split)
+    rows = rows.shuffle(seed=options.seed, buffer_size=SHUFFLED) if options.streaming else rows
+    # The adapter's start values must be the same when a killed run starts again.
+    set_seed(options.seed)
+    config = GroundingConfig(num_visual_tokens=options.visual_tokens)
+    model = ground(_language_model(options), options.vision, config=config)
+    trainer = GroundingTrainer(model, arguments, rows, validation)
+    trainer.train(resume_from_checkpoint=True)
+    if trainer.args.should_save:
+        model.save_pretrained(options.output)
+
+
+def _training_arguments(options: argparse.Namespace, rows: Any) -> Any:
+    from visual_ground import GroundingTrainingArguments
+
+    columns = columns_of(options, rows)
+    batch_size = BATCH_SIZE
+    if not options.streaming:  # A small dataset is one batch, shared by the processes; contrast needs two pairs.
+        batch_size = max(2, min(BATCH_SIZE, len(rows) // int(os.environ.get("WORLD_SIZE", 1))))
+    return GroundingTrainingArguments(
+        output_dir=options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size or batch_size,
+        learning_rate=options.learning_rate,
+        save_steps=options.save_steps,
+        save_total_limit=CHECKPOINTS_KEPT,
+        eval_strategy="no" if options.validation is None else "steps",
+        eval_steps=options.save_steps,
+        logging_steps=min(10, options.steps),
+        dataloader_num_workers=options.workers,
+        cache_features=not options.no_cache,
+        image_column=columns.image,
+        caption_column=columns.caption,
+        image_folder=columns.folder,
+        max_skipped=options.max_skipped,
+        seed=options.seed,
+    )
+
+
+def _language_model(options: argparse.Namespace) -> Any:
+    if not options.bf16:
+        return options.lm
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(options.lm, dtype=torch.bfloat16)

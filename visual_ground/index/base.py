@@ -1,0 +1,86 @@
+"""What a search engine must offer to carry an image index, and what an index needs of a grounded model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from visual_ground.vision.images import ImageLike
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best entries for each query, best first.
+
+    Args:
+        positions: (queries, m) long, positions in the index.
+        scores: (queries, m) float, inner products.
+    """
+
+    positions: Tensor
+    scores: Tensor
+
+
+@runtime_checkable
+class VectorIndex(Protocol):
+    """A search engine: vectors by position, with no knowledge of what they stand for.
+
+    `ImageIndex` puts ids, images and metadata beside one. `ExactIndex` is the engine that is built in.
+    """
+
+    @property
+    def dim(self) -> int:
+        """q, the width of its vectors."""
+
+    def __len__(self) -> int: ...
+
+    def add(self, vectors: Tensor) -> None:
+        """Append vectors (m, q); they get the positions from `len(self)` on."""
+
+    def remove(self, positions: Sequence[int]) -> None:
+        """Take vectors out; those after them move up, so that positions stay 0 to `len(self)` - 1."""
+
+    def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
+        """Return the k best entries for each query, fewer where fewer are allowed.
+
+        Args:
+            vectors: (queries, q).
+            k: how many, at least 1.
+            filter: (n,) bool, True at the positions that may be found; all where None.
+        """
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the vectors to one file."""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote."""
+
+
+@runtime_checkable
+class RetrievalIndex(Protocol):
+    """What `GroundedModel.generate` needs of an index: `ImageIndex`, or any object with these members."""
+
+    @property
+    def dim(self) -> int:
+        """q, the width of its vectors."""
+
+    def search(self, vectors: Tensor, k: int) -> SearchResult:
+        """Return the k best entries for each query (queries, q), fewer where the index is smaller."""
+
+    def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
+        """Return the id, image (or None) and metadata at a position."""
+
+
+class ImageEmbedder(Protocol):
+    """What `ImageIndex.build` needs of a model, as `GroundedModel` has it."""
+
+    def embed_images(self, images: Sequence[ImageLike], *, batch_size: int) -> Tensor:
+        """Map n images to unit vectors (n, q), `batch_size` of them run at once."""

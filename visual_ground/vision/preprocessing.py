@@ -1,0 +1,115 @@
+"""`Preprocessing`: images become the tensors that one vision model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visual_ground.errors import GroundingTypeError
+from visual_ground.vision.entry_point import parameter_names
+from visual_ground.vision.images import ImageLike, to_rgb
+
+# Where a processor keeps an image's own shape, images are made squares of at least this side first, so that they can
+# be batched. Larger than the input of most encoders, so that little detail is lost.
+SQUARE_SIDE = 512
+
+
+class Preprocessing:
+    """An image processor, with what a model takes of its output; learned by processing a few grey images.
+
+    Args:
+        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`.
+        entry: what is called with pixels, as `entry_of` returns it.
+        model_name: the model's class, for messages.
+
+    Attributes:
+        pixels_key: the name under which the processor returns pixels and the model takes them.
+        square_side: the side of the squares that images are resized to first; None where the processor resizes them.
+        extras: further inputs of the model that are the same for all images, (1, ...) each.
+
+    Raises:
+        GroundingTypeError: the model reads something else than pixels, or one image gives several entries.
+    """
+
+    def __init__(self, image_processor: Any, entry: Any, model_name: str) -> None:
+        self.image_processor = image_processor
+        self.square_side: int | None = None
+        # A wide and a tall image of different areas show whether the output depends on an image's shape.
+        wide, tall = (self._process([_grey(*size)]) for size in ((96, 64), (48, 80)))
+        accepted = parameter_names(entry)
+        self.pixels_key = self._find_pixels(wide, entry, accepted, model_name)
+        inputs = {self.pixels_key, *(name for name in accepted if isinstance(wide.get(name), Tensor))}
+        if any(wide[name].shape != tall[name].shape or self._varies(name, wide, tall) for name in inputs):
+            self.square_side = SQUARE_SIDE
+            pixels = self._process([_grey(64, 64)])[self.pixels_key]
+            self.square_side = max(SQUARE_SIDE, pixels.shape[-1]) if pixels.dim() == 4 else SQUARE_SIDE
+        processed = self._process([_grey(64, 64)])
+        pixels = processed[self.pixels_key]
+        if len(pixels) != 1 or pixels.dim() > 4:
+            raise GroundingTypeError(
+                f"{type(image_processor).__name__} makes {tuple(pixels.shape)} of one image: frames, tiles or loose "
+                "patches, where (1, c, h, w) is needed. Pass an image_processor= that makes one entry per image."
+            )
+        self.extras: dict[str, Tensor] = {name: processed[name] for name in inputs - {self.pixels_key}}
+
+    def __call__(self, images: Sequence[ImageLike]) -> Tensor:
+        """Return pixels (n, c, h, w)."""
+        pixels: Tensor = self._process([to_rgb(image) for image in images])[self.pixels_key]
+        return pixels
+
+    def model_inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return the model's keyword arguments for pixels (n, c, h, w)."""
+        extras = {
+            name: value.to(pixels.device).expand(len(pixels), *value.shape[1:]) for name, value in self.extras.items()
+        }
+        return {self.pixels_key: pixels, **extras}
+
+    def _find_pixels(self, processed: Any, entry: Any, accepted: set[str], model_name: str) -> str:
+        main_input = getattr(entry, "main_input_name", "pixel_values")
+        if "pixel_values" not in processed:
+            if main_input in processed:
+                return str(main_input)
+            raise GroundingTypeError(
+                f"{type(self.image_processor).__name__} gives {sorted(processed)}, and {model_name} reads "
+                f'{main_input!r}. Pass an image_processor that maps a list of PIL images to {{"pixel_values": '
+                "(n, c, h, w)}."
+            )
+        if main_input != "pixel_values" and hasattr(entry, "main_input_name") and "pixel_values" not in accepted:
+            raise GroundingTypeError(
+                f"{model_name} reads {main_input!r}, not pixels: it is no image encoder. Pass a model that maps "
+                "pixel_values (n, c, h, w) to features, or the vision tower of this one."
+            )
+        return "pixel_values"
+
+    def _varies(self, name: str, wide: Any, tall: Any) -> bool:
+        """Return whether an input that goes with the pixels depends on the image's shape."""
+        return name != self.pixels_key and not torch.equal(wide[name], tall[name])
+
+    def _process(self, images: list[Image.Image]) -> Any:
+        if self.square_side is not None:
+            size = self.square_side, self.square_side
+            images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
+        return self.image_processor(images, return_tensors="pt")
+
+
+class TransformProcessor:
+    """A per-image transform, as open_clip and timm have them, with the interface of a transformers image processor.
+
+    Args:
+        transform: maps a PIL image to pixels (c, h, w).
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
+        """Return `{"pixel_values": (n, c, h, w)}`."""
+        return {"pixel_values": torch.stack([self.transform(image) for image in images])}
+
+
+def _grey(width: int, height: int) -> Image.Image:
+    return Image.new("RGB", (width, height), (128, 128, 128))
