@@ -23,7 +23,7 @@ from visual_ground.demo.run import Pairs
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.evaluation.captions import caption_pair_accuracy
 from visual_ground.evaluation.pairs import image_features
-from visual_ground.training import ExampleDataset
+from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.initialization import data_dependent
 from visual_ground.training.initialization.idf import fit_image_tokens_to_words, without_sentence_marks
 from visual_ground.training.setup import standardise
@@ -54,7 +54,7 @@ def _states(imitation: data_dependent.Imitation, captions: list[str], weigh: Cal
 
 
 def accuracy(model: GroundedModel, pairs: Pairs, targets: Targets | None, depth: float = data_dependent.DEPTH) -> float:
-    """Fit the image projection anew, in closed form and by imitation of the targets; return the caption pair accuracy."""
+    """Fit the image projection anew, in closed form and by imitation; return the caption pair accuracy."""
     examples = ExampleDataset(pairs.rows(), features=pairs.row_features())
     sampled = data_dependent.evenly_sampled(examples)
     features = torch.cat([image_features(model, sampled[i : i + 128]) for i in range(0, len(sampled), 128)])

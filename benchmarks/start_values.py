@@ -19,7 +19,7 @@ from visual_ground.demo import emoji
 from visual_ground.demo.run import Pairs
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.prompts.encoded import EncodedPrompt
-from visual_ground.training import ExampleCollator
+from visual_ground.training.data.examples import ExampleCollator
 from visual_ground.training.losses.captioning import captioning_loss
 
 CACHE = Path("demo/cache")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import visual_ground
-from visual_ground.cli import main
+from visual_ground.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()

@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from visual_ground.index.image_index import ImageIndex
     from visual_ground.model import GroundedModel
     from visual_ground.prompts.types import Prompt
-    from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+    from visual_ground.training.arguments import GroundingTrainingArguments
+    from visual_ground.training.trainer import GroundingTrainer
     from visual_ground.vision.images import ImageLike
 
 _HOMES = {
     "GroundedModel": "model",
     "GroundingConfig": "config",
     "GroundingError": "errors",
-    "GroundingTrainer": "training",
-    "GroundingTrainingArguments": "training",
+    "GroundingTrainer": "training.trainer",
+    "GroundingTrainingArguments": "training.arguments",
     "ImageIndex": "index.image_index",
     "ImageLike": "vision.images",
     "InterleavedOutput": "generation.output",

@@ -6,10 +6,10 @@ import torch
 from shapes import batch
 
 from visual_ground import GroundedModel
-from visual_ground.training import GroundingObjective
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import ComputePlan
 from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
+from visual_ground.training.losses.objective import GroundingObjective
 
 
 class Lean:

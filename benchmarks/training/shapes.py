@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from visual_ground import GroundedModel, GroundingConfig, ground
-from visual_ground.training import ExampleCollator
+from visual_ground.training.data.examples import ExampleCollator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

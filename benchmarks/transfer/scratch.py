@@ -16,7 +16,7 @@ from common import CACHE, OUT, Cost, Pairs, image_vectors, load_lm, recalls, tex
 from visual_ground.demo.run import SETTINGS, training_arguments
 from visual_ground.demo.weights import load_vision
 from visual_ground.model import ground
-from visual_ground.training import GroundingTrainer
+from visual_ground.training.trainer import GroundingTrainer
 
 
 def main(name: str) -> None:

@@ -18,7 +18,8 @@ from tests.architectures.builder import VOCABULARY, build
 from tests.tiny import Eye, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, RetrievedImage, ground
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings
-from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
+from visual_ground.training.losses.objective import GroundingObjective
 
 TEXT = torch.tensor([[5, 17, 23, 40, 61, 33, 12]])
 SHORT = TEXT[:, :4]

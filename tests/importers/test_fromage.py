@@ -24,7 +24,7 @@ from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.importers.fromage.answers import PublishedDecoding, answer_as_published
 from visual_ground.importers.fromage.convert import read_official, read_official_index
 from visual_ground.importers.fromage.unpickler import read_lists
-from visual_ground.training import GroundingObjective
+from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.vision.loading import load_vision
 
 CHECKPOINTS = {"a": "pretrained_ckpt.pth.tar", "a pruned": "pruned.pth.tar", "b": "pretrained_ckpt.pth.tar"}

@@ -2,7 +2,7 @@
 
 from tests.tiny import picture
 from visual_ground import GroundingTrainingArguments
-from visual_ground.training import ExampleCollator, ExampleDataset
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 
 TEMPLATE = "{% for m in messages %}w50 {{ m.content }} w51 {% endfor %}{% if add_generation_prompt %}w52 {% endif %}"
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i} w9"} for i in range(12)]

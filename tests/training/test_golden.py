@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, T
 
 from tests.paths import GOLDEN
 from visual_ground import GroundingConfig, GroundingTrainer, GroundingTrainingArguments, ImageIndex, ground
-from visual_ground.training import GroundingObjective
 from visual_ground.training.data.sequences import TokenSequence
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import captioning_loss
+from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.retrieval import plain_retrieval
 from visual_ground.training.speedups.packing import pad_in_order
 
@@ -79,7 +79,7 @@ def batch_of(golden, concatenated=False):
 
 
 def golden_collator(model):
-    from visual_ground.training import ExampleCollator
+    from visual_ground.training.data.examples import ExampleCollator
 
     return ExampleCollator(model)
 

@@ -14,11 +14,12 @@ from tests.training.runs import ROWS, TEMPLATE, arguments, examples
 from visual_ground import GroundedModel, GroundingError, GroundingTrainer
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.evaluation import CaptionPairEvaluator, EvaluationPairs, RetrievalEvaluator
-from visual_ground.training import ExampleCollator, ExampleDataset, GroundingLoss, GroundingObjective
 from visual_ground.training.checkpoints import complete_checkpoints
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.compute_plan import choose_prefix_cache
 from visual_ground.training.losses.contrastive import contrast
+from visual_ground.training.losses.objective import GroundingLoss, GroundingObjective
 from visual_ground.training.losses.retrieval import plain_retrieval
 
 # Features are the vectors, and the temperature is 1.
@@ -338,7 +339,5 @@ def test_an_evaluation_loss_that_is_not_finite_is_named(tmp_path):
         return losses if len(calls) != 2 else type(losses)(**{**losses, "loss": losses.loss * float("nan")})
 
     trainer.model.forward = poisoned
-    with pytest.raises(
-        GroundingValueError, match=r"evaluation loss became nan in the batch .* \[4, 5, 6, 7\]"
-    ):
+    with pytest.raises(GroundingValueError, match=r"evaluation loss became nan in the batch .* \[4, 5, 6, 7\]"):
         trainer.evaluate()

@@ -32,7 +32,8 @@ from visual_ground.grounding import ground
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import write_json
-from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.trainer import GroundingTrainer
 from visual_ground.vision.feature_cache import FeatureCache
 
 SETTINGS: dict[str, Any] = {

@@ -1,8 +1,4 @@
-"""Evaluators: callables from a grounded model to named numbers, and the metrics that they are made of.
-
-The trainer (`evaluator=`), the command line (`visual-ground eval`) and adapter cards use the same ones; a new
-evaluation is one more module here, with a class that follows `Evaluator`.
-"""
+"""Evaluators: callables from a grounded model to named numbers, and the metrics that they are made of."""
 
 from visual_ground.evaluation.base import Evaluator
 from visual_ground.evaluation.captions import CaptionPairEvaluator, caption_pair_accuracy

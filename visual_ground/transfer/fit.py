@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from visual_ground.adapter.anchors import Anchors
 from visual_ground.model import GroundedModel
 from visual_ground.regression import LinearMap, mean_and_std, ridge
-from visual_ground.training import ExampleCollator
+from visual_ground.training.data.examples import ExampleCollator
 from visual_ground.training.initialization.idf import fit_image_tokens_to_words
 from visual_ground.training.initialization.ret_token import fit_ret
 from visual_ground.training.losses.compute_plan import choose_prefix_cache

@@ -29,7 +29,8 @@ from visual_ground.lm.weights import embedding_device
 from visual_ground.model import GroundedModel
 from visual_ground.storage.hub import HubOptions
 from visual_ground.storage.tensors import WEIGHTS_FILE, read_tensors
-from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.trainer import GroundingTrainer
 from visual_ground.transfer.fit import fit_image_rows, fit_text_layers
 
 if TYPE_CHECKING:

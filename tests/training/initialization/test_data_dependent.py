@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, build, grounded, picture
-from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.initialization import data_dependent
 from visual_ground.training.initialization.data_dependent import (
     Imitation,
@@ -12,6 +12,7 @@ from visual_ground.training.initialization.data_dependent import (
     layer_at,
     target_hidden_states,
 )
+from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.setup import standardise
 
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i}"} for i in range(12)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import build, grounded, tokenizer
-from visual_ground.training import ExampleCollator
+from visual_ground.training.data.examples import ExampleCollator
 from visual_ground.training.initialization.ret_token import fit_ret
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.retrieval import CaptionLikelihoods, plain_retrieval

@@ -14,9 +14,9 @@ from tests.training.losses.test_objective import batch_of, loss_and_gradients
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingTrainer
 from visual_ground.errors import GroundingValueError
-from visual_ground.training import GroundingObjective
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import ComputePlan
+from visual_ground.training.losses.objective import GroundingObjective
 
 
 def part_of(batch, rows):

@@ -8,11 +8,11 @@ import torch
 from tests.tiny import grounded
 from tests.training.runs import ROWS
 from visual_ground.errors import GroundingStateError, GroundingValueError
-from visual_ground.training import ExampleCollator, ExampleDataset, GroundingObjective
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan
 from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
-from visual_ground.training.losses.objective import FromageLoss, GroundingLoss
+from visual_ground.training.losses.objective import FromageLoss, GroundingLoss, GroundingObjective
 from visual_ground.training.speedups import cross_entropy as cross_entropy_module
 from visual_ground.training.speedups.checkpointing import LayerCheckpoints
 from visual_ground.training.speedups.cross_entropy import sum_of_parts

@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import grounded
 from tests.training.losses.test_objective import batch_of
-from visual_ground.training import GroundingObjective
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import ComputePlan
+from visual_ground.training.losses.objective import GroundingObjective
 
 ASKING = {"tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal"}
 WAITING = {
