@@ -338,7 +338,5 @@ def test_an_evaluation_loss_that_is_not_finite_is_named(tmp_path):
         return losses if len(calls) != 2 else type(losses)(**{**losses, "loss": losses.loss * float("nan")})
 
     trainer.model.forward = poisoned
-    with pytest.raises(
-        GroundingValueError, match=r"evaluation loss became nan in the batch .* \[4, 5, 6, 7\]"
-    ):
+    with pytest.raises(GroundingValueError, match=r"evaluation loss became nan in the batch .* \[4, 5, 6, 7\]"):
         trainer.evaluate()

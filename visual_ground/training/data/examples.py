@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from visual_ground.errors import GroundingValueError
