@@ -17,6 +17,7 @@ def recall_at(scores: Tensor, ks: Sequence[int] = RANKS) -> dict[str, float]:
         ks: the ranks.
 
     Example:
+        >>> import torch
         >>> recall_at(torch.tensor([[0.9, 0.1], [0.8, 0.2]]), ks=(1, 2))
         {'r1': 50.0, 'r2': 100.0}
     """
