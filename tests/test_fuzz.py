@@ -26,7 +26,7 @@ SCALARS = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
-    st.sampled_from([0, 1, -1, 2, 7, 65536, 10**9, 2**63, 10**400, 1e308, -0.0, "", "lm", "plain", "{image}", "[RET]"]),
+    st.sampled_from([0, 1, -1, 2, 7, 65536, 10**9, 2**63, 10**400, 1e308, -0.0, "", "embedding", "none", "{image}", "[RET]"]),
     st.sampled_from(["w4", "../../x", "/etc/passwd", "a\0b", "\ud800", "http://127.0.0.1:9/x.png", "-1", "NaN", "F64"]),
     st.floats(),
     st.text(max_size=8),
@@ -218,7 +218,7 @@ def test_a_size_bomb_is_refused_before_anything_is_allocated(key, bomb, monkeypa
     values["config"][key] = bomb
     folder = written({**ADAPTER, CONFIG_FILE: json.dumps(values).encode()})
     # The reader is what makes an adapter that is not on the meta device.
-    monkeypatch.setattr("visual_ground.assembly.new_adapter", None)
+    monkeypatch.setattr("visual_ground.adapter.attached.new_adapter", None)
     with pytest.raises(GroundingError, match=f"this model needs .*{bomb}|this model needs .*{bomb * 32}"):
         GroundedModel.from_pretrained(LM, folder, EYE, WORDS, image_processor)
     shutil.rmtree(folder)

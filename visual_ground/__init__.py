@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from visual_ground.index.image_index import ImageIndex
     from visual_ground.model import GroundedModel
     from visual_ground.training import GroundingTrainer, GroundingTrainingArguments
+    from visual_ground.transferring.transfer import transfer
 
 _HOMES = {
     "GroundedModel": "model",
@@ -22,6 +23,7 @@ _HOMES = {
     "InterleavedOutput": "generation.output",
     "RetrievedImage": "generation.output",
     "ground": "grounding",
+    "transfer": "transferring.transfer",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "InterleavedOutput",
     "RetrievedImage",
     "ground",
+    "transfer",
 ]
 
 

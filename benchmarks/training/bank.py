@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from visual_ground import GroundedModel, ground
+from visual_ground.adapter.initialization import standardize_features
 from visual_ground.demo import emoji
 from visual_ground.demo.run import Pairs
 from visual_ground.demo.weights import load_lm, load_vision
@@ -92,7 +93,7 @@ def main() -> None:
     held = pairs.numbers("validation") + pairs.numbers("test")
     texts = [text for i in chosen for text in emoji.captions(pairs.concepts[i])[:2]]
     held_texts, held_features = pairs.pairs(held)
-    model.adapter.standardise_with(pairs.features[chosen].flatten(0, 1))
+    standardize_features(model.adapter, pairs.features[chosen].flatten(0, 1))
     data = {
         "states": states_at_ret(model, texts).view(len(chosen), 2, -1),
         "features": pairs.features[chosen],

@@ -79,8 +79,8 @@ def test_anchors_are_pushed_and_pulled_with_their_adapter_and_damaged_ones_are_n
     model.active.anchors = Anchors([["w9"], ["w5", "w6 w7"]], torch.arange(24.0).view(2, 12))
     model.push_to_hub("me/adapter", token="writer")
     loaded = GroundedModel.from_pretrained(build("llama_untied"), "me/adapter", model.vision, tokenizer())
-    assert loaded.anchors.captions == model.active.anchors.captions
-    assert torch.equal(loaded.anchors.features, model.active.anchors.features)
+    assert loaded.active.anchors.captions == model.active.anchors.captions
+    assert torch.equal(loaded.active.anchors.features, model.active.anchors.features)
     loaded.save_pretrained(tmp_path)
     push_saved(tmp_path, "me/again", PushOptions(token="writer"))
     assert hub.files("me/again")[ANCHORS_FILE] == hub.files("me/adapter")[ANCHORS_FILE]
@@ -131,7 +131,7 @@ def test_an_adapter_alone_loads_the_models_that_it_names(models, tmp_path):
     said.append(started.generate(prompt, max_new_tokens=5, do_sample=False)[0])
     assert said[0] == said[1] == said[2]
     offline = GroundedModel.from_pretrained("me/adapter", cache_dir=tmp_path / "elsewhere", local_files_only=True)
-    assert offline.metadata == alone.metadata
+    assert offline.active.metadata == alone.active.metadata
     assert GroundingConfig.from_pretrained("me/adapter") == model.config
 
 
@@ -330,7 +330,7 @@ def test_saving_and_loading_local_folders_never_touch_the_network(tmp_path, monk
     GroundedModel.from_pretrained(str(GOLDEN / "lm"), tmp_path / "adapter", is_trainable=True).unground()
     with pytest.raises(GroundingFileError, match="no local folder"):
         GroundedModel.from_pretrained(tmp_path / "none")
-    assert alone.metadata == model.active.metadata
+    assert alone.active.metadata == model.active.metadata
 
 
 # Imports once, then pushes in a process of its own for each line that it reads.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.adapter.files import FILES, published, save_adapter
-from visual_ground.adapter.metadata import AdapterMetadata, Report
+from visual_ground.adapter.metadata import AdapterMetadata
+from visual_ground.adapter.report import Report
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingValueError
 from visual_ground.lm import peft as lm_peft
@@ -119,7 +120,7 @@ class AttachedAdapter(nn.Module):
         report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
         self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
 
-    def load_weights(self, folder: str | os.PathLike, lm: nn.Module) -> None:
+    def load_weights(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
         """Load saved tensors, and those of the LM's PEFT adapter where it is trained beside.
 
         Args:
@@ -135,7 +136,7 @@ class AttachedAdapter(nn.Module):
             lm_peft.load_into(lm, folder)
         self.adapter.load_state_dict(tensors)
 
-    def save(self, folder: str | os.PathLike, lm: nn.Module) -> None:
+    def save(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
         """Write the adapter's folder, see `GroundedModel.save_pretrained`; `lm` is the LM that it is on."""
         self._write(folder, lm, self.metadata)
 
@@ -145,7 +146,7 @@ class AttachedAdapter(nn.Module):
         return push_folder(lambda folder: self._write(folder, lm, metadata, repo_id), repo_id, options, FILES)
 
     def _write(
-        self, folder: str | os.PathLike, lm: nn.Module, metadata: AdapterMetadata, repo_id: str | None = None
+        self, folder: str | os.PathLike[str], lm: nn.Module, metadata: AdapterMetadata, repo_id: str | None = None
     ) -> None:
         beside = lm_peft.writers(lm) if self.config.train_lm_adapter else {}
         if self.anchors is not None:

@@ -151,23 +151,18 @@ def push(options: argparse.Namespace) -> None:
 
 def transfer(options: argparse.Namespace) -> None:
     """Move an adapter to another LM, which alone is loaded."""
-    from visual_ground.adapter.anchors import Anchors
-    from visual_ground.errors import GroundingValueError
+    from visual_ground.components import load_encoder
     from visual_ground.training.data.loading import load_rows
-    from visual_ground.transfer.transfer import ImageSide, Refinement, transfer
-    from visual_ground.vision.loading import load_vision
+    from visual_ground.transferring.collect import collect_anchors
+    from visual_ground.transferring.image_side import ImageSide
+    from visual_ground.transferring.transfer import transfer
 
-    source = ImageSide.load(options.adapter)
-    name = options.vision or source.vision
-    if name is None:
-        raise GroundingValueError("This adapter names no vision encoder. Pass --vision.")
-    vision, anchors = load_vision(name), None
+    side, anchors = ImageSide.load(options.adapter), None
     if options.dataset is not None:
+        side = replace(side, vision=load_encoder(options.vision, None, side.config, side.provenance)[0])
         rows = load_rows(options.dataset, options.split)
-        anchors = Anchors.from_rows(rows, vision, _columns(options, rows))
-    source = replace(source, vision=vision)
-    refinement = Refinement(options.steps) if options.steps else None
-    model = transfer(source, options.lm, anchors=anchors, refinement=refinement)
+        anchors = collect_anchors(rows, side.vision, _columns(options, rows))
+    model = transfer(side, options.lm, anchors=anchors, vision_encoder=options.vision and (side.vision or options.vision))
     model.save_pretrained(options.output)
 
 

@@ -92,7 +92,6 @@ def _add_transfer(commands: Any) -> argparse.ArgumentParser:
     transfer.add_argument("--output", required=True, help="folder for the new adapter")
     transfer.add_argument("--dataset", help="image-caption pairs to fit with, instead of the adapter's anchors")
     transfer.add_argument("--vision", help="the encoder, where the adapter names none")
-    transfer.add_argument("--steps", type=int, default=0, help="training steps after the closed form; 0")
     transfer.set_defaults(run=run.transfer)
     return transfer
 

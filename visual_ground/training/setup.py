@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from visual_ground.adapter.adapter import Adapter
+from visual_ground.adapter.initialization import standardize_features
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
@@ -128,7 +129,7 @@ def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) 
         features = image_features(model, first_examples(examples, WITHOUT_CACHE))
     else:
         features = spread(STATISTICS_OF)
-    adapter.standardise_with(features.to(adapter.feature_mean.device))
+    standardize_features(adapter, features.to(adapter.feature_mean.device))
     return True
 
 
@@ -200,7 +201,7 @@ def set_row_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> 
     """Give the layer from images to input rows a learning rate of its own, where it has one."""
     if rate is None:
         return
-    groups = adapter.row_groups(rate)
+    groups = adapter.projector_groups(rate)
     own = {id(parameter) for group in groups for parameter in group["params"]}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]

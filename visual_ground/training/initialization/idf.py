@@ -72,7 +72,7 @@ def fit_image_tokens_to_words(
         targets.append(weights @ words / weights.sum())
     own = torch.tensor([number[group] for group in groups])
     rows = (torch.stack(targets) / adapter.embedding_std.clamp_min(1e-6).cpu())[own]
-    read = adapter.standardise(features.to(adapter.feature_mean.device)).cpu()
+    read = adapter.standardize(features.to(adapter.feature_mean.device)).cpu()
     if patches := model.config.num_patch_tokens:
         # Every patch of an image is fitted to its words.
         read = read[:, adapter.pooled_dim :].reshape(-1, adapter.patch_dim)

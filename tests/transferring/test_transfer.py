@@ -4,27 +4,29 @@ import pytest
 import torch
 
 from tests.tiny import build, grounded, image_processor, picture, tokenizer
-from visual_ground import GroundedModel, GroundingConfig, ImageIndex, ground
+from visual_ground import GroundedModel, GroundingConfig, ImageIndex, ground, transfer
+from visual_ground.adapter.adapter import IMAGE_SIDE
 from visual_ground.adapter.anchors import Anchors
+from visual_ground.adapter.initialization import standardize_features
 from visual_ground.cli.main import main
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.evaluation.retrieval import retrieval_recall
-from visual_ground.transfer.fit import fit_image_rows, fit_states
-from visual_ground.transfer.transfer import ImageSide, Refinement, transfer
+from visual_ground.transferring.collect import collect_anchors
+from visual_ground.transferring.fit import fit_image_tokens, fit_states
+from visual_ground.transferring.image_side import ImageSide
 
 PICTURES = [picture(i) for i in range(24)]
 CAPTIONS = [f"w{10 + i} w{50 + i} w9" for i in range(24)]
-QUICK = Refinement(steps=2, batch_size=6, captioning_fraction=0.5)
 
 
 def source(scaling="embedding", **config):
     """Return a grounded model whose image side has been given statistics, as training does, and its anchors."""
     model = grounded("llama_untied", scaling=scaling, **config)
-    anchors = Anchors.from_rows(
+    anchors = collect_anchors(
         [{"image": p, "caption": c} for p, c in zip(PICTURES, CAPTIONS, strict=True)], model.vision
     )
     if scaling == "embedding":
-        model.adapter.standardise_with(anchors.features)
+        standardize_features(model.adapter, anchors.features)
     model.active.anchors = anchors
     return model
 
@@ -38,10 +40,10 @@ def test_the_image_side_stays_and_the_rest_is_fitted(family, scaling, tmp_path):
     index.save_pretrained(tmp_path / "index")
     lm = build(family)
     weights = {name: value.clone() for name, value in lm.state_dict().items()}
-    new = transfer(ImageSide.of(old), lm, tokenizer(), refinement=QUICK)
+    new = transfer(old, lm, tokenizer())
     assert all(torch.equal(value, old.adapter.state_dict()[name]) for name, value in before.items())
     assert all(torch.equal(value, lm.state_dict()[name]) for name, value in weights.items())
-    for name in ("image_retrieval_projection.weight", "image_retrieval_projection.bias", "feature_mean", "feature_std"):
+    for name in IMAGE_SIDE:
         assert torch.equal(new.adapter.state_dict()[name], before[name])
     assert torch.equal(new.embed_images(PICTURES), ImageIndex.from_pretrained(tmp_path / "index").vectors)
     assert not any(p.requires_grad for p in new.adapter.image_retrieval_projection.parameters())
@@ -73,7 +75,7 @@ def test_several_text_layers_are_fitted_together():
     assert new.config.text_layers == (-1, 1) and new.config.num_visual_tokens == 3
     states = new.adapter.scale_states(new.text_states(CAPTIONS))
     side = ImageSide.of(new)
-    fitted = fit_states(torch.cat(states, -1), side.embed(new.anchors.features), new.anchors.images)
+    fitted = fit_states(torch.cat(states, -1), side.embed(new.active.anchors.features), new.active.anchors.images)
     mapped = torch.nn.functional.normalize(fitted(torch.cat(states, -1)), dim=-1)
     assert torch.allclose(new.embed_text(CAPTIONS), mapped, atol=1e-3)
 
@@ -82,14 +84,14 @@ def test_an_image_side_without_statistics_stays_too():
     old = source()
     for name, value in (("feature_mean", 0.0), ("feature_std", 1.0)):
         old.adapter.state_dict()[name].fill_(value)
-    new = transfer(ImageSide.of(old), build("gpt2"), tokenizer(), refinement=QUICK)
+    new = transfer(ImageSide.of(old), build("gpt2"), tokenizer())
     assert torch.equal(new.embed_images(PICTURES), old.embed_images(PICTURES))
 
 
 @torch.no_grad()
-def test_image_rows_are_near_their_captions_embeddings():
+def test_image_tokens_are_near_their_captions_embeddings():
     model = source()
-    fit_image_rows(model, model.active.anchors)
+    fit_image_tokens(model, model.active.anchors)
     table = model.lm.get_input_embeddings().weight
     # The last word is every caption's, and tells no image from others.
     captions = torch.stack([table[model.processor.encode_text(text)[:-1]].mean(0) for text in CAPTIONS])
@@ -104,15 +106,15 @@ def test_saved_with_anchors_it_moves_without_its_old_lm(tmp_path):
     old = source()
     old.save_pretrained(tmp_path)
     side = ImageSide.load(tmp_path)
-    assert side.anchors.captions == old.anchors.captions
+    assert side.anchors.captions == old.active.anchors.captions
     side = ImageSide(side.config, side.tensors, old.vision, side.anchors)
     new = transfer(side, build("gpt2"), tokenizer())
     assert torch.equal(new.embed_images(PICTURES), old.embed_images(PICTURES))
-    assert torch.allclose(side.embed(old.anchors.features), old.embed_images(image_features=old.anchors.features))
+    assert torch.allclose(side.embed(old.active.anchors.features), old.embed_images(image_features=old.active.anchors.features))
     new.save_pretrained(tmp_path / "new")
     again = GroundedModel.from_pretrained(build("gpt2"), tmp_path / "new", old.vision, tokenizer(), image_processor)
     assert torch.equal(again.embed_text(CAPTIONS), new.eval().embed_text(CAPTIONS))
-    assert again.anchors.captions == old.anchors.captions
+    assert again.active.anchors.captions == old.active.anchors.captions
 
 
 def test_what_cannot_be_transferred_is_said_and_leaves_the_lm_alone(tmp_path):
@@ -124,8 +126,8 @@ def test_what_cannot_be_transferred_is_said_and_leaves_the_lm_alone(tmp_path):
     ]:
         with pytest.raises(GroundingValueError, match=words):
             transfer(ImageSide.of(old), lm, tokenizer(), **options)
-    old.anchors = None
-    with pytest.raises(GroundingValueError, match="without anchors"):
+    old.active.anchors = None
+    with pytest.raises(GroundingValueError, match="without anchors.*collect_anchors"):
         transfer(ImageSide.of(old), lm, tokenizer())
     with pytest.raises(GroundingFileError):
         ImageSide.load(tmp_path)
@@ -142,8 +144,8 @@ def test_command_line(tmp_path, capsys):
     out = tmp_path / "new"
     assert main(["transfer", str(tmp_path / "old"), lm, "--output", str(out)]) == 2
     assert "without anchors" in capsys.readouterr().err and not out.exists()
-    command = ["transfer", str(tmp_path / "old"), lm, "--output", str(out), "--dataset", table, "--steps", "1"]
+    command = ["transfer", str(tmp_path / "old"), lm, "--output", str(out), "--dataset", table]
     assert main(command) == 0
     model = GroundedModel.from_pretrained(lm, out)
     assert len(model.active.anchors) == 8
-    assert main(["transfer", str(out), lm, "--output", str(tmp_path / "third"), "--steps", "0"]) == 0
+    assert main(["transfer", str(out), lm, "--output", str(tmp_path / "third")]) == 0

@@ -1,0 +1,114 @@
+"""An adapter moves to another language model: the image side stays as it is, the rest is fitted to the new LM.
+
+The layer from images to the retrieval space does not depend on the LM. It is copied and kept frozen, so that every index
+built with the old model is valid for the new one. What depends on the LM is fitted to anchors: the text layers and the
+images' input embeddings in closed form, the embedding of `[RET]` by a convex minimisation that does not run the LM.
+Training after that was measured to gain nothing (docs/transfer.md).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from visual_ground.adapter.adapter import IMAGE_SIDE, Adapter
+from visual_ground.adapter.anchors import Anchors
+from visual_ground.adapter.initialization import initialize_from_lm
+from visual_ground.components import load_components
+from visual_ground.errors import GroundingValueError
+from visual_ground.model import GroundedModel
+from visual_ground.transferring.fit import fit_image_tokens, fit_text_layers
+from visual_ground.transferring.image_side import ImageSide
+
+# With another value of these, the vectors in existing image indexes would mean something else.
+FIXED_SETTINGS = {"retrieval_dim", "scaling"}
+
+
+def transfer(
+    adapter: str | os.PathLike[str] | GroundedModel | ImageSide,
+    lm: str | nn.Module,
+    tokenizer: Any = None,
+    anchors: Anchors | None = None,
+    vision_encoder: Any = None,
+    image_processor: Any = None,
+    **changes: Any,
+) -> GroundedModel:
+    """Ground another LM with an adapter's image side; image indexes of the old model stay valid.
+
+    Args:
+        adapter: local folder or Hub id, a grounded model (which stays as it is), or an image side; a certain revision
+            or subfolder is loaded with `ImageSide.load`.
+        lm: as in `ground`, likewise `tokenizer` and `image_processor`.
+        tokenizer: see `lm`.
+        anchors: captions and image features to fit with; None: those saved with the adapter.
+        vision_encoder: as in `ground`; None: the adapter's own.
+        image_processor: see `lm`.
+        changes: settings that are to differ, such as `text_layers`; `retrieval_dim` and `scaling` cannot.
+
+    Returns:
+        The grounded model, whose image side is frozen and whose other parts can be trained.
+
+    Raises:
+        GroundingFileError: no such adapter, a damaged one, or an encoder that cannot be loaded.
+        GroundingValueError: no anchors, anchors of another encoder, or a change that would make indexes invalid.
+        GroundingTypeError, GroundingStateError: as in `ground`.
+
+    Example:
+        >>> model = transfer("me/adapter", "google/gemma-3-270m")  # doctest: +SKIP
+    """
+    side = _image_side_of(adapter)
+    anchors = side.anchors if anchors is None else anchors
+    if anchors is None:
+        raise GroundingValueError(
+            "This adapter was saved without anchors, which a transfer needs. Make some of image-caption pairs of your own "
+            "with visual_ground.transferring.collect.collect_anchors, and pass anchors=."
+        )
+    width = len(side.tensors["feature_mean"])
+    _check_width("anchors have", anchors.features.shape[1], width)
+    if fixed := sorted(FIXED_SETTINGS & set(changes)):
+        raise GroundingValueError(f"A transfer cannot change {fixed}: image indexes would not be valid any more.")
+    config = replace(side.config, **changes)
+    vision = side.vision if vision_encoder is None else vision_encoder
+    components = load_components(lm, vision, tokenizer, image_processor, config, side.provenance, side.hub)
+    if vision_encoder is None:
+        # An encoder that is passed on as an object no longer knows which revision it was loaded from.
+        encoder = {name: side.provenance.get(name) for name in ("vision_encoder", "vision_revision")}
+        components = replace(components, provenance={**components.provenance, **encoder})
+    model = GroundedModel(components, config)
+    try:
+        _check_width("vision encoder gives", components.vision.feature_dim, width)
+        initialize_from_lm(model.adapter, *model.frozen_lm.statistics())
+        _copy_image_side(model.adapter, side)
+        fit_text_layers(model, anchors)
+        fit_image_tokens(model, anchors)
+    except BaseException:
+        model.unground()
+        raise
+    model.active.anchors = anchors
+    return model.train()
+
+
+def _image_side_of(adapter: str | os.PathLike[str] | GroundedModel | ImageSide) -> ImageSide:
+    if isinstance(adapter, ImageSide):
+        return adapter
+    return ImageSide.of(adapter) if isinstance(adapter, GroundedModel) else ImageSide.load(adapter)
+
+
+def _check_width(what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise GroundingValueError(
+            f"The {what} {found} features per image, the adapter reads {expected}. Use the vision encoder that it was "
+            "trained with."
+        )
+
+
+@torch.no_grad()
+def _copy_image_side(adapter: Adapter, side: ImageSide) -> None:
+    state = adapter.state_dict()
+    for name in IMAGE_SIDE:
+        state[name].copy_(side.tensors[name])
+    adapter.image_retrieval_projection.requires_grad_(False)
