@@ -52,7 +52,9 @@ def test_rendering_again_is_byte_identical_and_follows_the_record():
 
 def test_what_people_write_around_the_generated_text_and_into_the_metadata_stays():
     first = render_card(metadata(), 10, "me/adapter")
-    edited = first.replace("license: mit", "license: apache-2.0\nlanguage: en").replace("pipeline_tag: image-text-to-text\n", "")
+    edited = first.replace("license: mit", "license: apache-2.0\nlanguage: en").replace(
+        "pipeline_tag: image-text-to-text\n", ""
+    )
     edited = edited.replace("<!-- visual_ground generated", "## Who made it\n\nMe.\n\n<!-- visual_ground generated")
     edited += "\nPS: at the very end.\n"
     new = render_card(metadata(), 99, "me/adapter", edited.replace("\n", "\r\n"))
@@ -65,7 +67,9 @@ def test_what_people_write_around_the_generated_text_and_into_the_metadata_stays
 
 
 def test_generated_text_that_people_edit_is_theirs_from_then_on():
-    edited = render_card(metadata(), 10, "me/adapter").replace("- The language model is", "- It is shy. The language model is")
+    edited = render_card(metadata(), 10, "me/adapter").replace(
+        "- The language model is", "- It is shy. The language model is"
+    )
     new = render_card(metadata(base_model_name_or_path="other/lm"), 99, "me/adapter", edited)
     assert "It is shy" in new and "10 parameters" in new and "99 parameters" not in new
     assert yaml.safe_load(new.split("---\n")[1])["base_model"] == "other/lm"

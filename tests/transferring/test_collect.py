@@ -9,7 +9,10 @@ from visual_ground.vision.encoder import VisionEncoder
 
 def test_examples_become_anchors():
     vision = VisionEncoder(Eye(), image_processor)
-    examples = [{"image": picture(0), "caption": ["one", "first"]}, {"image": [picture(1), picture(2)], "caption": "two"}]
+    examples = [
+        {"image": picture(0), "caption": ["one", "first"]},
+        {"image": [picture(1), picture(2)], "caption": "two"},
+    ]
     made = collect_anchors(examples, vision)
     assert made.texts == ("one", "first", "two")
     wanted = vision(vision.preprocess([picture(0), picture(1)])).half()

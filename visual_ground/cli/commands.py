@@ -162,7 +162,9 @@ def transfer(options: argparse.Namespace) -> None:
         side = replace(side, vision=load_encoder(options.vision, None, side.config, side.provenance)[0])
         rows = load_rows(options.dataset, options.split)
         anchors = collect_anchors(rows, side.vision, _columns(options, rows))
-    model = transfer(side, options.lm, anchors=anchors, vision_encoder=options.vision and (side.vision or options.vision))
+    model = transfer(
+        side, options.lm, anchors=anchors, vision_encoder=options.vision and (side.vision or options.vision)
+    )
     model.save_pretrained(options.output)
 
 

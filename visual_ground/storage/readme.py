@@ -55,18 +55,18 @@ def render_page(metadata: Mapping[str, Any], body: str, earlier: str | None = No
     values = {**new, **kept}
     # Comments inside the YAML survive only where nothing in it changes.
     front = page.yaml if page.metadata == values else _to_yaml(values)
-    shown = page.body if page.hashes and page.hashes.get("body") != _hash(page.body) else body
-    # An edited body keeps the hash of the generated one, which it therefore never has.
-    block = f"<!-- visual_ground generated {json.dumps(_hashes(metadata, body))} -->\n{shown}\n{END}"
+    hashes = _hashes(metadata, body)
+    if page.hashes and page.hashes.get("body") != _hash(page.body):
+        # Edited: the text stays, and so does the hash that it no longer has.
+        body, hashes["body"] = page.body, page.hashes.get("body")
+    block = f"<!-- visual_ground generated {json.dumps(hashes)} -->\n{body}\n{END}"
     return f"---\n{front.strip()}\n---\n{page.before}{block}{page.after}"
 
 
 def is_edited(text: str) -> bool:
     """Return whether people wrote something into a page."""
     page = _parse(text)
-    return (
-        page is None or page.hashes != _hashes(page.metadata, page.body) or bool((page.before + page.after).strip())
-    )
+    return page is None or page.hashes != _hashes(page.metadata, page.body) or bool((page.before + page.after).strip())
 
 
 def _parse(text: str) -> _Page | None:
@@ -85,7 +85,9 @@ def _parse(text: str) -> _Page | None:
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
         logger.warning("The metadata of README.md cannot be read, so the page stays as it is: %s", error)
         return None
-    parts = (block[2], rest[: block.start()], rest[block.end() :]) if block else ("", rest if rest.strip() else "\n", "\n")
+    parts = (
+        (block[2], rest[: block.start()], rest[block.end() :]) if block else ("", rest if rest.strip() else "\n", "\n")
+    )
     return _Page(front[1] if front else "", metadata, hashes, *parts)
 
 
