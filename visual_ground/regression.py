@@ -1,6 +1,6 @@
 r"""Linear maps in closed form: ridge regression, and reduced-rank regression for a space of texts and images.
 
-Both solve symmetric eigenproblems, the second one in float64. Apple's MPS has neither, so move tensors to the CPU first.
+Both solve symmetric eigenproblems, the second one in float64. Apple's MPS has neither: move tensors to the CPU first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An adapter moves to another language model: the image side stays as it is, the rest is fitted to the new LM.
 
-The layer from images to the retrieval space does not depend on the LM. It is copied and kept frozen, so that every index
-built with the old model is valid for the new one. What depends on the LM is fitted to anchors: the text layers and the
-images' input embeddings in closed form, the embedding of `[RET]` by a convex minimisation that does not run the LM.
+The layer from images to the retrieval space does not depend on the LM. It is copied and kept frozen, so that every
+index built with the old model is valid for the new one. What depends on the LM is fitted to anchors: the text layers
+and the image tokens in closed form, the embedding of `[RET]` by a convex minimisation that does not run the LM.
 Training after that was measured to gain nothing (docs/transfer.md).
 """
 
@@ -64,8 +64,8 @@ def transfer(
     anchors = side.anchors if anchors is None else anchors
     if anchors is None:
         raise GroundingValueError(
-            "This adapter was saved without anchors, which a transfer needs. Make some of image-caption pairs of your own "
-            "with visual_ground.transferring.collect.collect_anchors, and pass anchors=."
+            "This adapter was saved without anchors, which a transfer needs. Make some of image-caption pairs of your "
+            "own with visual_ground.transferring.collect.collect_anchors, and pass anchors=."
         )
     width = len(side.tensors["feature_mean"])
     _check_width("anchors have", anchors.features.shape[1], width)
