@@ -193,6 +193,6 @@ def components_beside(
 
 
 def check_fits(files: AdapterFiles, spec: LMSpec, vision: VisionEncoder, lm: str | None = None) -> None:
-    """Raise GroundingValueError where a saved adapter has other widths than an LM (`lm` is its name) and encoder need."""
+    """Raise GroundingValueError where an adapter has other widths than an LM (named `lm`) and an encoder need."""
     with torch.device("meta"):
         files.check_fits(new_adapter(files.metadata.config, spec, vision), lm)

@@ -104,8 +104,9 @@ class Adapter(nn.Module):
         features = self.standardize(features)
         if self.config.num_patch_tokens:
             features = features[:, self.pooled_dim :].reshape(-1, self.patch_dim)
-        tokens = self.image_projection(features).view(-1, self.embedding_dim)
-        return self.embedding_mean + self.embedding_std * tokens
+        tokens: Tensor = self.image_projection(features).view(-1, self.embedding_dim)
+        tokens = self.embedding_mean + self.embedding_std * tokens
+        return tokens
 
     @_in_float32
     def embed_images(self, features: Tensor) -> Tensor:

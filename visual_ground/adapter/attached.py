@@ -32,16 +32,16 @@ class AttachedAdapter(nn.Module):
 
     Args:
         config: the settings.
-        spec: what was read of the LM for them.
+        spec: what was read from the LM.
         vision: the encoder, frozen.
         tokenizer: the LM's, never written to.
-        max_length: ids that the LM's context holds, where it says so.
+        max_length: tokens that fit into the LM's context; None: not known.
         provenance: where the LM and the encoder come from, as `AdapterMetadata.provenance`.
 
     Attributes:
         adapter: what is trained.
         processor: turns prompts into ids as the settings say.
-        metadata: what its folder says; after loading, of the LM and encoder that it was trained with.
+        metadata: the content of its `adapter_config.json`; after loading, with the LM and encoder it was trained with.
         anchors: captions and image features that are saved with it, so that it can move to another LM.
         is_trainable: whether it is trained while it is active.
     """
@@ -67,14 +67,15 @@ class AttachedAdapter(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the adapter is."""
-        return self.adapter.logit_scale.device
+        return torch.device(self.adapter.logit_scale.device)
 
     def image_features(self, images: Any) -> Tensor:
         """Return the frozen encoder's features (n, f) of PIL images or paths."""
         images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else images
         if not len(images):
             raise GroundingValueError("There are no images to embed; give at least one.")
-        return self.vision(self.vision.preprocess(images))
+        features: Tensor = self.vision(self.vision.preprocess(images))
+        return features
 
     def image_tokens(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
         """Return the input embeddings (n * k, d) of images, or None where there are none.
@@ -112,16 +113,16 @@ class AttachedAdapter(nn.Module):
         return self.vision.image_processor
 
     def record_training(self, settings: Mapping[str, Any]) -> None:
-        """Note that the adapter was trained here: from now on it belongs to this LM and encoder.
+        """Record that the adapter was trained here: from now on its metadata name this LM and encoder.
 
         Args:
-            settings: what it was trained with, by name; numbers, texts and the like.
+            settings: the training settings by name: numbers, strings, booleans or None.
         """
         report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
         self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
 
     def load_weights(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
-        """Load saved tensors, and those of the LM's PEFT adapter where it is trained beside.
+        """Load saved tensors, and those of the LM's PEFT adapter where that is trained together with this one.
 
         Args:
             folder: an adapter folder.
@@ -159,7 +160,7 @@ def new_adapter(config: GroundingConfig, spec: LMSpec, vision: VisionEncoder) ->
 
     Args:
         config: the settings.
-        spec: what was read of the LM.
+        spec: what was read from the LM.
         vision: the encoder.
     """
     ends = spec.text_dims, spec.head_dim, spec.tied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def initialize_from_lm(adapter: Adapter, embedding: EmbeddingStatistics, head: E
 
 @torch.no_grad()
 def standardize_features(adapter: Adapter, features: Tensor) -> None:
-    """Let the adapter standardise features with the mean and standard deviation of these, the training images' (n, f)."""
+    """Let the adapter standardise features with the mean and standard deviation of the training images' (n, f)."""
     features = features.float()
     adapter.feature_mean.copy_(features.mean(0))
     # Pooled features and patches differ in scale, so each part has a floor of its own.
@@ -70,7 +71,7 @@ def initialize_retrieval(
     texts = torch.cat(adapter.scale_states(states), -1)
     pooled = adapter.standardize(features)[:, : adapter.pooled_dim]
     text, image = reduced_rank_regression(texts, pooled, adapter.config.retrieval_dim, groups)
-    layers = list(adapter.text_retrieval_projection)
+    layers: list[Any] = list(adapter.text_retrieval_projection)
     weights = torch.split(text.weight, [layer.in_features for layer in layers], -1)
     # The layers' outputs are summed, so one bias is enough for all of them.
     biases = [text.bias, *[torch.zeros_like(text.bias)] * (len(layers) - 1)]

@@ -95,17 +95,9 @@ def fetch_folder(name: str | os.PathLike[str], files: Sequence[str], options: Hu
             raise GroundingFileError(f"{str(name)!r} is no local folder, and no name that the Hub could have.")
         prefix = f"{subfolder}/" if subfolder else ""
         with _file_errors(f"{str(name)!r} is no local folder, and the Hub did not give it"):
-            local = Path(
-                snapshot_download(
-                    str(name),
-                    repo_type=kind,
-                    allow_patterns=[prefix + file for file in files],
-                    revision=options.revision,
-                    token=options.token,
-                    cache_dir=options.cache_dir,
-                    local_files_only=options.local_files_only,
-                )
-            )
+            patterns = [prefix + file for file in files]
+            where = {key: value for key, value in vars(options).items() if key != "subfolder"}
+            local = Path(snapshot_download(str(name), repo_type=kind, allow_patterns=patterns, **where))
     return local / subfolder if subfolder else local
 
 

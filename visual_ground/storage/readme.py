@@ -79,7 +79,7 @@ def _parse(text: str) -> _Page | None:
     block = BLOCK.search(rest)
     try:
         metadata = (yaml.safe_load(front[1]) if front else None) or {}
-        hashes = json.loads(block[1]) if block else None
+        hashes: Any = json.loads(block[1]) if block else None
         if not isinstance(metadata, dict) or (block and not isinstance(hashes["metadata"], dict)):
             raise ValueError("not a mapping")
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:

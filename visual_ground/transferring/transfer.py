@@ -9,6 +9,7 @@ Training after that was measured to gain nothing (docs/transfer.md).
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from visual_ground.adapter.adapter import IMAGE_SIDE, Adapter
 from visual_ground.adapter.anchors import Anchors
 from visual_ground.adapter.initialization import initialize_from_lm
 from visual_ground.components import load_components
+from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.transferring.fit import fit_image_tokens, fit_text_layers
@@ -61,26 +63,10 @@ def transfer(
         >>> model = transfer("me/adapter", "google/gemma-3-270m")  # doctest: +SKIP
     """
     side = _image_side_of(adapter)
-    anchors = side.anchors if anchors is None else anchors
-    if anchors is None:
-        raise GroundingValueError(
-            "This adapter was saved without anchors, which a transfer needs. Make some of image-caption pairs of your "
-            "own with visual_ground.transferring.collect.collect_anchors, and pass anchors=."
-        )
-    width = len(side.tensors["feature_mean"])
-    _check_width("anchors have", anchors.features.shape[1], width)
-    if fixed := sorted(FIXED_SETTINGS & set(changes)):
-        raise GroundingValueError(f"A transfer cannot change {fixed}: image indexes would not be valid any more.")
-    config = replace(side.config, **changes)
-    vision = side.vision if vision_encoder is None else vision_encoder
-    components = load_components(lm, vision, tokenizer, image_processor, config, side.provenance, side.hub)
-    if vision_encoder is None:
-        # An encoder that is passed on as an object no longer knows which revision it was loaded from.
-        encoder = {name: side.provenance.get(name) for name in ("vision_encoder", "vision_revision")}
-        components = replace(components, provenance={**components.provenance, **encoder})
-    model = GroundedModel(components, config)
+    anchors = _checked_anchors(side, anchors, changes)
+    model = _attach(side, lm, tokenizer, vision_encoder, image_processor, replace(side.config, **changes))
     try:
-        _check_width("vision encoder gives", components.vision.feature_dim, width)
+        _check_width("vision encoder gives", model.vision.feature_dim, side)
         initialize_from_lm(model.adapter, *model.frozen_lm.statistics())
         _copy_image_side(model.adapter, side)
         fit_text_layers(model, anchors)
@@ -98,12 +84,42 @@ def _image_side_of(adapter: str | os.PathLike[str] | GroundedModel | ImageSide) 
     return ImageSide.of(adapter) if isinstance(adapter, GroundedModel) else ImageSide.load(adapter)
 
 
-def _check_width(what: str, found: int, expected: int) -> None:
-    if found != expected:
+def _checked_anchors(side: ImageSide, anchors: Anchors | None, changes: Mapping[str, Any]) -> Anchors:
+    """Return the anchors to fit with, after everything that can be checked before a model is loaded."""
+    anchors = side.anchors if anchors is None else anchors
+    if anchors is None:
         raise GroundingValueError(
-            f"The {what} {found} features per image, the adapter reads {expected}. Use the vision encoder that it was "
+            "This adapter was saved without anchors, which a transfer needs. Make some of image-caption pairs of your "
+            "own with visual_ground.transferring.collect.collect_anchors, and pass anchors=."
+        )
+    _check_width("anchors have", anchors.features.shape[1], side)
+    if fixed := sorted(FIXED_SETTINGS & set(changes)):
+        raise GroundingValueError(
+            f"A transfer cannot change {fixed}: image indexes would not be valid any more. Leave them out."
+        )
+    return anchors
+
+
+def _check_width(what: str, width: int, side: ImageSide) -> None:
+    expected = len(side.tensors["feature_mean"])
+    if width != expected:
+        raise GroundingValueError(
+            f"The {what} {width} features per image, the adapter reads {expected}. Use the vision encoder that it was "
             "trained with."
         )
+
+
+def _attach(
+    side: ImageSide, lm: Any, tokenizer: Any, vision_encoder: Any, image_processor: Any, config: GroundingConfig
+) -> GroundedModel:
+    """Attach a new adapter between the LM and the adapter's own vision encoder, or the one that is given."""
+    vision = side.vision if vision_encoder is None else vision_encoder
+    components = load_components(lm, vision, tokenizer, image_processor, config, side.provenance, side.hub)
+    if vision_encoder is None:
+        # An encoder that is passed on as an object no longer knows which revision it was loaded from.
+        encoder = {name: side.provenance.get(name) for name in ("vision_encoder", "vision_revision")}
+        components = replace(components, provenance={**components.provenance, **encoder})
+    return GroundedModel(components, config)
 
 
 @torch.no_grad()

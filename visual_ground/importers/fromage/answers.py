@@ -1,7 +1,7 @@
 """Answers decoded as the published code decodes them, for comparing with the paper.
 
-`GroundedModel.generate` differs on purpose: it raises `[RET]`'s logit by adding, where multiplying lowers a negative one;
-it stops where the LM ends its answer; and it drops no text.
+`GroundedModel.generate` differs on purpose: it raises `[RET]`'s logit by adding, where multiplying lowers a negative
+one; it stops where the LM ends its answer; and it drops no text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PublishedDecoding:
     """The published settings of an answer, under their published names.
 
     Args:
-        num_words: tokens to generate, always exactly so many; 0 returns the prompt, with the images of its own `[RET]`s.
+        num_words: tokens to generate, always exactly so many; 0 returns the prompt with the images of its `[RET]`s.
         min_word_tokens: tokens before the first `[RET]`.
         ret_scale_factor: factor of `[RET]`'s logit.
         max_num_rets: `[RET]`s that are looked up; text after the last of them is dropped.
@@ -96,14 +96,14 @@ def answer_as_published(
         raise GroundingValueError(f"With num_words=0 there must be a {model.config.ret_token!r} in the prompt.")
     if not ret_positions:
         return InterleavedOutput((_cut(_text(model, ids[0, start:].tolist())),))
-    positions, layers = torch.tensor(ret_positions, device=ids.device), model.config.text_layers
-    states = model.frozen_lm.hidden_states(ids, torch.ones_like(ids), positions, layers, image_tokens)
-    vectors = model.active.embed_states(states)
-    retrieved = retrieve(vectors.cpu(), index, RetrievalSettings(images_per_ret=decoding.max_img_per_ret))
+    positions, mask = torch.tensor(ret_positions, device=ids.device), torch.ones_like(ids)
+    states = model.frozen_lm.hidden_states(ids, mask, positions, model.config.text_layers, image_tokens)
+    retrieved = retrieve(
+        model.active.embed_states(states).cpu(), index, RetrievalSettings(images_per_ret=decoding.max_img_per_ret)
+    )
     parts: list[Any] = []
     for position, images in zip(ret_positions, retrieved, strict=True):
-        text = _cut(_text(model, ids[0, start:position].tolist()))
-        parts += [*([text] if text else []), *images]
+        parts += [part for part in (_cut(_text(model, ids[0, start:position].tolist())), *images) if part]
         start = position + 1
     return InterleavedOutput(tuple(parts))
 

@@ -197,5 +197,5 @@ def _mean_norm(embedding: Tensor | None, ret: Tensor) -> Tensor:
     A released checkpoint lacks these, but the official training left `[RET]` itself at that norm.
     """
     if embedding is None or embedding.dim() != 2 or len(embedding) < 2:
-        return torch.linalg.vector_norm(ret)
-    return torch.linalg.vector_norm(embedding[:-1], dim=-1).mean()
+        return ret.square().sum().sqrt()
+    return embedding[:-1].square().sum(-1).sqrt().mean()
