@@ -55,7 +55,7 @@ def _states(imitation: data_dependent.Imitation, captions: list[str], weigh: Cal
 
 def accuracy(model: GroundedModel, pairs: Pairs, targets: Targets | None, depth: float = data_dependent.DEPTH) -> float:
     """Fit the image projection anew, in closed form and by imitation; return the caption pair accuracy."""
-    examples = ExampleDataset(pairs.rows(), features=pairs.row_features())
+    examples = ExampleDataset(pairs.examples(), features=pairs.example_features())
     sampled = data_dependent.evenly_sampled(examples)
     features = torch.cat([image_features(model, sampled[i : i + 128]) for i in range(0, len(sampled), 128)])
     if targets is None:
@@ -74,7 +74,7 @@ def main() -> None:
     vision = load_vision()
     pairs = Pairs(CACHE, vision, None)
     model = ground(lm, vision, tokenizer).eval()
-    standardise(model, ExampleDataset(pairs.rows(), features=pairs.row_features()))
+    standardise(model, ExampleDataset(pairs.examples(), features=pairs.example_features()))
     figures = {"closed form": accuracy(model, pairs, None)}
     ways = {
         "rare words more": rare_words_more,

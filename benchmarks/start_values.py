@@ -15,6 +15,7 @@ import torch
 from measure import write
 
 from visual_ground import GroundedModel, ground
+from visual_ground.adapter.initialization import standardize_features
 from visual_ground.demo import emoji
 from visual_ground.demo.run import Pairs
 from visual_ground.demo.weights import load_lm, load_vision
@@ -52,7 +53,7 @@ def loss_with_spread(model: GroundedModel, pairs: Pairs, spread: float, steps: i
     with torch.no_grad():
         adapter.image_projection.weight.normal_(0, spread / adapter.feature_dim**0.5)
         adapter.image_projection.bias.zero_()
-    adapter.standardise_with(pairs.features[trained].flatten(0, 1))
+    standardize_features(adapter, pairs.features[trained].flatten(0, 1))
     optimizer = torch.optim.AdamW(adapter.image_projection.parameters(), lr=1e-3, weight_decay=0)
     collate, losses = ExampleCollator(model, concat_captions_prob=0.0), []
     for _ in range(steps):

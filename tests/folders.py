@@ -33,7 +33,7 @@ ORDER = (
     "training/losses",
     "training/initialization",
     "training",
-    "transfer",
+    "transferring",
     "importers/fromage",
     "demo",
     "cli",

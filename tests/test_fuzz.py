@@ -26,7 +26,9 @@ SCALARS = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
-    st.sampled_from([0, 1, -1, 2, 7, 65536, 10**9, 2**63, 10**400, 1e308, -0.0, "", "lm", "plain", "{image}", "[RET]"]),
+    st.sampled_from(
+        [0, 1, -1, 2, 7, 65536, 10**9, 2**63, 10**400, 1e308, -0.0, "", "embedding", "none", "{image}", "[RET]"]
+    ),
     st.sampled_from(["w4", "../../x", "/etc/passwd", "a\0b", "\ud800", "http://127.0.0.1:9/x.png", "-1", "NaN", "F64"]),
     st.floats(),
     st.text(max_size=8),

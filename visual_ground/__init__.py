@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from visual_ground.prompts.types import Prompt
     from visual_ground.training.arguments import GroundingTrainingArguments
     from visual_ground.training.trainer import GroundingTrainer
+    from visual_ground.transferring.transfer import transfer
     from visual_ground.vision.images import ImageLike
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "Prompt": "prompts.types",
     "RetrievedImage": "generation.output",
     "ground": "grounding",
+    "transfer": "transferring.transfer",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Prompt",
     "RetrievedImage",
     "ground",
+    "transfer",
 ]
 
 

@@ -136,7 +136,7 @@ def load_encoder(
 
 def load_saved_components(
     lm: str | nn.Module,
-    model_id: str | os.PathLike | None,
+    model_id: str | os.PathLike[str] | None,
     vision_encoder: Any,
     tokenizer: Any,
     image_processor: Any,
@@ -153,7 +153,7 @@ def load_saved_components(
     files = AdapterFiles.open(name, options)
     given = None if model_id is None else lm, vision_encoder, tokenizer, image_processor
     parts = load_components(*given, files.config, files.provenance, options.for_models())
-    check_fits(files, parts.spec, parts.vision)
+    check_fits(files, parts.spec, parts.vision, parts.provenance["base_model_name_or_path"])
     if files.config.train_lm_adapter:
         parts = replace(parts, lm=lm_peft.attach(parts.lm, files.folder))
     return parts, files
@@ -184,12 +184,12 @@ def components_beside(
     with frozen_lm.disabled():
         spec = read_spec(frozen_lm.lm, tokenizer, config.text_layers)
     if files is not None:
-        check_fits(files, spec, vision)
+        check_fits(files, spec, vision, active.provenance.get("base_model_name_or_path"))
     provenance = {**active.provenance, "vision_encoder": vision.name, "vision_revision": commit}
     return Components(frozen_lm.lm, tokenizer, vision, spec, provenance)
 
 
-def check_fits(files: AdapterFiles, spec: LMSpec, vision: VisionEncoder) -> None:
-    """Raise GroundingValueError where a saved adapter has other widths than an LM and an encoder need."""
+def check_fits(files: AdapterFiles, spec: LMSpec, vision: VisionEncoder, lm: str | None = None) -> None:
+    """Raise GroundingValueError where an adapter has other widths than an LM (named `lm`) and an encoder need."""
     with torch.device("meta"):
-        files.check_fits(new_adapter(files.metadata.config, spec, vision))
+        files.check_fits(new_adapter(files.metadata.config, spec, vision), lm)

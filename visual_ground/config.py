@@ -1,4 +1,4 @@
-"""What is saved with an adapter: its shapes and conventions.
+"""The settings that are saved with an adapter: its shapes and conventions.
 
 The letters used for dimensions in every docstring of this package:
 
@@ -19,8 +19,8 @@ from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.storage.hub import HubOptions, fetch_folder
 from visual_ground.storage.tensors import CONFIG_FILE, read_adapter_config
 
-# Widths past this are a damaged file, not a setting.
-MOST = 65536
+# A larger width is a damaged file, or one made to exhaust the memory: the widest LMs have 16,384.
+MAX_WIDTH = 65536
 _KINDS: dict[str, type] = {
     "ret_token": str,
     "sink_token": str,
@@ -28,8 +28,10 @@ _KINDS: dict[str, type] = {
     "image_prompt": str,
     "scaling": str,
     "visual_tokens_from": str,
+    "image_first": bool,
+    "mask_spare_columns": bool,
+    "train_lm_adapter": bool,
 }
-_KINDS |= {"image_first": bool, "mask_spare_columns": bool, "train_lm_adapter": bool}
 _CHOICES = {"visual_tokens_from": ("pooled", "patches"), "scaling": ("embedding", "none")}
 
 
@@ -38,27 +40,28 @@ class GroundingConfig:
     """The settings that an adapter is built with and saved with.
 
     Args:
-        num_visual_tokens: k, input rows per image, 1 to 65536.
-        visual_tokens_from: "pooled" makes an image's k rows of its pooled features; "patches" makes each of them of its
-            own part of the picture, the mean of that part's patches. The retrieval vector is of the pooled features
+        num_visual_tokens: k, image tokens per image, 1 to 65536.
+        visual_tokens_from: "pooled" makes an image's k tokens of its pooled features; "patches" makes each of them of
+            its own part of the picture, the mean of that part's patches. The retrieval vector is of the pooled features
             either way.
         retrieval_dim: q, width of the space in which text and images are compared, 1 to 65536.
         text_layers: hidden states that are mapped into the retrieval space and summed. -1 is what the output head
             reads; other numbers index transformers' `hidden_states` tuple (0 is the input of the first layer).
         ret_token: the text of the retrieval token; the tokenizer must not have it.
         sink_token: text put before every caption in training and before every `embed_text` prompt, so that no caption
-            starts its sequence. None takes the tokenizer's BOS, or else its EOS.
+            starts its sequence, where many LMs attend to the first token whatever it is. None: the tokenizer's BOS, or
+            else its EOS.
         caption_prompt: text between the sink token and a caption in retrieval.
-        image_prompt: the same when captioning; "{image}" stands for the image. It matters how it reads: in words that
-            make an LM say again what the image's rows say, captioning is learnt many times sooner.
-        image_first: put the images that open a sequence before the sink token, as published, and not after it.
-        scaling: "lm" writes rows in units of the LM's own embedding (its mean and spread), standardises what the linear
-            layers read, and starts `[RET]` at the mean embedding; "plain" is the published method, with raw linear
-            layers.
-        train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
-            it beside; else it is as frozen as the LM.
+        image_prompt: the same in captioning; "{image}" stands for the image. Its wording matters: words that make an LM
+            repeat what the image tokens mean let captioning be learnt many times sooner.
+        image_first: put images that open a sequence before the sink token, as published, and not after it.
+        scaling: "embedding" gives image tokens the mean and standard deviation of the LM's own embedding, standardises
+            the linear layers' inputs, and starts `[RET]` at the mean embedding; "none" is the published method, with
+            raw linear layers.
         mask_spare_columns: set the logits of ids that no token has to -inf, as if the vocabulary were trimmed to the
             tokenizer.
+        train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
+            it beside; otherwise it is as frozen as the LM.
 
     Raises:
         GroundingValueError: a value outside its range.
@@ -87,8 +90,8 @@ class GroundingConfig:
         object.__setattr__(self, "text_layers", _checked_layers(self.text_layers))
         for name in ("num_visual_tokens", "retrieval_dim"):
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= MOST:
-                raise GroundingValueError(f"{name} must be a whole number from 1 to {MOST}, got {value!r}.")
+            if type(value) is not int or not 1 <= value <= MAX_WIDTH:
+                raise GroundingValueError(f"{name} must be a whole number from 1 to {MAX_WIDTH}, got {value!r}.")
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if not isinstance(value, kind) and not (name == "sink_token" and value is None):
@@ -103,7 +106,7 @@ class GroundingConfig:
 
     @property
     def num_patch_tokens(self) -> int:
-        """Parts of the picture that the vision encoder must give besides its pooled features."""
+        """Parts of the picture whose features the vision encoder must give besides the pooled ones."""
         return self.num_visual_tokens if self.visual_tokens_from == "patches" else 0
 
     @classmethod
@@ -112,7 +115,7 @@ class GroundingConfig:
 
         Args:
             name: "fromage".
-            changes: fields to set otherwise.
+            changes: fields that are to differ from the preset.
 
         Raises:
             GroundingValueError: an unknown name.
@@ -145,7 +148,7 @@ class GroundingConfig:
         return cls(**values)
 
     @classmethod
-    def from_pretrained(cls, adapter: str | os.PathLike, **hub_options: Any) -> GroundingConfig:
+    def from_pretrained(cls, adapter: str | os.PathLike[str], **hub_options: Any) -> GroundingConfig:
         """Read the settings of a saved adapter; neither its tensors nor any model is loaded.
 
         Args:

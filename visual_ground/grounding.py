@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from visual_ground.adapter.initialization import initialize_from_lm
 from visual_ground.components import load_components
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
@@ -19,7 +20,7 @@ def ground(
     tokenizer: Any = None,
     image_processor: Any = None,
     config: GroundingConfig | None = None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> GroundedModel:
     """Attach an adapter between a causal LM and a vision encoder; both stay frozen.
 
@@ -58,7 +59,7 @@ def _with_new_adapter(
     parts = load_components(lm, vision_encoder, tokenizer, image_processor, config)
     model = GroundedModel(parts, config)
     try:
-        model.adapter.start_from_lm(*model.frozen_lm.statistics())
+        initialize_from_lm(model.adapter, *model.frozen_lm.statistics())
     except BaseException:
         model.unground()
         raise

@@ -14,6 +14,7 @@ from visual_ground.adapter.adapter import Adapter
 from visual_ground.adapter.adapter_set import AdapterSet, OfActive
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.adapter.files import AdapterFiles
+from visual_ground.adapter.initialization import initialize_from_lm
 from visual_ground.components import Components, components_beside, load_saved_components
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingValueError
@@ -143,7 +144,7 @@ class GroundedModel(nn.Module):
         vision = self.vision if vision_encoder is None else vision_encoder
         parts = components_beside(self.frozen_lm, self.active, config, vision, **given)
         attached = self._attach(adapter_name, config, parts)
-        attached.adapter.start_from_lm(*self.frozen_lm.statistics())
+        initialize_from_lm(attached.adapter, *self.frozen_lm.statistics())
 
     def load_adapter(
         self,

@@ -1,4 +1,7 @@
-"""Linear maps found in closed form: ridge regression, and the space that texts and images share."""
+r"""Linear maps in closed form: ridge regression, and reduced-rank regression for a space of texts and images.
+
+Both solve symmetric eigenproblems, the second one in float64. Apple's MPS has neither: move tensors to the CPU first.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Parts of the inputs' own spread; which of them is right depends on the data, so it is tried on held-out groups.
+# Per example, for standardised inputs. The right one depends on the data, so it is chosen on held-out groups; steps of
+# about 3 cover what matters, as the held-out error is flat around its minimum.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-HELD_OUT = 5
+# Every fifth group is held out, as in one fold of five-fold cross-validation.
+FOLDS = 5
+# Keeps the standard deviation of a constant column away from zero.
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -18,8 +25,8 @@ class LinearMap:
     """`inputs @ weight.T + bias`, as in `nn.Linear`.
 
     Args:
-        weight: (outputs, inputs).
-        bias: (outputs,).
+        weight: (c, a).
+        bias: (c,).
     """
 
     weight: Tensor
@@ -29,10 +36,15 @@ class LinearMap:
         """Map inputs (n, a) to outputs (n, c)."""
         return inputs @ self.weight.T + self.bias
 
-    def unstandardize(self, middle: Tensor, spread: Tensor) -> LinearMap:
-        """Return the map of inputs as they are, where this one reads them less `middle` and divided by `spread`."""
-        weight = self.weight / spread
-        return LinearMap(weight, self.bias - weight @ middle)
+    def unstandardize(self, mean: Tensor, std: Tensor) -> LinearMap:
+        """Return the map that takes raw inputs, where this one takes `(inputs - mean) / std`.
+
+        Args:
+            mean: (a,).
+            std: (a,).
+        """
+        weight = self.weight / std
+        return LinearMap(weight, self.bias - weight @ mean)
 
 
 def ridge(
@@ -41,16 +53,21 @@ def ridge(
     groups: Tensor | None = None,
     score: Callable[[LinearMap, Tensor], float] | None = None,
 ) -> LinearMap:
-    """Fit a linear map by ridge regression.
+    r"""Fit a linear map by ridge regression, with the penalty that does best on held-out groups.
 
-    The penalty is the number of rows times the one of `PENALTIES` that does best on every fifth group, when fitted to
-    the others.
+    .. math::
+        \min_{W, b} \sum_i \|W x_i + b - y_i\|^2 + n \lambda \|W\|^2
+
+    :math:`\lambda` is the one of `PENALTIES` whose map, fitted to the other groups, scores best on every fifth group.
 
     Args:
-        inputs: (n, a), of a like spread in all columns.
+        inputs: (n, a), standardised or with columns of like scale.
         targets: (n, c).
-        groups: (n,), equal where two rows are about the same thing; every row by itself where None.
-        score: how well a map does on the rows of a mask (n,) bool, more is better; minus the squared error where None.
+        groups: (n,), equal for examples of the same thing, which are held out together; None: each its own group.
+        score: rates a map on the examples of a mask (n,) bool, higher is better; minus the mean squared error if None.
+
+    Returns:
+        The map, fitted to all examples.
 
     Example:
         >>> inputs = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
@@ -58,21 +75,22 @@ def ridge(
         [2.0, 2.0, 2.0]
     """
     groups = torch.arange(len(inputs)) if groups is None else groups.cpu()
-    number = _by_appearance(groups)
-    held = (number % HELD_OUT == HELD_OUT - 1).to(inputs.device)
+    held_out = (_by_appearance(groups) % FOLDS == FOLDS - 1).to(inputs.device)
     penalty = PENALTIES[0]
-    if bool(held.any()):
-        fitted = _fit(inputs[~held], targets[~held], PENALTIES)
-        scores = [score(one, held) if score else -_squared_error(one, inputs[held], targets[held]) for one in fitted]
+    if bool(held_out.any()):
+        maps = solve_ridge(inputs[~held_out], targets[~held_out], PENALTIES)
+        scores = [
+            score(one, held_out) if score else -_squared_error(one, inputs[held_out], targets[held_out]) for one in maps
+        ]
         penalty = PENALTIES[scores.index(max(scores))]
-    return _fit(inputs, targets, (penalty,))[0]
+    return solve_ridge(inputs, targets, (penalty,))[0]
 
 
 def _by_appearance(groups: Tensor) -> Tensor:
-    """Number groups in the order in which they come, for their own numbers may tell where files lie."""
+    """Number groups in the order of their first examples: their own numbers may follow where files are stored."""
     number = torch.unique(groups, return_inverse=True)[1]
-    places = torch.arange(len(groups))
-    first = torch.full((int(number.max()) + 1,), len(groups)).scatter_reduce(0, number, places, "amin")
+    positions = torch.arange(len(groups))
+    first = torch.full((int(number.max()) + 1,), len(groups)).scatter_reduce(0, number, positions, "amin")
     return first.argsort().argsort()[number]
 
 
@@ -80,58 +98,79 @@ def _squared_error(fitted: LinearMap, inputs: Tensor, targets: Tensor) -> float:
     return float((fitted(inputs) - targets).square().mean())
 
 
-def _fit(inputs: Tensor, targets: Tensor, penalties: Sequence[float]) -> list[LinearMap]:
-    centre, middle = inputs.mean(0), targets.mean(0)
-    own, aims = inputs - centre, targets - middle
-    # As many equations as rows or as columns, whichever are fewer.
-    few = len(own) < own.shape[1]
-    values, vectors = torch.linalg.eigh(own @ own.T if few else own.T @ own)
-    products = vectors.T @ (aims if few else own.T @ aims)
+def solve_ridge(
+    inputs: Tensor, targets: Tensor, penalties: Sequence[float], fit_intercept: bool = True
+) -> list[LinearMap]:
+    """Return the ridge regression for each penalty; one eigendecomposition serves them all.
+
+    Args:
+        inputs: (n, a).
+        targets: (n, c).
+        penalties: each is multiplied by n.
+        fit_intercept: whether there is a bias, which is not penalised; else it is zero.
+    """
+    input_mean, target_mean = inputs.mean(0), targets.mean(0)
+    if not fit_intercept:
+        input_mean, target_mean = torch.zeros_like(input_mean), torch.zeros_like(target_mean)
+    centred, centred_targets = inputs - input_mean, targets - target_mean
+    # The primal form has as many equations as columns, the dual form as many as examples: take the smaller one.
+    is_dual = len(centred) < centred.shape[1]
+    values, vectors = torch.linalg.eigh(centred @ centred.T if is_dual else centred.T @ centred)
+    products = vectors.T @ (centred_targets if is_dual else centred.T @ centred_targets)
     maps = []
     for penalty in penalties:
         solution = vectors @ (products / (values.clamp_min(0) + penalty * len(inputs))[:, None])
-        weight = (own.T @ solution if few else solution).T
-        maps.append(LinearMap(weight, middle - weight @ centre))
+        weight = (centred.T @ solution if is_dual else solution).T
+        maps.append(LinearMap(weight, target_mean - weight @ input_mean))
     return maps
 
 
 def mean_and_std(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the spread, which is never zero, of each column of (n, a)."""
-    return columns.mean(0), columns.std(0, correction=0) + 1e-6
+    """Return the mean (a,) and the standard deviation (a,), which is never zero, of the columns of (n, a)."""
+    return columns.mean(0), columns.std(0, correction=0) + EPSILON
 
 
 def reduced_rank_regression(
     texts: Tensor, images: Tensor, width: int, groups: Tensor | None = None
 ) -> tuple[LinearMap, LinearMap]:
-    """Return maps of texts and of images into the space where what images tell about texts is seen best.
+    r"""Return maps of texts and of images into one space, by reduced-rank regression of texts on images.
 
-    Reduced-rank regression: texts are predicted from images by `ridge`, and both are seen along the principal
-    directions of the predictions. Where texts have fewer dimensions than `width`, the last ones are zero.
+    With standardised texts :math:`\hat y = (y - \mu) / \sigma`, their prediction :math:`W x + b` from images by
+    `ridge`, and the first `width` principal directions :math:`U` of the predictions:
+
+    .. math::
+        \text{text}(y) = U \hat y, \quad \text{image}(x) = U (W x + b)
+
+    Where texts have fewer dimensions than `width`, the last ones are zero.
 
     Args:
         texts: (n, a).
-        images: (n, f), of a like spread in all columns; row i belongs to text i.
-        width: dimensions of the shared space.
+        images: (n, f), standardised; example i belongs to text i.
+        width: q, dimensions of the shared space.
         groups: (n,), as in `ridge`.
+
+    Returns:
+        The map of texts (q, a) and the map of images (q, f).
     """
-    middle, spread = mean_and_std(texts)
-    found = ridge(images, (texts - middle) / spread, groups)
-    predicted = found(images)
-    directions = _principal(predicted.T @ predicted)[:width]
+    mean, std = mean_and_std(texts)
+    predict = ridge(images, (texts - mean) / std, groups)
+    predictions = predict(images)
+    directions = _principal_directions(predictions.T @ predictions)[:width]
     if missing := width - len(directions):
         directions = torch.cat([directions, directions.new_zeros(missing, directions.shape[1])])
-    text_map = LinearMap(directions / spread, -(directions / spread) @ middle)
-    return text_map, LinearMap(directions @ found.weight, directions @ found.bias)
+    text_map = LinearMap(directions, directions.new_zeros(width)).unstandardize(mean, std)
+    return text_map, LinearMap(directions @ predict.weight, directions @ predict.bias)
 
 
-def _principal(products: Tensor) -> Tensor:
-    """Return the eigenvectors of a symmetric matrix as rows, the largest first.
+def _principal_directions(products: Tensor) -> Tensor:
+    """Return the eigenvectors of a symmetric matrix (a, a) as rows, the largest eigenvalue's first.
 
-    Each looks to where its largest entry is positive, and those that rounding alone tells from others are zero, so
-    that rounding does not decide which of many spaces equally good is found.
+    Eigenvectors are defined up to their sign, and those of eigenvalues that are rounding errors are arbitrary. So the
+    largest entry of each is made positive, and the arbitrary ones zero: the result is the same on every machine.
     """
     values, vectors = torch.linalg.eigh(products.double())
-    found = vectors.flip(1).T
-    largest = found.gather(1, found.abs().argmax(1, keepdim=True))
-    told = values.flip(0) > 1e-6 * values[-1]
-    return (found * largest.sign() * told[:, None]).to(products)
+    directions = vectors.flip(1).T
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    above_rounding = values.flip(0) > 1e-6 * values[-1]
+    result: Tensor = (directions * largest.sign() * above_rounding[:, None]).to(products)
+    return result

@@ -30,10 +30,10 @@ from visual_ground.evaluation.captions import caption_pair_accuracy
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import read_json
-from visual_ground.transfer.transfer import ImageSide, Refinement, transfer
+from visual_ground.transferring.image_side import ImageSide
+from visual_ground.transferring.transfer import transfer
 
 CONCEPTS = 750
-REFINEMENTS = {"closed_form": None, "refined": Refinement()}
 
 
 def write_index(side: ImageSide, pairs: Pairs, name: str) -> None:
@@ -59,7 +59,7 @@ def passes(cost: dict[str, float]) -> float:
 
 
 def main(source: str, target: str) -> None:
-    """Transfer in closed form, then with refinement; write both."""
+    """Transfer in closed form, and write what it reaches."""
     pairs = Pairs(CACHE, load_vision(), None)
     side = ImageSide.load(OUT / source)
     write_index(side, pairs, source)
@@ -71,24 +71,23 @@ def main(source: str, target: str) -> None:
     side = replace(side, vision=load_vision(), anchors=Anchors.load(OUT / f"{source}-anchors"))
     scratch = read_json(RESULTS / f"scratch_{target}.json")
     results: dict[str, Any] = {}
-    for name, refinement in REFINEMENTS.items():
-        torch.manual_seed(0)
-        lm, tokenizer = load_lm(target)
-        cost = Cost(lm)
-        with cost.counting():
-            model = transfer(side, lm, tokenizer, refinement=refinement)
-        found = recalls(text_vectors(model, pairs, "test"), images.transpose(0, 1))
-        results[name] = {
-            "recalls": found,
-            "part_of_scratch_r10": {
-                way: round(found[way]["r10"] / scratch["recalls"]["test"][way]["r10"], 3) for way in found
-            },
-            **told(model, pairs),
-            "cost": cost.to_dict(),
-            "part_of_scratch_compute": round(passes(cost.to_dict()) / passes(scratch["cost"]), 3),
-        }
-        print(name, results[name], flush=True)
-        model.unground()
+    torch.manual_seed(0)
+    lm, tokenizer = load_lm(target)
+    cost = Cost(lm)
+    with cost.counting():
+        model = transfer(side, lm, tokenizer)
+    found = recalls(text_vectors(model, pairs, "test"), images.transpose(0, 1))
+    results["closed_form"] = {
+        "recalls": found,
+        "part_of_scratch_r10": {
+            way: round(found[way]["r10"] / scratch["recalls"]["test"][way]["r10"], 3) for way in found
+        },
+        **told(model, pairs),
+        "cost": cost.to_dict(),
+        "part_of_scratch_compute": round(passes(cost.to_dict()) / passes(scratch["cost"]), 3),
+    }
+    print(results["closed_form"], flush=True)
+    model.unground()
     lm, tokenizer = load_lm(target)
     scratch |= told(GroundedModel.from_pretrained(lm, OUT / target, side.vision, tokenizer), pairs)
     size = (OUT / f"{source}-anchors" / "anchors.safetensors").stat().st_size

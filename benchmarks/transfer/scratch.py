@@ -15,7 +15,7 @@ from common import CACHE, OUT, Cost, Pairs, image_vectors, load_lm, recalls, tex
 
 from visual_ground.demo.run import SETTINGS, training_arguments
 from visual_ground.demo.weights import load_vision
-from visual_ground.model import ground
+from visual_ground.grounding import ground
 from visual_ground.training.trainer import GroundingTrainer
 
 
@@ -27,7 +27,7 @@ def main(name: str) -> None:
     torch.manual_seed(SETTINGS["seed"])
     model = ground(lm, vision, tokenizer)
     args = training_arguments(OUT / f"{name}-training", CACHE, SETTINGS)
-    trainer, cost = GroundingTrainer(model, args, pairs.rows()), Cost(lm)
+    trainer, cost = GroundingTrainer(model, args, pairs.examples()), Cost(lm)
     with cost.counting():
         trainer.train()
     model.save_pretrained(OUT / name)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visual_ground.demo.weights import load_vision
-from visual_ground.model import ground
-from visual_ground.transfer.fit import caption_states, fit_states
-from visual_ground.transfer.transfer import ImageSide
+from visual_ground.grounding import ground
+from visual_ground.transferring.fit import caption_states, fit_states
+from visual_ground.transferring.image_side import ImageSide
 
 SEEDS = (0, 1, 2)
 

@@ -1,10 +1,8 @@
 import pytest
 import torch
 
-from tests.tiny import Eye, image_processor, picture
 from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.vision.encoder import VisionEncoder
 
 
 def anchors():
@@ -26,19 +24,6 @@ def test_some_are_taken_with_their_own_captions():
     assert len(some) == 2
     assert all(rows[tuple(f.tolist())] == c for f, c in zip(some.features, some.captions, strict=True))
     assert len(anchors().take(9)) == 3
-
-
-def test_rows_become_anchors():
-    vision = VisionEncoder(Eye(), image_processor)
-    rows = [{"image": picture(0), "caption": ["one", "first"]}, {"image": [picture(1), picture(2)], "caption": "two"}]
-    made = Anchors.from_rows(rows, vision)
-    assert made.texts == ("one", "first", "two")
-    wanted = vision(vision.preprocess([picture(0), picture(1)])).half()
-    assert torch.allclose(made.features, wanted, atol=1e-3)
-    with pytest.raises(GroundingValueError, match="caption"):
-        Anchors.from_rows([{"image": picture(0)}], vision)
-    with pytest.raises(GroundingValueError, match="at least one row"):
-        Anchors.from_rows([], vision)
 
 
 @pytest.mark.parametrize(

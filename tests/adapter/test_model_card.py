@@ -3,16 +3,14 @@
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
-from visual_ground.adapter.metadata import AdapterMetadata, Report
+from visual_ground.adapter.metadata import AdapterMetadata
 from visual_ground.adapter.model_card import PICTURE_FILE, render_card
+from visual_ground.adapter.report import Report
 from visual_ground.config import GroundingConfig
 from visual_ground.generation.gallery import with_samples
-from visual_ground.storage.readme import Page, render_page
 
 NAMES = {"base_model_name_or_path": "some/lm", "revision": "a" * 40, "vision_encoder": "some/vision"}
 RESULTS = {"text_to_image": {"r1": 10.5, "r10": 50.0}, "image_to_text": {"r1": 9.0}, "caption_pair_accuracy": 71.25}
@@ -48,48 +46,43 @@ def test_the_body_says_what_the_record_says():
 
 def test_rendering_again_is_byte_identical_and_follows_the_record():
     first = render_card(metadata(), 10, "me/adapter")
-    assert render_card(metadata(), 10, "me/adapter", [first]) == first
-    assert render_card(metadata(), 11, "me/adapter", [first]) == render_card(metadata(), 11, "me/adapter")
+    assert render_card(metadata(), 10, "me/adapter", first) == first
+    assert render_card(metadata(), 11, "me/adapter", first) == render_card(metadata(), 11, "me/adapter")
 
 
-def test_people_s_edits_survive():
+def test_what_people_write_around_the_generated_text_and_into_the_metadata_stays():
     first = render_card(metadata(), 10, "me/adapter")
-    edited = (
-        first.replace("license: mit", "license: apache-2.0\nlanguage: en")
-        .replace("## Results", "## Who made it\n\nMe.\n\n## Results")
-        .replace("- The language model is frozen", "- It is shy. The language model is frozen")
+    edited = first.replace("license: mit", "license: apache-2.0\nlanguage: en").replace(
+        "pipeline_tag: image-text-to-text\n", ""
     )
-    edited = edited[: edited.index("## Training")] + edited[edited.index("## Limits") :] + "\nPS: at the very end.\n"
-    new = render_card(metadata(), 99, "me/adapter", [edited.replace("\n", "\r\n")])
+    edited = edited.replace("<!-- visual_ground generated", "## Who made it\n\nMe.\n\n<!-- visual_ground generated")
+    edited += "\nPS: at the very end.\n"
+    new = render_card(metadata(), 99, "me/adapter", edited.replace("\n", "\r\n"))
     data = yaml.safe_load(new.split("---\n")[1])
     assert (data["license"], data["language"], data["base_model"]) == ("apache-2.0", "en", "some/lm")
-    assert "The adapter is 99" in new and "It is shy" in new and "PS: at the very end." in new
-    assert "## Training" not in new
-    assert new.index("## Use") < new.index("## Who made it\n\nMe.") < new.index("## Results")
-    assert render_card(metadata(), 99, "me/adapter", [new]) == new
+    assert "pipeline_tag" not in data
+    assert "99 parameters" in new and new.endswith("\nPS: at the very end.\n")
+    assert new.index("---\n\n## Who made it\n\nMe.\n\n") < new.index("# adapter\n")
+    assert render_card(metadata(), 99, "me/adapter", new) == new
 
 
-def test_a_page_that_was_not_ours_keeps_all_its_words():
+def test_generated_text_that_people_edit_is_theirs_from_then_on():
+    edited = render_card(metadata(), 10, "me/adapter").replace(
+        "- The language model is", "- It is shy. The language model is"
+    )
+    new = render_card(metadata(base_model_name_or_path="other/lm"), 99, "me/adapter", edited)
+    assert "It is shy" in new and "10 parameters" in new and "99 parameters" not in new
+    assert yaml.safe_load(new.split("---\n")[1])["base_model"] == "other/lm"
+    assert render_card(metadata(base_model_name_or_path="other/lm"), 100, "me/adapter", new) == new
+
+
+def test_a_page_of_somebody_s_own_stays_as_it_is():
     theirs = "---\nlicense: openrail  # mind it\n---\n\nHello.\n\n## Use\n\nAsk me.\n"
-    new = render_card(metadata(), 10, "me/adapter", [theirs])
-    assert "license: openrail" in new and "Hello." in new and "Ask me." in new and "## Results" in new
+    assert render_card(metadata(), 10, "me/adapter", theirs) == theirs
     broken = "---\na: [\n---\n\nHello.\n"
-    assert render_card(metadata(), 10, "me/adapter", [broken]) == broken
-
-
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=30)
-
-
-@settings(deadline=None)
-@given(st.dictionaries(TEXT.map(lambda t: " ".join(t.split())).filter(bool), TEXT, max_size=4), TEXT)
-def test_any_section_that_people_add_survives(sections, words):
-    page = render_page({"a": 1}, {"": "# Title", "Use": "us"})
-    added = "".join(f"\n\n## {heading}\n\n{text}" for heading, text in sections.items())
-    edited = page + added + "\n\n## Mine\n\n" + words + "\n"
-    once = render_page({"a": 2}, {"": "# Title", "Use": "us"}, [edited])
-    assert render_page({"a": 2}, {"": "# Title", "Use": "us"}, [once]) == once
-    parsed = Page.parse(edited)
-    assert dict(Page.parse(once).sections) == dict(parsed.sections) and Page.parse(once).metadata == {"a": 2}
+    assert render_card(metadata(), 10, "me/adapter", broken) == broken
+    only_metadata = render_card(metadata(), 10, "me/adapter", "---\nlicense: openrail\n---\n")
+    assert "license: openrail" in only_metadata and "base_model: some/lm" in only_metadata and "## Use" in only_metadata
 
 
 def test_samples_have_a_small_picture_that_is_saved_and_loaded(tmp_path):

@@ -50,7 +50,7 @@ def test_sentences_agree_with_what_they_are_about():
     found = concepts()
     assert set(KINDS) <= {concept.name for concept in found}
     assert {concept.kind for concept in found} == set(KINDS.values())
-    said = {concept.name: concept.say("{this} {kinds} {be} {np}, {a_kind}.") for concept in found}
+    said = {concept.name: concept.fill("{this} {kinds} {be} {np}, {a_kind}.") for concept in found}
     assert said["tiger"] == "This animal is a tiger, an animal."
     assert said["cherries"] == "These fruits are some cherries, a fruit."
     assert said["people with bunny ears"].startswith("These people are some people with")

@@ -11,8 +11,8 @@ from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.storage.tensors import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    load_tensors_into,
     read_adapter_config,
+    read_tensors,
     resolve,
     write_adapter,
     write_folder,
@@ -47,6 +47,10 @@ def until_stopped(n, act):
         except Stop:
             return True
     return False
+
+
+def load_tensors_into(module, path):
+    module.load_state_dict(read_tensors(path, module.state_dict()))
 
 
 def write(folder, width=3):

@@ -16,9 +16,7 @@ from visual_ground.lm.freezing import FreezeGuard
 from visual_ground.lm.spec import LMSpec
 from visual_ground.vision.encoder import VisionEncoder
 
-DEFAULT = "default"
-
-
+DEFAULT = "default"  # PEFT's name for the first adapter.
 T = TypeVar("T")
 
 
@@ -36,18 +34,17 @@ class OfActive(Generic[T]):
         self._name = name
 
     def __get__(self, model: Any, owner: type | None = None) -> T:
-        value: Any = self if model is None else getattr(model.adapters.active, self._name)
-        return value
+        return cast(T, self if model is None else getattr(model.adapters.active, self._name))
 
     def __set__(self, model: Any, value: Any) -> None:
         raise AttributeError(f"{self._name} belongs to the active adapter; change it with add_adapter or set_adapter.")
 
 
 class AdapterSet(nn.Module):
-    """Adapters by name, added, loaded and switched as PEFT does; the first is "default".
+    """Adapters by name, which are added, loaded and switched as in PEFT; the first is "default".
 
     Attributes:
-        active_name: the adapter that is used, trained and saved; the others rest.
+        active_name: the adapter that is used, trained and saved; the others are frozen and unused.
     """
 
     def __init__(self) -> None:
@@ -77,15 +74,15 @@ class AdapterSet(nn.Module):
         return self.active.adapter.ret_embeddings()
 
     def check_new(self, name: str, config: GroundingConfig) -> None:
-        """Raise GroundingValueError where no adapter of this name and these settings can be put beside the others."""
+        """Raise GroundingValueError where an adapter of this name and these settings cannot be added."""
         if not name or "." in name or name in self.attached:
             raise GroundingValueError(
                 f"An adapter's name must be new and without dots, got {name!r}; there are {list(self)}."
             )
         if config.train_lm_adapter:
             raise GroundingValueError(
-                "An adapter with train_lm_adapter=True goes with an LM adapter of its own, which is not switched here. "
-                "Load it with GroundedModel.from_pretrained."
+                "An adapter with train_lm_adapter=True needs its own PEFT adapter in the LM, and these are not "
+                "switched here. Load it alone, with GroundedModel.from_pretrained."
             )
 
     def add(
@@ -98,7 +95,7 @@ class AdapterSet(nn.Module):
         max_length: int | None,
         provenance: Mapping[str, str | None],
     ) -> AttachedAdapter:
-        """Put a new adapter beside the others, at rest unless it is the first; its encoder is frozen.
+        """Add a new adapter, frozen unless it is the first; its encoder is frozen in any case.
 
         Args:
             name: a new name.
@@ -117,11 +114,11 @@ class AdapterSet(nn.Module):
         return attached
 
     def load(self, name: str, files: AdapterFiles, is_trainable: bool, lm: nn.Module) -> None:
-        """Load what was saved into an adapter; take the adapter away again where that fails.
+        """Load a saved adapter's tensors, or remove the adapter where that fails.
 
         Args:
-            name: an adapter of the saved one's settings.
-            files: what was saved.
+            name: an adapter that was added with the saved one's settings.
+            files: the saved adapter.
             is_trainable: whether it is trained while it is active.
             lm: the LM.
         """
@@ -151,7 +148,7 @@ class AdapterSet(nn.Module):
         self.active_name = name
 
     def delete(self, name: str) -> None:
-        """Take an adapter away.
+        """Remove an adapter.
 
         Raises:
             GroundingValueError: no adapter has this name.
@@ -163,7 +160,7 @@ class AdapterSet(nn.Module):
         del self.attached[name]
 
     def release(self) -> None:
-        """Give the encoders back as they were."""
+        """Leave the encoders as they were before they were frozen."""
         self._freeze_guard.restore()
         for name in self:
             self[name].vision.release()

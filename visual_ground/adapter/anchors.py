@@ -9,22 +9,16 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.storage.atomic import write_folder
-from visual_ground.storage.tensors import resolve, write_tensors
-
-if TYPE_CHECKING:
-    from visual_ground.training.data.columns import Columns
-    from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.storage.atomic import resolve, write_folder
+from visual_ground.storage.tensors import write_tensors
 
 ANCHORS_FILE = "anchors.safetensors"
-CAPTIONS_PER_RUN = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,66 +70,46 @@ class Anchors:
 
     @property
     def groups(self) -> Tensor:
-        """For each of `texts`, a number that is equal for captions of one image, and for images with one caption."""
-        leader = list(range(len(self)))
+        """For each of `texts`, a group number: captions of one image share it, and so do images with one caption.
 
-        def lead(i: int) -> int:
-            while leader[i] != i:
-                i = leader[i] = leader[leader[i]]
+        These are the connected components of images and captions, found by union-find.
+        """
+        parent = list(range(len(self)))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                i = parent[i] = parent[parent[i]]
             return i
 
-        first: dict[str, int] = {}
+        first_image: dict[str, int] = {}
         for i, captions in enumerate(self.captions):
             for text in captions:
-                one, other = lead(first.setdefault(text, i)), lead(i)
-                leader[max(one, other)] = min(one, other)
-        return torch.tensor([lead(i) for i in self.images.tolist()])
-
-    @classmethod
-    def from_rows(cls, rows: Any, vision: VisionEncoder, columns: Columns | None = None) -> Anchors:
-        """Take rows with images and captions (of a list of images the first) as anchors; runs the encoder.
-
-        Args:
-            rows: as `GroundingTrainer` takes them, by number.
-            vision: the encoder that the adapter was trained with.
-            columns: where the images and captions are; `image` and `caption` where None.
-        """
-        from visual_ground.training.data.columns import Columns
-
-        columns = columns or Columns()
-        if not len(rows):
-            raise GroundingValueError("Anchors need at least one row with an image and a caption.")
-        if missing := [name for name in (columns.image, columns.caption) if name not in rows[0]]:
-            raise GroundingValueError(f"The rows have no columns {missing}; their columns are {sorted(rows[0])}.")
-        parts, captions = [], []
-        for start in range(0, len(rows), CAPTIONS_PER_RUN):
-            some = [rows[i] for i in range(start, min(start + CAPTIONS_PER_RUN, len(rows)))]
-            parts.append(vision(vision.preprocess([columns.images(row)[0] for row in some])).cpu())
-            captions += [columns.captions(row) for row in some]
-        return cls(captions, torch.cat(parts))
+                one, other = root(first_image.setdefault(text, i)), root(i)
+                parent[max(one, other)] = min(one, other)
+        return torch.tensor([root(i) for i in self.images.tolist()])
 
     def take(self, count: int, seed: int = 0) -> Anchors:
-        """Return that many of them, at random."""
+        """Return `count` of the images with their captions, drawn at random; all where there are fewer."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
         return Anchors([self.captions[i] for i in chosen.tolist()], self.features[chosen])
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `anchors.safetensors` into a folder, whole or not at all."""
         write_folder(folder, {ANCHORS_FILE: self.write})
 
-    def write(self, path: str | os.PathLike) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file: the features, and the captions as JSON."""
         text = json.dumps(self.captions, ensure_ascii=False).encode("utf-8")
         tensors = {"features": self.features, "captions": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
         write_tensors(path, tensors)
 
     @classmethod
-    def find(cls, folder: str | os.PathLike) -> Anchors | None:
+    def find(cls, folder: str | os.PathLike[str]) -> Anchors | None:
         """Return the anchors of an adapter folder, or None where it has none."""
         return cls.load(folder) if resolve(folder, ANCHORS_FILE).is_file() else None
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> Anchors:
+    def load(cls, folder: str | os.PathLike[str]) -> Anchors:
         """Read the anchors of an adapter folder.
 
         Raises:
@@ -144,7 +118,7 @@ class Anchors:
         path = resolve(folder, ANCHORS_FILE)
         if not path.is_file():
             raise GroundingFileError(
-                f"{str(folder)!r} has no {ANCHORS_FILE}. Transfer with image-caption pairs of your own."
+                f"{str(folder)!r} has no {ANCHORS_FILE}. Make anchors of image-caption pairs of your own."
             )
         try:
             with safe_open(path, framework="pt") as stored:

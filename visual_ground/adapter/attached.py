@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.adapter.files import FILES, published, save_adapter
-from visual_ground.adapter.metadata import AdapterMetadata, Report
+from visual_ground.adapter.metadata import AdapterMetadata
+from visual_ground.adapter.report import Report
 from visual_ground.config import GroundingConfig
 from visual_ground.lm import peft as lm_peft
 from visual_ground.lm.spec import LMSpec
@@ -30,16 +31,16 @@ class AttachedAdapter(nn.Module):
 
     Args:
         config: the settings.
-        spec: what was read of the LM for them.
+        spec: what was read from the LM.
         vision: the encoder, frozen.
         tokenizer: the LM's, never written to.
-        max_length: ids that the LM's context holds, where it says so.
+        max_length: tokens that fit into the LM's context; None: not known.
         provenance: where the LM and the encoder come from, as `AdapterMetadata.provenance`.
 
     Attributes:
         adapter: what is trained.
         processor: turns prompts into ids as the settings say.
-        metadata: what its folder says; after loading, of the LM and encoder that it was trained with.
+        metadata: the content of its `adapter_config.json`; after loading, with the LM and encoder it was trained with.
         anchors: captions and image features that are saved with it, so that it can move to another LM.
         is_trainable: whether it is trained while it is active.
     """
@@ -65,7 +66,7 @@ class AttachedAdapter(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the adapter is."""
-        return self.adapter.logit_scale.device
+        return torch.device(self.adapter.logit_scale.device)
 
     def image_tokens(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
         """Return the input embeddings (n * k, d) of images, or None where there are none.
@@ -108,16 +109,16 @@ class AttachedAdapter(nn.Module):
         return self.vision.image_processor
 
     def record_training(self, settings: Mapping[str, Any]) -> None:
-        """Note that the adapter was trained here: from now on it belongs to this LM and encoder.
+        """Record that the adapter was trained here: from now on its metadata name this LM and encoder.
 
         Args:
-            settings: what it was trained with, by name; numbers, texts and the like.
+            settings: the training settings by name: numbers, strings, booleans or None.
         """
         report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
         self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
 
     def load_weights(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
-        """Load saved tensors, and those of the LM's PEFT adapter where it is trained beside.
+        """Load saved tensors, and those of the LM's PEFT adapter where that is trained together with this one.
 
         Args:
             folder: an adapter folder.
@@ -155,7 +156,7 @@ def new_adapter(config: GroundingConfig, spec: LMSpec, vision: VisionEncoder) ->
 
     Args:
         config: the settings.
-        spec: what was read of the LM.
+        spec: what was read from the LM.
         vision: the encoder.
     """
     ends = spec.text_dims, spec.head_dim, spec.tied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,30 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visual_ground.adapter.adapter import IMAGE_SIDE, LM_SIDE
 from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.adapter.metadata import AdapterMetadata
 from visual_ground.adapter.model_card import PICTURE_FILE, render_card
 from visual_ground.config import GroundingConfig
-from visual_ground.errors import GroundingFileError
+from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.storage.atomic import resolve
 from visual_ground.storage.hub import CARD_FILE, HubOptions, PushOptions, fetch_folder, is_hub_name, push_folder
+from visual_ground.storage.readme import is_edited
 from visual_ground.storage.tensors import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    check_tensors,
-    load_tensors_into,
+    Header,
+    check_shapes,
     read_adapter_config,
     read_shapes,
     read_tensors,
-    resolve,
     write_adapter,
 )
 
 logger = logging.getLogger(__name__)
 
-# What may stand beside an adapter: anchors to move it with, and what PEFT has put into its LM.
+# What may be saved beside an adapter: anchors to move it with, and what PEFT has put into its LM.
 BESIDE = (ANCHORS_FILE, "lm_adapter/adapter_config.json", "lm_adapter/adapter_model.safetensors")
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PICTURE_FILE, *BESIDE)
-MOST_PICTURE_BYTES = 1 << 22
+# Twenty times what `generation.gallery` writes: a larger picture was put there by somebody else, and is ignored.
+MAX_PICTURE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,42 +47,41 @@ class AdapterFiles:
     """An adapter folder whose files were read and found to belong together; its tensors are still on disk.
 
     Args:
+        name: the local folder or Hub id by which it was opened.
         folder: where it is.
-        metadata: what it says.
-        shapes: of its tensors, by name.
+        metadata: the content of its `adapter_config.json`.
+        header: shape and dtype of its tensors, by name.
     """
 
+    name: str
     folder: Path
     metadata: AdapterMetadata
-    shapes: Mapping[str, tuple[int, ...]]
+    header: Header
 
     @classmethod
-    def open(cls, name: str | os.PathLike, options: HubOptions | None = None) -> AdapterFiles:
-        """Find an adapter by local folder or Hub id.
+    def open(cls, name: str | os.PathLike[str], options: HubOptions | None = None) -> AdapterFiles:
+        """Find an adapter by local folder or Hub id, and read all of it but its tensors.
 
         Raises:
             GroundingFileError: no such adapter, or a damaged one.
             GroundingValueError: another format version, or a value outside its range.
         """
-        options = HubOptions() if options is None else options
         is_local = Path(name).is_dir()
-        folder = fetch_folder(name, FILES, options)
+        folder = fetch_folder(name, FILES, HubOptions() if options is None else options)
         values = read_adapter_config(folder)
         metadata = AdapterMetadata.from_dict(values)
         if not is_local:
             _refuse_paths(metadata.provenance, name)
-        path = resolve(folder, WEIGHTS_FILE)
-        shapes = {tensor: shape for tensor, (shape, _) in read_shapes(path).items()}
-        if values.get("shapes") != {tensor: list(shape) for tensor, shape in shapes.items()}:
+        header = read_shapes(folder / WEIGHTS_FILE)
+        if values.get("shapes") != {tensor: list(shape) for tensor, (shape, _) in header.items()}:
             raise GroundingFileError(
                 f"{CONFIG_FILE} and {WEIGHTS_FILE} in {str(folder)!r} are not of one adapter: the shapes differ. Save "
                 "the adapter again."
             )
         picture = resolve(folder, PICTURE_FILE)
-        if picture.is_file() and picture.stat().st_size <= MOST_PICTURE_BYTES:
-            report = replace(metadata.report, picture=picture.read_bytes())
-            metadata = replace(metadata, report=report)
-        return cls(folder, metadata, shapes)
+        if picture.is_file() and picture.stat().st_size <= MAX_PICTURE_BYTES:
+            metadata = replace(metadata, report=replace(metadata.report, picture=picture.read_bytes()))
+        return cls(str(name), folder, metadata, header)
 
     @property
     def config(self) -> GroundingConfig:
@@ -91,30 +93,64 @@ class AdapterFiles:
         """Which LM and encoder it was trained with."""
         return self.metadata.provenance
 
-    def check_fits(self, adapter: nn.Module) -> None:
-        """Raise unless the tensors are those of this adapter, which may be on the meta device.
+    def check_fits(self, adapter: nn.Module, lm: str | None = None) -> None:
+        """Raise unless the saved tensors are those of this adapter, which may be on the meta device.
+
+        Args:
+            adapter: a new adapter of the widths that an LM and an encoder need.
+            lm: the LM's name, for the error.
 
         Raises:
-            GroundingValueError: names, shapes or dtypes differ; each is listed.
+            GroundingValueError: names, shapes or dtypes differ; each is listed. Where only the LM is another one, the
+                text says how to move the adapter to it.
         """
-        check_tensors(self.folder / WEIGHTS_FILE, adapter.state_dict())
+        needed = adapter.state_dict()
+        try:
+            check_shapes(self.folder / WEIGHTS_FILE, self.header, needed)
+        except GroundingValueError as error:
+            shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+            wrong = {name for name in {*shapes, *self.header} if shapes.get(name) != self.header.get(name, (None,))[0]}
+            if wrong.intersection(IMAGE_SIDE) or not any(name.startswith(LM_SIDE) for name in wrong):
+                raise
+            raise GroundingValueError(f"{error}\n{self._how_to_move(lm)}") from None
 
-    def load_into(self, adapter: nn.Module) -> None:
-        """Load the tensors, all of them or none."""
-        load_tensors_into(adapter, self.folder / WEIGHTS_FILE)
+    def _how_to_move(self, lm: str | None) -> str:
+        trained_on = self.provenance.get("base_model_name_or_path")
+        target = f'"{lm}"' if lm else "lm"
+        has_anchors = resolve(self.folder, ANCHORS_FILE).is_file()
+        anchors = "" if has_anchors else ", anchors=anchors"
+        return (
+            f"It was trained on {repr(trained_on) if trained_on else 'another language model'}. Move it to this one: "
+            f'visual_ground.transfer("{self.name}", {target}{anchors}). '
+            + (
+                f"Its folder has the {ANCHORS_FILE} that this needs."
+                if has_anchors
+                else f"Its folder has no {ANCHORS_FILE}, so make anchors of image-caption pairs of your own with "
+                "visual_ground.transferring.collect.collect_anchors."
+            )
+        )
+
+    def read_tensors(self) -> dict[str, Tensor]:
+        """Read all tensors.
+
+        Raises:
+            GroundingFileError: damaged since the folder was opened, or with numbers that are not finite.
+        """
+        expected = {name: torch.empty(shape, device="meta") for name, (shape, _) in self.header.items()}
+        return read_tensors(self.folder / WEIGHTS_FILE, expected)
 
     @cached_property
     def anchors(self) -> Anchors | None:
-        """What the adapter can be moved to another LM with, where it was saved with some."""
+        """The anchors with which it can be moved to another LM, if it was saved with any."""
         return Anchors.find(self.folder)
 
 
 def save_adapter(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     metadata: AdapterMetadata,
     repo_id: str | None = None,
-    pages: Sequence[str] = (),
+    card: str | None = None,
     beside: Mapping[str, Callable[[Path], object]] | None = None,
 ) -> None:
     """Write an adapter folder, whole or not at all; what people wrote into its card stays.
@@ -122,16 +158,17 @@ def save_adapter(
     Args:
         folder: where to.
         tensors: the adapter's state dict.
-        metadata: what `adapter_config.json` says.
+        metadata: the content of `adapter_config.json`.
         repo_id: where it is to be published, for the card.
-        pages: cards besides the folder's own whose edits are kept.
-        beside: writers of further files, as in `folders.write_folder`.
+        card: an edited card to start from, in place of the folder's own.
+        beside: writers of further files, as in `storage.atomic.write_folder`.
     """
-    card = render_card(metadata, sum(map(Tensor.numel, tensors.values())), repo_id, [*_cards_in(folder), *pages])
+    earlier = _card_in(folder) if card is None else card
+    text = render_card(metadata, sum(map(Tensor.numel, tensors.values())), repo_id, earlier)
     writers = dict(beside or {})
     if metadata.report.picture is not None:
         writers[PICTURE_FILE] = partial(_write_bytes, metadata.report.picture)
-    write_adapter(folder, tensors, metadata.to_dict(), card, writers)
+    write_adapter(folder, tensors, metadata.to_dict(), text, writers)
 
 
 def _write_bytes(data: bytes, path: Path) -> None:
@@ -139,18 +176,18 @@ def _write_bytes(data: bytes, path: Path) -> None:
 
 
 def published(metadata: AdapterMetadata) -> AdapterMetadata:
-    """Return what the Hub is told: models that were loaded from local folders go without their names."""
+    """Return metadata as it is published: without the names of models that were loaded from local folders."""
     local = {name: value for name, value in metadata.provenance.items() if value and not is_hub_name(value)}
     if local:
         logger.warning("These were loaded from local folders and are published without a name: %s", local)
     return replace(metadata, provenance={**metadata.provenance, **dict.fromkeys(local)})
 
 
-def push_saved(folder: str | os.PathLike, repo_id: str, options: PushOptions) -> str:
+def push_saved(folder: str | os.PathLike[str], repo_id: str, options: PushOptions) -> str:
     """Commit a saved adapter to the Hub without loading any model; return the commit's address.
 
     Args:
-        folder: a local adapter folder; edits in its card are published.
+        folder: a local adapter folder. Its card is published where it was edited; the Hub keeps earlier versions.
         repo_id: made where it does not exist.
         options: where to, and how.
 
@@ -160,24 +197,26 @@ def push_saved(folder: str | os.PathLike, repo_id: str, options: PushOptions) ->
     if not Path(folder).is_dir():
         raise GroundingFileError(f"{str(folder)!r} is no local folder. Only a saved adapter can be pushed.")
     saved = AdapterFiles.open(folder)
-    wanted = {name: torch.empty(shape, device="meta") for name, shape in saved.shapes.items()}
-    tensors, metadata = read_tensors(saved.folder / WEIGHTS_FILE, wanted), published(saved.metadata)
-    _ = saved.anchors  # Damaged ones are said here, and not to those who load what was pushed.
-    pages, found = _cards_in(folder), {name: resolve(folder, name) for name in BESIDE}
-    beside = {name: partial(_write_bytes, path.read_bytes()) for name, path in found.items() if path.is_file()}
-    return push_folder(lambda to: save_adapter(to, tensors, metadata, repo_id, pages, beside), repo_id, options, FILES)
+    tensors, metadata = saved.read_tensors(), published(saved.metadata)
+    _ = saved.anchors  # Damaged ones raise here, and not for those who load what was pushed.
+    paths = {name: resolve(folder, name) for name in BESIDE}
+    beside = {name: partial(_write_bytes, path.read_bytes()) for name, path in paths.items() if path.is_file()}
+    # An edited card is published; else the Hub's own is kept up, with the edits that were made there.
+    card = _card_in(folder)
+    card = card if card is not None and is_edited(card) else None
+    return push_folder(lambda to: save_adapter(to, tensors, metadata, repo_id, card, beside), repo_id, options, FILES)
 
 
-def _cards_in(folder: str | os.PathLike) -> list[str]:
-    page = resolve(folder, CARD_FILE)
-    return [page.read_text(encoding="utf-8", errors="replace")] if page.is_file() else []
+def _card_in(folder: str | os.PathLike[str]) -> str | None:
+    path = resolve(folder, CARD_FILE)
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def _refuse_paths(names: Mapping[str, str | None], adapter: Any) -> None:
-    """Raise where an adapter from elsewhere would have local files loaded as its models."""
+    """Raise where an adapter from the Hub would have local files loaded as its models."""
     wrong = {name: value for name, value in names.items() if value and not is_hub_name(value)}
     if wrong:
         raise GroundingFileError(
-            f"The adapter {str(adapter)!r} from the Hub names local paths, or what is none of the Hub's names: "
+            f"The adapter {str(adapter)!r} from the Hub names local paths, or names that the Hub cannot have: "
             f"{wrong}. Do not trust it; or download it, and load its folder with the models passed."
         )

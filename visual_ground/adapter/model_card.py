@@ -6,41 +6,45 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from visual_ground.adapter.metadata import AdapterMetadata, Evaluation, Report
+from visual_ground.adapter.metadata import AdapterMetadata
+from visual_ground.adapter.report import Evaluation, Report
 from visual_ground.storage.hub import is_hub_name
 from visual_ground.storage.readme import render_page
 
 PICTURE_FILE = "samples.jpg"
 TAGS = ["visual_ground", "fromage", "image-retrieval", "multimodal", "adapter"]
 PIPELINE = "image-text-to-text"
-WAYS = {"text_to_image": "text to image", "image_to_text": "image to text"}
+DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 
 
-def render_card(metadata: AdapterMetadata, count: int, repo_id: str | None = None, pages: Sequence[str] = ()) -> str:
+def render_card(
+    metadata: AdapterMetadata, num_parameters: int, repo_id: str | None = None, earlier: str | None = None
+) -> str:
     """Return the text of an adapter's README.md.
 
     Args:
-        metadata: what its `adapter_config.json` says.
-        count: numbers in its file.
-        repo_id: where it is published, where it is.
-        pages: earlier versions, whose edits by people are kept; see `card_edits`.
+        metadata: the content of its `adapter_config.json`.
+        num_parameters: numbers in its tensors.
+        repo_id: where it is published, if it is.
+        earlier: the README.md as it stands, whose edits by people are kept; see `storage.readme`.
     """
     sections = {
-        "": _opening(metadata, count, repo_id),
         "Use": _use(metadata, repo_id),
         "Results": _results(metadata.report.evaluations),
         "Samples": _samples(metadata.report),
         "Training": _training(metadata),
         "Limits": _limits(metadata),
     }
-    return render_page(_metadata(metadata, repo_id), {name: text for name, text in sections.items() if text}, pages)
+    parts = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    body = "\n\n".join([_opening(metadata, num_parameters, repo_id), *parts])
+    return render_page(_hub_metadata(metadata, repo_id), body, earlier)
 
 
 def _title(repo_id: str | None) -> str:
     return repo_id.split("/")[-1] if repo_id else "visual_ground adapter"
 
 
-def _metadata(metadata: AdapterMetadata, repo_id: str | None) -> dict[str, Any]:
+def _hub_metadata(metadata: AdapterMetadata, repo_id: str | None) -> dict[str, Any]:
     from huggingface_hub import EvalResult, ModelCardData
 
     base = metadata.provenance.get("base_model_name_or_path")
@@ -71,7 +75,8 @@ def _metadata(metadata: AdapterMetadata, repo_id: str | None) -> dict[str, Any]:
         base_model=base if is_named else None,
         base_model_relation="adapter" if is_named else None,
     )
-    return dict(data.to_dict())
+    as_dict: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
+    return as_dict
 
 
 def _metric_type(metric: str) -> str:
@@ -81,12 +86,12 @@ def _metric_type(metric: str) -> str:
 def _metric_name(metric: str) -> str:
     ranked = re.fullmatch(r"(\w+)_r(\d+)", metric)
     if ranked:
-        return f"Recall at {ranked[2]}, {WAYS.get(ranked[1], ranked[1])} (percent)"
+        return f"Recall at {ranked[2]}, {DIRECTIONS.get(ranked[1], ranked[1])} (percent)"
     words = metric.replace("_", " ")
     return words[:1].upper() + words[1:] + (" (percent)" if metric.endswith("accuracy") else "")
 
 
-def _opening(metadata: AdapterMetadata, count: int, repo_id: str | None) -> str:
+def _opening(metadata: AdapterMetadata, num_parameters: int, repo_id: str | None) -> str:
     provenance, config = metadata.provenance, metadata.config
     lm = _code(provenance.get("base_model_name_or_path"), "a language model without a name", provenance.get("revision"))
     vision = _code(
@@ -97,8 +102,8 @@ def _opening(metadata: AdapterMetadata, count: int, repo_id: str | None) -> str:
         f"# {_title(repo_id)}\n\n"
         f"This adapter lets {lm}, which stays frozen, read images through {vision}, which stays frozen too, and answer "
         f"with text and with images that it finds in an index. An image is {tokens} of the language model's input; "
-        f"text and images meet in a space of {config.retrieval_dim} dimensions. The adapter is {count:,} "
-        "numbers, and nothing of either model is among them.\n\n"
+        f"text and images meet in a space of {config.retrieval_dim} dimensions. The adapter has "
+        f"{num_parameters:,} parameters; nothing of either model is among them.\n\n"
         "It was made with visual_ground (the method of [FROMAGe](https://arxiv.org/abs/2301.13823))."
     )
 

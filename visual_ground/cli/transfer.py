@@ -20,28 +20,22 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--output", required=True, help="folder for the new adapter")
     parser.add_argument("--dataset", help="image-caption pairs to fit with, instead of the adapter's anchors")
     parser.add_argument("--vision", help="the encoder, where the adapter names none")
-    parser.add_argument("--steps", type=int, default=0, help="training steps after the closed form; 0")
     add_column_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Move an adapter to another LM; the one that it was trained with is not loaded."""
-    from visual_ground.adapter.anchors import Anchors
-    from visual_ground.errors import GroundingValueError
+    from visual_ground.components import load_encoder
     from visual_ground.training.data.loading import load_rows
-    from visual_ground.transfer.transfer import ImageSide, Refinement, transfer
-    from visual_ground.vision.loading import load_vision
+    from visual_ground.transferring.collect import collect_anchors
+    from visual_ground.transferring.image_side import ImageSide
+    from visual_ground.transferring.transfer import transfer
 
-    source = ImageSide.load(options.adapter)
-    name = options.vision or source.vision
-    if name is None:
-        raise GroundingValueError("This adapter names no vision encoder. Pass --vision.")
-    vision, anchors = load_vision(name), None
+    side, anchors = ImageSide.load(options.adapter), None
     if options.dataset is not None:
+        encoder = load_encoder(options.vision, None, side.config, side.provenance)[0]
         rows = load_rows(options.dataset, options.split)
-        anchors = Anchors.from_rows(rows, vision, columns_of(options, rows))
-    source = replace(source, vision=vision)
-    refinement = Refinement(options.steps) if options.steps else None
-    model = transfer(source, options.lm, anchors=anchors, refinement=refinement)
-    model.save_pretrained(options.output)
+        side, anchors = replace(side, vision=encoder), collect_anchors(rows, encoder, columns_of(options, rows))
+    vision = options.vision and (side.vision or options.vision)
+    transfer(side, options.lm, anchors=anchors, vision_encoder=vision).save_pretrained(options.output)

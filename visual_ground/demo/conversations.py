@@ -1,4 +1,4 @@
-"""Five fixed conversations, and how a grounded model holds them."""
+"""Five fixed conversations with a grounded model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from visual_ground.model import GroundedModel
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the user says.
+    """The user's side of a conversation.
 
     Args:
-        title: what it shows.
+        title: what it demonstrates.
         turns: the user's turns, each a list of texts and of names of pictures, written "<name>".
         options: for `generate`.
-        pictures: which of `Biases` makes it show pictures; None asks for none.
-        chat: False gives the one turn to the model as it is, without a chat template.
+        pictures: the field of `Biases` with which pictures are shown; None: no pictures are asked for.
+        chat: False passes the only turn to the model as it is, without a chat template.
     """
 
     title: str
@@ -37,17 +37,17 @@ class Conversation:
 class Exchange:
     """One turn: what the user said and showed, and the answer."""
 
-    said: tuple[Any, ...]
+    message: tuple[Any, ...]
     answer: InterleavedOutput
 
 
 @dataclass(frozen=True)
 class Biases:
-    """What is added to `[RET]`'s logit, found on texts that no conversation has.
+    """What is added to `[RET]`'s logit, chosen on texts that are in none of the conversations.
 
     Args:
-        request: makes nine of ten requests for a picture be answered by one at once.
-        story: makes a picture come about as often as every sixteenth token of a story.
+        request: with it, nine of ten requests for a picture are answered by a picture at once.
+        story: with it, about every sixteenth token of a story is a picture.
     """
 
     request: float
@@ -62,18 +62,18 @@ class Biases:
             model: the grounded model.
             requests: requests for pictures, of the validation split.
         """
-        asked = model(**model.prepare([[{"role": "user", "content": text}] for text in requests])).logits[:, -1]
+        after_request = model(**model.prepare([[{"role": "user", "content": text}] for text in requests])).logits[:, -1]
         messages = [{"role": "user", "content": OTHER_STORY}]
-        told = model.generate(messages, None, max_new_tokens=64, max_images=0, do_sample=False)[0].text
-        before, words = model.processor.encode(messages).ids, model.processor.encode_text(told)
-        said = model(torch.tensor([[*before, *words]])).logits[0, len(before) - 1 :]
-        return cls(_quantile(model, asked, 0.9), _quantile(model, said, 1 / 16))
+        story = model.generate(messages, None, max_new_tokens=64, max_images=0, do_sample=False)[0].text
+        prompt_ids, story_ids = model.processor.encode(messages).ids, model.processor.encode_text(story)
+        in_story = model(torch.tensor([[*prompt_ids, *story_ids]])).logits[0, len(prompt_ids) - 1 :]
+        return cls(_quantile(model, after_request, 0.9), _quantile(model, in_story, 1 / 16))
 
 
-def _quantile(model: GroundedModel, logits: Tensor, part: float) -> float:
-    """Return the bias with which `[RET]` would be the likeliest token in this part of the rows (n, v + 1)."""
-    lacking = logits.max(-1).values - logits[:, model.ret_token_id]
-    return round(max(0.0, float(torch.quantile(lacking.float(), part))), 2)
+def _quantile(model: GroundedModel, logits: Tensor, fraction: float) -> float:
+    """Return the bias with which `[RET]` would be the likeliest token at this fraction of the positions (n, v + 1)."""
+    gap = logits.max(-1).values - logits[:, model.ret_token_id]
+    return round(max(0.0, float(torch.quantile(gap.float(), fraction))), 2)
 
 
 OTHER_STORY = "Tell me a short story about a cat, a house and a cake."
@@ -106,27 +106,29 @@ CONVERSATIONS = (
 def converse(
     model: GroundedModel, index: ImageIndex, conversation: Conversation, pictures: Mapping[str, Any], biases: Biases
 ) -> list[Exchange]:
-    """Hold a conversation; the answers, with the pictures that they showed, are context for the next turn.
+    """Hold a conversation; every answer, with the pictures in it, is context for the next turn.
 
     Args:
         model: the grounded model, whose tokenizer has a chat template.
-        index: what it can show.
-        conversation: what the user says.
-        pictures: name -> path, of the pictures that the user can show.
-        biases: how readily it shows pictures.
+        index: the pictures that it can show.
+        conversation: the user's side.
+        pictures: paths by name, of the pictures that the user can show.
+        biases: how readily the model shows pictures.
     """
     bias = 0.0 if conversation.pictures is None else getattr(biases, conversation.pictures)
     messages: list[dict[str, Any]] = []
     exchanges = []
     for turn in conversation.turns:
-        said = tuple(RetrievedImage(p[1:-1], None, pictures[p[1:-1]]) if p.startswith("<") else p for p in turn)
-        messages.append({"role": "user", "content": _content(said)})
+        message = tuple(RetrievedImage(p[1:-1], None, pictures[p[1:-1]]) if p.startswith("<") else p for p in turn)
+        messages.append({"role": "user", "content": _content(message)})
         # Outside a chat, the prompt opens as captions do in training: with the sink token.
         opening = model.tokenizer.decode(model.processor.sink)
-        prompt = messages if conversation.chat else [[opening, *(p if isinstance(p, str) else p.image for p in said)]]
+        prompt = (
+            messages if conversation.chat else [[opening, *(p if isinstance(p, str) else p.image for p in message)]]
+        )
         answer = model.generate(prompt, index, do_sample=False, ret_bias=bias, **conversation.options)[0]
         messages.append({"role": "assistant", "content": _content(answer.parts)})
-        exchanges.append(Exchange(said, answer))
+        exchanges.append(Exchange(message, answer))
     return exchanges
 
 

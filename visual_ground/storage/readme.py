@@ -1,8 +1,11 @@
-"""Pages that are rendered again without losing what people wrote into them.
+"""README.md files that are generated again without losing what people wrote into them.
 
-A page has metadata (YAML between two `---`) and sections, one for each `## ` heading. Its last line says, in a comment,
-what each part looked like when it was rendered, as a short hash. A part that no longer has its hash was edited, and
-stays as it is; so do parts that people added, and those that they removed stay away.
+The generated text stands between two HTML comments, the first of which holds hashes of it and of each metadata value:
+
+- What stands before and after the two comments is never touched.
+- The text between them is generated anew as long as it has its hash. Once edited, it stays as it is.
+- A metadata key (YAML between two `---`) whose value was edited, added or removed by hand stays so.
+- A page without the comments is somebody's own and stays as it is, unless it has nothing but metadata.
 """
 
 from __future__ import annotations
@@ -11,131 +14,85 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-MARK = re.compile(r"\n*<!-- visual_ground rendered: (\{.*?\}) -->")
-FRONT = re.compile(r"^---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
+END = "<!-- visual_ground end -->"
+BLOCK = re.compile(rf"<!-- visual_ground generated (\{{.*?\}}) -->\n(.*?)\n{END}", re.DOTALL)
+METADATA = re.compile(r"---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Page:
-    """A page in parts.
+class _Page:
+    """A page in parts: metadata as text and as values, the generated body with its hashes, and what is around it."""
 
-    Args:
-        metadata: by key.
-        sections: text by heading, in order; the text before the first `## ` heading is under "".
-        rendered: the hash of each part when it was rendered: "meta:KEY" or "section:HEADING".
-        front: the metadata as it was written.
-    """
-
+    yaml: str
     metadata: Mapping[str, Any]
-    sections: Mapping[str, str]
-    rendered: Mapping[str, str]
-    front: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Page:
-        """Cut a page into its parts.
-
-        Raises:
-            ValueError: metadata that is no YAML mapping.
-        """
-        import yaml
-
-        text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-        mark = MARK.search(text)
-        rendered = _hashes(mark[1]) if mark else {}
-        text = MARK.sub("", text)
-        front = FRONT.match(text)
-        try:
-            metadata = yaml.safe_load(front[1]) if front else {}
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
-        if not isinstance(metadata or {}, dict):
-            raise ValueError("the metadata between the two --- is no mapping")
-        body = text[front.end() :] if front else text
-        return cls(metadata or {}, _sections(body), rendered, front[1] if front else "")
-
-    def edits(self) -> tuple[dict[str, Any], dict[str, str], set[str]]:
-        """Return what people wrote into metadata and sections, and the names of the parts that they removed."""
-        metadata = {k: v for k, v in self.metadata.items() if self.rendered.get(f"meta:{k}") != _hash(v)}
-        sections = {h: t for h, t in self.sections.items() if self.rendered.get(f"section:{h}") != _hash(t)}
-        present = {*(f"meta:{key}" for key in self.metadata), *(f"section:{heading}" for heading in self.sections)}
-        return metadata, sections, set(self.rendered) - present
+    hashes: Mapping[str, Any] | None
+    body: str
+    before: str
+    after: str
 
 
-def render_page(metadata: Mapping[str, Any], sections: Mapping[str, str], pages: Sequence[str] = ()) -> str:
-    """Return the text of a page, with what people wrote into earlier versions of it.
+def render_page(metadata: Mapping[str, Any], body: str, earlier: str | None = None) -> str:
+    """Return the text of a page, with what people wrote into an earlier version of it.
 
     Args:
-        metadata: as rendered now.
-        sections: as rendered now, text by heading.
-        pages: earlier versions; where two of them edited the same part, the later one counts.
-
-    Returns:
-        The page. One whose metadata cannot be read is returned as it is, since nobody else could repair it.
+        metadata: as generated now.
+        body: Markdown, as generated now.
+        earlier: the page as it stands, if there is one.
     """
-    sections = {heading: text.strip() for heading, text in sections.items()}
-    rendered = {f"meta:{key}": _hash(value) for key, value in metadata.items()}
-    rendered |= {f"section:{heading}": _hash(text) for heading, text in sections.items()}
-    metadata, sections, front = dict(metadata), dict(sections), ""
-    for text in pages:
-        try:
-            page = Page.parse(text)
-        except ValueError as error:
-            logger.warning("The card's metadata cannot be read, so the card stays as it is: %s", error)
-            return text
-        own_metadata, own_sections, removed = page.edits()
-        metadata |= own_metadata
-        sections = _put(sections, own_sections, list(page.sections))
-        for part in removed & set(rendered):
-            kind, _, name = part.partition(":")
-            (metadata if kind == "meta" else sections).pop(name, None)
-        front = page.front if page.metadata == metadata else front
-    body = "\n\n".join(f"## {heading}\n\n{text}" if heading else text for heading, text in sections.items())
-    mark = json.dumps(rendered, ensure_ascii=False).replace("--", "-\\u002d")
-    return f"---\n{front or _yaml(metadata)}\n---\n\n{body}\n\n<!-- visual_ground rendered: {mark} -->\n"
+    body = f"\n{body.strip()}\n"
+    page = _Page("", {}, None, "", "\n", "\n") if earlier is None else _parse(earlier)
+    if page is None or (page.hashes is None and page.before.strip()):
+        return earlier or ""
+    generated = page.hashes["metadata"] if page.hashes else {}
+    kept = {key: value for key, value in page.metadata.items() if generated.get(key) != _hash(value)}
+    new = {key: value for key, value in metadata.items() if key in page.metadata or key not in generated}
+    values = {**new, **kept}
+    # Comments inside the YAML survive only where nothing in it changes.
+    front = page.yaml if page.metadata == values else _to_yaml(values)
+    hashes = _hashes(metadata, body)
+    if page.hashes and page.hashes.get("body") != _hash(page.body):
+        # Edited: the text stays, and so does the hash that it no longer has.
+        body, hashes["body"] = page.body, page.hashes.get("body")
+    block = f"<!-- visual_ground generated {json.dumps(hashes)} -->\n{body}\n{END}"
+    return f"---\n{front.strip()}\n---\n{page.before}{block}{page.after}"
 
 
-def _put(sections: Mapping[str, str], own: Mapping[str, str], order: Sequence[str]) -> dict[str, str]:
-    """Return the sections with people's own in the place of the rendered ones, or after those that they followed."""
-    placed = {heading: own.get(heading, text) for heading, text in sections.items()}
-    for heading, text in own.items():
-        if heading in placed:
-            continue
-        before = [known for known in order[: order.index(heading)] if known in placed]
-        items = list(placed.items())
-        at = list(placed).index(before[-1]) + 1 if before else 0
-        placed = dict([*items[:at], (heading, text), *items[at:]])
-    return placed
+def is_edited(text: str) -> bool:
+    """Return whether people wrote something into a page."""
+    page = _parse(text)
+    return page is None or page.hashes != _hashes(page.metadata, page.body) or bool((page.before + page.after).strip())
 
 
-def _sections(body: str) -> dict[str, str]:
-    """Cut a body at its `## ` headings, but not inside fenced code; a repeated heading stays inside the one before."""
-    sections: dict[str, list[str]] = {"": []}
-    heading, fence = "", ""
-    for line in body.strip().split("\n"):
-        if found := re.match(r"(`{3,}|~{3,})", line):
-            fence = found[1] if not fence else "" if line.rstrip() == fence else fence
-        if not fence and line.startswith("## ") and line[3:].strip() not in sections:
-            heading = line[3:].strip()
-            sections[heading] = []
-        else:
-            sections[heading].append(line)
-    texts = {heading: "\n".join(lines).strip() for heading, lines in sections.items()}
-    return {heading: text for heading, text in texts.items() if heading or text}
+def _parse(text: str) -> _Page | None:
+    """Cut a page into its parts; return None where its metadata or hashes cannot be read."""
+    import yaml
 
-
-def _hashes(text: str) -> dict[str, str]:
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    front = METADATA.match(text)
+    rest = text[front.end() :] if front else text
+    block = BLOCK.search(rest)
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return {str(key): str(value) for key, value in found.items()}
+        metadata = (yaml.safe_load(front[1]) if front else None) or {}
+        hashes: Any = json.loads(block[1]) if block else None
+        if not isinstance(metadata, dict) or (block and not isinstance(hashes["metadata"], dict)):
+            raise ValueError("not a mapping")
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
+        logger.warning("The metadata of README.md cannot be read, so the page stays as it is: %s", error)
+        return None
+    parts = (
+        (block[2], rest[: block.start()], rest[block.end() :]) if block else ("", rest if rest.strip() else "\n", "\n")
+    )
+    return _Page(front[1] if front else "", metadata, hashes, *parts)
+
+
+def _hashes(metadata: Mapping[str, Any], body: str) -> dict[str, Any]:
+    return {"body": _hash(body), "metadata": {key: _hash(value) for key, value in metadata.items()}}
 
 
 def _hash(value: Any) -> str:
@@ -143,7 +100,7 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
 
-def _yaml(metadata: Mapping[str, Any]) -> str:
+def _to_yaml(metadata: Mapping[str, Any]) -> str:
     from huggingface_hub.repocard_data import CardData
 
-    return CardData(**metadata).to_yaml(line_break="\n").strip()
+    return str(CardData(**metadata).to_yaml(line_break="\n"))

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from visual_ground.adapter.adapter import Adapter
+from visual_ground.adapter.initialization import standardize_features
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.model import GroundedModel
@@ -193,7 +194,7 @@ def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) 
         features = image_features(model, first_examples(examples, MAX_UNCACHED_STATISTICS))
     else:
         features = sample(MAX_CACHED_STATISTICS)
-    adapter.standardise_with(features.to(adapter.feature_mean.device))
+    standardize_features(adapter, features.to(adapter.feature_mean.device))
     return True
 
 
@@ -239,7 +240,7 @@ def set_projector_learning_rate(optimizer: Optimizer, adapter: Adapter, rate: fl
     """Give the layer from image features to image tokens its own learning rate; None leaves all as it is."""
     if rate is None:
         return
-    groups = adapter.row_groups(rate)
+    groups = adapter.projector_groups(rate)
     moved = {id(parameter) for group in groups for parameter in group["params"]}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]

@@ -35,11 +35,11 @@ def test_captions_that_end_with_ret_become_likelier_and_only_its_row_moves(famil
 
 
 def test_a_transferred_adapter_says_ret_after_its_anchors():
-    from tests.transfer.test_transfer import CAPTIONS as anchored
-    from tests.transfer.test_transfer import source
-    from visual_ground.transfer.transfer import ImageSide, transfer
+    from tests.transferring.test_transfer import CAPTIONS as anchored
+    from tests.transferring.test_transfer import source
+    from visual_ground import transfer
 
-    new = transfer(ImageSide.of(source()), build("qwen2_tied"), tokenizer())
+    new = transfer(source(), build("qwen2_tied"), tokenizer())
     said = new.log_likelihood([f" {text}" for text in anchored], [new.config.ret_token] * len(anchored))
     other = new.log_likelihood([f" {text.split()[0]}" for text in anchored], [new.config.ret_token] * len(anchored))
     assert said.mean() > other.mean()

@@ -1,7 +1,7 @@
 """Answers decoded as the published code decodes them, for comparing with the paper.
 
-`GroundedModel.generate` differs on purpose: `[RET]`'s logit is raised by adding, not by multiplying, which lowers it
-where it is negative; it stops at the end of a sentence where the LM does, and loses no text.
+`GroundedModel.generate` differs on purpose: it raises `[RET]`'s logit by adding, where multiplying lowers a negative
+one; it stops where the LM ends its answer; and it drops no text.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class PublishedDecoding:
     """The published settings of an answer, under their published names.
 
     Args:
-        num_words: tokens generated, always as many; 0 says the prompt again, with the images of its own `[RET]`s.
+        num_words: tokens to generate, always exactly so many; 0 returns the prompt with the images of its `[RET]`s.
         min_word_tokens: tokens before the first `[RET]`.
-        ret_scale_factor: what `[RET]`'s logit is multiplied by.
-        max_num_rets: `[RET]`s that are looked up; what comes after the last of them is dropped.
+        ret_scale_factor: factor of `[RET]`'s logit.
+        max_num_rets: `[RET]`s that are looked up; text after the last of them is dropped.
         max_img_per_ret: images for each.
     """
 
@@ -41,7 +41,9 @@ class PublishedDecoding:
 
     def __post_init__(self) -> None:
         if min(self.num_words, self.min_word_tokens) < 0 or min(self.max_num_rets, self.max_img_per_ret) < 1:
-            raise GroundingValueError("Numbers of tokens must not be negative; numbers of images must be at least 1.")
+            raise GroundingValueError(
+                f"Numbers of tokens must be at least 0 and numbers of images at least 1, got {self}."
+            )
 
 
 class ScaleRet(LogitsProcessor):
@@ -80,44 +82,46 @@ def answer_as_published(
     Raises:
         GroundingValueError: `num_words=0` and a prompt without `[RET]`.
 
-    Example:
-        >>> answer_as_published(model, "A picture of", index).parts  # doctest: +SKIP
-        (' a dog', RetrievedImage(id=7, ...))
     """
     decoding = decoding or PublishedDecoding()
     batch = model.prepare([prompt])
-    rows = model.active.image_tokens(batch.get("pixel_values"))
-    ids = _say(model, batch, rows, decoding) if decoding.num_words else batch["input_ids"]
+    image_tokens = model.active.image_tokens(batch.get("pixel_values"))
+    ids = _generate(model, batch, image_tokens, decoding) if decoding.num_words else batch["input_ids"]
     start = batch["input_ids"].shape[1] if decoding.num_words else 0
-    found = [i for i in range(start, ids.shape[1]) if ids[0, i] == model.ret_token_id]
-    said = found[: decoding.max_num_rets]
-    if not said and not decoding.num_words:
+    ret_positions = [i for i in range(start, ids.shape[1]) if ids[0, i] == model.ret_token_id][: decoding.max_num_rets]
+    if not ret_positions and not decoding.num_words:
         raise GroundingValueError(f"With num_words=0 there must be a {model.config.ret_token!r} in the prompt.")
-    if not said:
+    if not ret_positions:
         return InterleavedOutput((_cut(_text(model, ids[0, start:].tolist())),))
-    positions, layers = torch.tensor(said, device=ids.device), model.config.text_layers
-    states = model.frozen_lm.hidden_states(ids, torch.ones_like(ids), positions, layers, rows)
-    vectors = model.active.embed_states(states)
-    shown = retrieve(vectors.cpu(), index, RetrievalSettings(images_per_ret=decoding.max_img_per_ret))
+    vectors = _ret_vectors(model, ids, ret_positions, image_tokens)
+    retrieved = retrieve(vectors, index, RetrievalSettings(images_per_ret=decoding.max_img_per_ret))
     parts: list[Any] = []
-    for position, images in zip(said, shown, strict=True):
-        text = _cut(_text(model, ids[0, start:position].tolist()))
-        parts += [*([text] if text else []), *images]
+    for position, images in zip(ret_positions, retrieved, strict=True):
+        parts += [part for part in (_cut(_text(model, ids[0, start:position].tolist())), *images) if part]
         start = position + 1
     return InterleavedOutput(tuple(parts))
 
 
-def _say(model: GroundedModel, batch: Any, rows: Tensor | None, decoding: PublishedDecoding) -> Tensor:
+def _ret_vectors(
+    model: GroundedModel, ids: Tensor, ret_positions: Sequence[int], image_tokens: Tensor | None
+) -> Tensor:
+    """Return the retrieval vectors (r, q) at these positions of ids (1, s)."""
+    positions, mask = torch.tensor(ret_positions, device=ids.device), torch.ones_like(ids)
+    states = model.frozen_lm.hidden_states(ids, mask, positions, model.config.text_layers, image_tokens)
+    return model.active.embed_states(states).cpu()
+
+
+def _generate(model: GroundedModel, batch: Any, image_tokens: Tensor | None, decoding: PublishedDecoding) -> Tensor:
     """Return the prompt's ids and `num_words` greedy ones, (1, s)."""
     settings = RetrievalSettings(min_new_tokens_before_ret=decoding.min_word_tokens)
-    steer = RetLogitsProcessor(model.ret_token_id, batch["input_ids"].shape[1], settings)
-    processors = LogitsProcessorList([steer, ScaleRet(model.ret_token_id, decoding.ret_scale_factor)])
+    delay_ret = RetLogitsProcessor(model.ret_token_id, batch["input_ids"].shape[1], settings)
+    scale_ret = ScaleRet(model.ret_token_id, decoding.ret_scale_factor)
     return model.frozen_lm.generate(
         batch["input_ids"],
-        rows,
+        image_tokens,
         attention_mask=batch["attention_mask"],
         max_new_tokens=decoding.num_words,
-        logits_processor=processors,
+        logits_processor=LogitsProcessorList([delay_ret, scale_ret]),
         eos_token_id=None,
         pad_token_id=model.processor.pad_token_id,
         do_sample=False,
@@ -125,9 +129,9 @@ def _say(model: GroundedModel, batch: Any, rows: Tensor | None, decoding: Publis
 
 
 def _text(model: GroundedModel, ids: Sequence[int]) -> str:
-    """Decode the ids that are the LM's own."""
-    own = [i for i in ids if i != model.ret_token_id and i < model.frozen_lm.vocabulary.first_image_id]
-    return model.tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Decode the ids, without `[RET]` and images, which the tokenizer does not know."""
+    known = [i for i in ids if i != model.ret_token_id and i < model.frozen_lm.vocabulary.first_image_id]
+    return str(model.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _cut(text: str) -> str:

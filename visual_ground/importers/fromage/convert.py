@@ -1,9 +1,9 @@
-"""The official FROMAGe checkpoints become adapter folders and image indexes of ours.
+"""Official FROMAGe checkpoints become adapter folders, and their image embeddings image indexes.
 
-A folder of theirs holds `model_args.json`, `pretrained_ckpt.pth.tar` and, for retrieval, `cc3m_embeddings*.pkl`. The
-checkpoint comes in two layouts: as their pruning script writes it, with the whole input embedding and `[RET]`'s row
-(1, d); and as released, with `[RET]`'s row (d,) alone. Both are read by torch's weights-only unpickler, and the image
-embeddings by one that knows nothing but arrays of floats.
+An official folder holds `model_args.json`, `pretrained_ckpt.pth.tar` and, for retrieval, `cc3m_embeddings*.pkl`. The
+checkpoint comes in two layouts: as the official pruning script writes it, with the whole input embedding and the
+embedding of `[RET]` (1, d); and as released, with the embedding of `[RET]` (d,) alone. Both are read by torch's
+weights-only unpickler, and the image embeddings by one that knows nothing but arrays of floats.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from visual_ground.index.image_index import ImageIndex
 ARGS_FILE = "model_args.json"
 CHECKPOINT_FILE = "pretrained_ckpt.pth.tar"
 EMBEDDINGS_FILES = "cc3m_embeddings*.pkl"
-# What was trained with one of these computes something else than an adapter does.
+# A model trained with one of these computes something that an adapter cannot.
 UNSUPPORTED = {"use_image_embed_norm": True, "use_text_embed_layernorm": True, "freeze_lm": False, "freeze_vm": False}
 RET_KEY = "ret_input_embeddings.weight"
-TABLE_KEY = "model.input_embeddings.weight"
+EMBEDDING_KEY = "model.input_embeddings.weight"
 
 
 @dataclass(frozen=True)
 class OfficialModel:
-    """What an official checkpoint holds, in our terms.
+    """The content of an official checkpoint, in the terms of this package.
 
     Args:
         config: the published settings with the checkpoint's shapes.
@@ -51,13 +51,13 @@ class OfficialModel:
     lm: str
     vision: str
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write an adapter folder, as `GroundedModel.save_pretrained` does."""
-        names = {"base_model_name_or_path": self.lm, "vision_encoder": self.vision}
-        save_adapter(folder, self.tensors, AdapterMetadata(self.config, names))
+        provenance = {"base_model_name_or_path": self.lm, "vision_encoder": self.vision}
+        save_adapter(folder, self.tensors, AdapterMetadata(self.config, provenance))
 
 
-def read_official(folder: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> OfficialModel:
+def read_official(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> OfficialModel:
     """Read an official checkpoint of either layout.
 
     Args:
@@ -74,20 +74,19 @@ def read_official(folder: str | os.PathLike, checkpoint: str | os.PathLike | Non
     """
     folder = Path(folder)
     args = _read_args(folder / ARGS_FILE)
-    layers = tuple(args["text_emb_layers"])
     config = GroundingConfig.preset(
         "fromage",
         num_visual_tokens=args["n_visual_tokens"],
         retrieval_dim=args["shared_emb_dim"],
-        text_layers=layers,
+        text_layers=tuple(args["text_emb_layers"]),
     )
     stored = _read_tensors(folder / CHECKPOINT_FILE if checkpoint is None else Path(checkpoint))
-    # Their encoder is the tower inside CLIP, before its projection.
+    # The official encoder is the tower inside CLIP, before its projection.
     vision = f"{args['visual_encoder']}#vision_model"
     return OfficialModel(config, _translate(stored, config), args["opt_version"], vision)
 
 
-def read_official_index(folder: str | os.PathLike) -> ImageIndex | None:
+def read_official_index(folder: str | os.PathLike[str]) -> ImageIndex | None:
     """Read the pickled image embeddings of an official folder, or return None where it has none.
 
     Returns:
@@ -98,34 +97,36 @@ def read_official_index(folder: str | os.PathLike) -> ImageIndex | None:
         GroundingFileError: a file that is damaged, or holds anything but paths and embeddings.
     """
     vectors: list[Tensor] = []
-    places: list[str] = []
+    images: list[str] = []
     for path in sorted(Path(folder).glob(EMBEDDINGS_FILES)):
-        names, rows = read_lists(path, ("paths", "embeddings"))
-        texts = [name for name in names if isinstance(name, str)]
-        vectors += [row for row in rows if isinstance(row, Tensor) and row.dim() == 1]
-        places += texts
-        if not len(texts) == len(names) == len(rows) or len(vectors) != len(places):
+        paths, embeddings = read_lists(path, ("paths", "embeddings"))
+        names = [name for name in paths if isinstance(name, str)]
+        flat = [vector for vector in embeddings if isinstance(vector, Tensor) and vector.dim() == 1]
+        if not len(paths) == len(names) == len(embeddings) == len(flat):
             raise GroundingFileError(f"{path} does not hold one path for each embedding. Fetch it again.")
+        images, vectors = [*images, *names], [*vectors, *flat]
         if len({len(vector) for vector in vectors}) > 1:
             raise GroundingFileError(f"{path} holds embeddings of several widths. Fetch it again.")
     if not vectors:
         return None
-    return ImageIndex(torch.nn.functional.normalize(torch.stack(vectors), dim=-1), images=places)
+    return ImageIndex(torch.nn.functional.normalize(torch.stack(vectors), dim=-1), images=images)
 
 
 def _read_args(path: Path) -> dict[str, Any]:
     try:
-        args = json.loads(path.read_text(encoding="utf-8"))
+        args: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise GroundingFileError(f"{path} cannot be read: {error}. Give a folder of the official model.") from error
-    kinds: dict[str, type] = {"opt_version": str, "visual_encoder": str, "n_visual_tokens": int, "shared_emb_dim": int}
-    kinds["text_emb_layers"] = list
+    kinds = {"opt_version": str, "visual_encoder": str, "n_visual_tokens": int, "shared_emb_dim": int}
+    kinds |= {"text_emb_layers": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(args, dict) or type(args.get(name)) is not kind]
     if wrong or not all(type(layer) is int for layer in args["text_emb_layers"]):
         raise GroundingFileError(f"{path} has no usable {wrong or ['text_emb_layers']}. Fetch it again.")
     for name, value in UNSUPPORTED.items():
         if args.get(name, not value) == value:
-            raise GroundingValueError(f"{path} says {name}={value}, and an adapter has no such thing.")
+            raise GroundingValueError(
+                f"{path} has {name}={value}, which an adapter cannot be. Only models with {name}={not value} are read."
+            )
     return args
 
 
@@ -142,8 +143,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value.float() for name, value in stored.items()}
 
 
-def _names(config: GroundingConfig) -> dict[str, str]:
-    """Map our parameter names to theirs."""
+def _official_names(config: GroundingConfig) -> dict[str, str]:
+    """Map the adapter's parameter names to the checkpoint's."""
     pairs = {"image_projection": "model.visual_embeddings", "image_retrieval_projection": "model.visual_fc"}
     pairs |= {f"text_retrieval_projection.{i}": f"model.text_hidden_fcs.{i}.0" for i in range(len(config.text_layers))}
     names = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in pairs.items() for part in ("weight", "bias")}
@@ -151,19 +152,19 @@ def _names(config: GroundingConfig) -> dict[str, str]:
 
 
 def _translate(stored: Mapping[str, Tensor], config: GroundingConfig) -> dict[str, Tensor]:
-    """Return the adapter's state dict; their frozen parts, where a checkpoint has them, are left out."""
-    names = _names(config)
-    ours = [*names.values(), RET_KEY]
+    """Return the adapter's state dict; the frozen models, where a checkpoint has them, are left out."""
+    names = _official_names(config)
+    needed = [*names.values(), RET_KEY]
     frozen = re.compile(r"model\.(lm|visual_model|input_embeddings)\.")
-    wrong = [f"missing: {name}" for name in ours if name not in stored]
-    wrong += [f"unexpected: {name}" for name in stored if name not in ours and not frozen.match(name)]
+    wrong = [f"missing: {name}" for name in needed if name not in stored]
+    wrong += [f"unexpected: {name}" for name in stored if name not in needed and not frozen.match(name)]
     if wrong:
         raise GroundingValueError("This is not an official checkpoint with these settings:\n  " + "\n  ".join(wrong))
     ret = stored[RET_KEY].flatten()
-    tensors = {here: stored[there].clone() for here, there in names.items()}
+    tensors = {name: stored[official].clone() for name, official in names.items()}
     _check_shapes(tensors, len(ret), config)
     features = tensors["image_retrieval_projection.weight"].shape[1]
-    tensors |= {"ret_input": ret.clone(), "ret_norms": _mean_norm(stored.get(TABLE_KEY), ret).repeat(2)}
+    tensors |= {"ret_input": ret.clone(), "ret_norms": _mean_norm(stored.get(EMBEDDING_KEY), ret).repeat(2)}
     for name, width in (("embedding", len(ret)), ("feature", features)):
         tensors |= {f"{name}_mean": torch.zeros(width), f"{name}_std": torch.ones(width)}
     return tensors
@@ -171,14 +172,16 @@ def _translate(stored: Mapping[str, Tensor], config: GroundingConfig) -> dict[st
 
 def _check_shapes(tensors: Mapping[str, Tensor], width: int, config: GroundingConfig) -> None:
     features = tensors["image_retrieval_projection.weight"].shape[-1]
-    wanted = {"image_projection": (config.num_visual_tokens * width, features)}
-    wanted["image_retrieval_projection"] = (config.retrieval_dim, features)
+    layers = {
+        "image_projection": (config.num_visual_tokens * width, features),
+        "image_retrieval_projection": (config.retrieval_dim, features),
+    }
     for i in range(len(config.text_layers)):
-        columns = tensors[f"text_retrieval_projection.{i}.weight"].shape[-1]
-        wanted[f"text_retrieval_projection.{i}"] = (config.retrieval_dim, columns)
+        state_width = tensors[f"text_retrieval_projection.{i}.weight"].shape[-1]
+        layers[f"text_retrieval_projection.{i}"] = (config.retrieval_dim, state_width)
     shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()}
-    for name, (rows, columns) in wanted.items():
-        shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    for name, (outputs, inputs) in layers.items():
+        shapes |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
     wrong = [
         f"{name}: the checkpoint has {tuple(tensors[name].shape)}, its settings need {shape}"
         for name, shape in shapes.items()
@@ -188,6 +191,11 @@ def _check_shapes(tensors: Mapping[str, Tensor], width: int, config: GroundingCo
         raise GroundingValueError("This checkpoint does not fit its model_args.json:\n  " + "\n  ".join(wrong))
 
 
-def _mean_norm(table: Tensor | None, ret: Tensor) -> Tensor:
-    """Return the norm that training keeps `[RET]` at: the other rows' mean, which is what its own row was left with."""
-    return ret.norm() if table is None or table.dim() != 2 or len(table) < 2 else table[:-1].norm(dim=-1).mean()
+def _mean_norm(embedding: Tensor | None, ret: Tensor) -> Tensor:
+    """Return the norm at which training keeps `[RET]`: the mean norm of the other tokens.
+
+    A released checkpoint lacks these, but the official training left `[RET]` itself at that norm.
+    """
+    if embedding is None or embedding.dim() != 2 or len(embedding) < 2:
+        return ret.square().sum().sqrt()
+    return embedding[:-1].square().sum(-1).sqrt().mean()

@@ -1,7 +1,7 @@
 """Pickled lists of texts and arrays of floats, read without running anything that a pickle may ask for.
 
 A pickle is a program: it names functions to call. Here every name is refused but those that arrays are pickled with,
-and these stand for things of this module, so that not even numpy's own code sees what the file says.
+and these are mapped to classes and functions of this module, so that not even numpy's own code is run on the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLOATS = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}
 
 
 class _Kind:
-    """Stands for a numpy dtype: its code, and that its bytes are in little-endian order."""
+    """Replaces `numpy.dtype`: takes its code, and checks that its bytes are in little-endian order."""
 
     def __init__(self, code: object, *flags: object) -> None:
         if code not in FLOATS:
@@ -36,7 +36,7 @@ class _Kind:
 
 
 class _Array:
-    """Stands for a numpy array, whose parts come in after it was made."""
+    """Replaces `numpy.ndarray`, whose parts arrive after it was made."""
 
     def __init__(self, *parts: object) -> None:
         self.tensor: Tensor | None = None
@@ -52,20 +52,20 @@ class _Array:
 
 
 def _from_bytes(raw: Any, kind: object, shape: object, order: object) -> _Array:
-    """Stand for numpy's way of making an array at once, in pickles of protocol 5."""
+    """Replace `numpy.core.numeric._frombuffer`, which makes an array at once in pickles of protocol 5."""
     array = _Array()
     array.__setstate__((1, shape, kind, order != "C", bytes(raw) if isinstance(raw, bytearray) else raw))
     return array
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stand for `codecs.encode`, which pickles of protocol 2 keep bytes with."""
+    """Replace `codecs.encode`, with which pickles of protocol 2 hold bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in {encoding!r}")
     return text.encode("latin1")
 
 
-_NAMES = {
+_REPLACEMENTS = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy.core.numeric", "_frombuffer"): _from_bytes,
     ("numpy", "ndarray"): object(),  # named in every array, never called
@@ -75,16 +75,16 @@ _NAMES = {
 
 
 class _Reader(pickle._Unpickler):
-    """The unpickler in Python: the one in C reserves as much memory as a file of a few bytes may ask for."""
+    """The unpickler written in Python: the one in C allocates as much memory as a file of a few bytes asks for."""
 
     def find_class(self, module: str, name: str) -> Any:
-        place = module.replace("numpy._core", "numpy.core")
-        if (place, name) not in _NAMES:
+        key = module.replace("numpy._core", "numpy.core"), name  # numpy 2 renamed its module
+        if key not in _REPLACEMENTS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of an array of floats")
-        return _NAMES[place, name]
+        return _REPLACEMENTS[key]
 
 
-def read_lists(path: str | os.PathLike, names: Sequence[str]) -> list[list[str | Tensor]]:
+def read_lists(path: str | os.PathLike[str], names: Sequence[str]) -> list[list[str | Tensor]]:
     """Read a pickled dict's lists of texts and arrays of floats.
 
     Args:
@@ -98,8 +98,8 @@ def read_lists(path: str | os.PathLike, names: Sequence[str]) -> list[list[str |
         GroundingFileError: missing, damaged, without these lists, or asking for anything else; none of it was run.
     """
     try:
-        found = _Reader(io.BytesIO(Path(path).read_bytes())).load()
-        return [_texts_and_tensors(found[name]) for name in names]
+        values = _Reader(io.BytesIO(Path(path).read_bytes())).load()
+        return [_texts_and_tensors(values[name]) for name in names]
     except Exception as error:  # a damaged pickle raises whatever it runs into
         raise GroundingFileError(f"{path} has no lists {list(names)} of texts and arrays of floats: {error}") from error
 
@@ -110,8 +110,8 @@ def _texts_and_tensors(values: Any) -> list[str | Tensor]:
     if not isinstance(values, list):
         raise pickle.UnpicklingError(f"a {type(values).__name__} instead of a list")
     parts = [value.tensor if isinstance(value, _Array) else value for value in values]
-    good = [part for part in parts if isinstance(part, (str, Tensor))]
-    if len(good) < len(parts):
+    usable = [part for part in parts if isinstance(part, (str, Tensor))]
+    if len(usable) < len(parts):
         wrong = {type(part).__name__ for part in parts} - {"str", "Tensor"}
         raise pickle.UnpicklingError(f"a list with {sorted(wrong)} in it")
-    return good
+    return usable

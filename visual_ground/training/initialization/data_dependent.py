@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from visual_ground.adapter.initialization import initialize_retrieval
 from visual_ground.errors import GroundingStateError
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.lm.layers import find_layers, layer_states
@@ -83,7 +84,7 @@ def start_retrieval(objective: GroundingObjective, batches: Sequence[Mapping[str
     parts = [batch["retrieval"] for batch in batches]
     states = [plain_states(model, part) if prefixes is None else prefixes.states(part) for part in parts]
     layers = [torch.cat(layer) for layer in zip(*states, strict=True)]
-    model.adapter.start_retrieval(layers, features, torch.cat([batch["groups"] for batch in batches]))
+    initialize_retrieval(model.adapter, layers, features, torch.cat([batch["groups"] for batch in batches]))
 
 
 def start_image_tokens(
@@ -107,7 +108,7 @@ def start_image_tokens(
     targets = target_hidden_states(imitation, examples)
     std = targets.std(0, correction=0) + 1e-6
     rate = STEP_SIZE / model.adapter.feature_dim
-    optimizer = torch.optim.AdamW(model.adapter.row_groups(rate), betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.adapter.projector_groups(rate), betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
     order = torch.Generator().manual_seed(seed)
     for _ in range(NUM_STEPS):

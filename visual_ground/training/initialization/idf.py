@@ -65,7 +65,7 @@ def fit_image_tokens_to_words(
     number = {group: i for i, group in enumerate(ids_of)}
     of_group = torch.tensor([number[group] for group in groups])
     targets = (_mean_embeddings(model, ids_of) / adapter.embedding_std.clamp_min(1e-6).cpu())[of_group]
-    inputs = adapter.standardise(features.to(adapter.feature_mean.device)).cpu()
+    inputs = adapter.standardize(features.to(adapter.feature_mean.device)).cpu()
     if patches := model.config.num_patch_tokens:
         # Every patch of an image is fitted to the same words.
         inputs = inputs[:, adapter.pooled_dim :].reshape(-1, adapter.patch_dim)

@@ -1,0 +1,90 @@
+"""The start values of an adapter, from the LM's embedding, the images' features, and pairs of text and image."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visual_ground.adapter.adapter import Adapter
+from visual_ground.lm.weights import EmbeddingStatistics
+from visual_ground.regression import reduced_rank_regression
+
+# How far image tokens start from the mean embedding, as a fraction of the embedding's standard deviation. Tokens that
+# start as far out as words do are noise that has to be unlearnt: benchmarks/start_values.py.
+TOKEN_STD = 0.1
+# Smallest standard deviation of a feature, as a fraction of that of all features: a feature that hardly varies among
+# the training images must not be blown up where it does.
+FEATURE_STD_FLOOR = 1e-2
+
+
+@torch.no_grad()
+def initialize_from_lm(adapter: Adapter, embedding: EmbeddingStatistics, head: EmbeddingStatistics | None) -> None:
+    """Set the start values from the LM's own embeddings; `scaling="none"` takes only their norms.
+
+    Args:
+        adapter: a new adapter.
+        embedding: statistics of the embedding module's output.
+        head: statistics of the output head's rows; None where they are tied to the embedding.
+    """
+    head = embedding if head is None else head
+    adapter.ret_norms.copy_(torch.tensor([embedding.mean_norm, head.mean_norm]))
+    if adapter.config.scaling == "none":
+        return
+    adapter.embedding_mean.copy_(embedding.mean)
+    adapter.embedding_std.copy_(embedding.std)
+    adapter.ret_input.copy_(embedding.mean)
+    if not adapter.tied:
+        adapter.ret_output.copy_(head.mean)
+    projection = adapter.image_projection
+    nn.init.normal_(projection.weight, std=TOKEN_STD / math.sqrt(projection.in_features))
+    nn.init.zeros_(projection.bias)
+    adapter.renormalise_ret()
+
+
+@torch.no_grad()
+def standardize_features(adapter: Adapter, features: Tensor) -> None:
+    """Let the adapter standardise features with the mean and standard deviation of the training images' (n, f)."""
+    features = features.float()
+    adapter.feature_mean.copy_(features.mean(0))
+    # Pooled features and patches differ in scale, so each part has a floor of its own.
+    parts = [part for part in features.tensor_split([adapter.pooled_dim], dim=1) if part.shape[1]]
+    floors = [FEATURE_STD_FLOOR * part.std(correction=0) + 1e-6 for part in parts]
+    stds = [part.std(0, correction=0).clamp_min(floor) for part, floor in zip(parts, floors, strict=True)]
+    adapter.feature_std.copy_(torch.cat(stds))
+
+
+@torch.no_grad()
+def initialize_retrieval(
+    adapter: Adapter, states: list[Tensor], features: Tensor, groups: Tensor | None = None
+) -> None:
+    """Initialise both retrieval layers with `regression.reduced_rank_regression`.
+
+    Args:
+        adapter: the adapter.
+        states: the hidden states at `[RET]` of n texts, one (n, width) per text layer.
+        features: (n, f), of their images.
+        groups: (n,), equal where two pairs are about the same thing.
+    """
+    texts = torch.cat(adapter.scale_states(states), -1)
+    pooled = adapter.standardize(features)[:, : adapter.pooled_dim]
+    text, image = reduced_rank_regression(texts, pooled, adapter.config.retrieval_dim, groups)
+    layers: list[Any] = list(adapter.text_retrieval_projection)
+    weights = torch.split(text.weight, [layer.in_features for layer in layers], -1)
+    # The layers' outputs are summed, so one bias is enough for all of them.
+    biases = [text.bias, *[torch.zeros_like(text.bias)] * (len(layers) - 1)]
+    for layer, weight, bias in zip(layers, weights, biases, strict=True):
+        _write_layer(layer, weight, bias)
+    _write_layer(adapter.image_retrieval_projection, image.weight, image.bias)
+
+
+def _write_layer(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """Write a layer's weight (q, width) and bias (q,).
+
+    Dimensions that the shared space lacks keep a little of the layer's random values, or training could not use them.
+    """
+    is_missing = ~weight.any(-1, keepdim=True)
+    layer.weight.copy_(torch.where(is_missing, layer.weight * weight.std(), weight))
+    layer.bias.copy_(bias)

@@ -1,1 +1,0 @@
-"""An adapter moves to another language model."""
