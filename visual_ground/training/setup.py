@@ -73,7 +73,7 @@ def build_objective(model: GroundedModel, args: GroundingTrainingArguments, loss
     if not callable(loss):
         raise GroundingTypeError(
             f"loss= is called with the objective and a batch, and returns a GroundingLoss, got {type(loss).__name__}; "
-            "see visual_ground.training.Loss."
+            "see visual_ground.training.losses.objective.Loss."
         )
     parameters = loss.named_parameters() if isinstance(loss, nn.Module) else ()
     adapter = {id(parameter) for parameter in model.parameters()}

@@ -51,7 +51,7 @@ class GroundingTrainer(Trainer):
         eval_dataset: a sequence of such rows, for the loss, recalls, and a contact sheet.
         evaluator: one `visual_ground.evaluation.Evaluator` or several, run at each evaluation. Their metrics are logged
             as `eval_<name>_<metric>`, and `metric_for_best_model="<name>"` stands for an evaluator's primary metric.
-        loss: a `visual_ground.training.Loss`, called with the objective and a batch; `FromageLoss` with the scales of
+        loss: a `losses.objective.Loss`, called with the objective and a batch; `FromageLoss` with the scales of
             `args` where None. It has no trainable parameters of its own.
         options: `callbacks`, `optimizers` and other arguments of `Trainer`.
 
