@@ -18,7 +18,7 @@ test: $(VENV)/dev-installed
 
 # Every kind of image encoder; writes docs/vision.json and from it docs/vision.md.
 test-vision: $(VENV)/demo-installed $(VENV)/dev-installed
-	VISUAL_GROUND_RECORD=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_encoders.py -m "vision or not vision"
+	VISUAL_GROUND_RECORD=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/vision/test_walk.py -m "vision or not vision"
 	$(PY) -m benchmarks.vision_page
 
 # Real weights out of pip packages, loaded as users load theirs.
