@@ -65,7 +65,12 @@ class RetLogitsProcessor(LogitsProcessor):
         self.ret_token_id, self.prompt_length, self.settings = ret_token_id, prompt_length, settings
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come."""
+        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come.
+
+        Scores without a column for `[RET]`, as of an LM whose adapter is disabled, stay as they are.
+        """
+        if scores.shape[-1] <= self.ret_token_id:
+            return scores
         new = input_ids[:, self.prompt_length :]
         column = scores[:, self.ret_token_id] + self.settings.ret_bias
         if new.shape[1] < self.settings.min_new_tokens_before_ret:
