@@ -49,7 +49,7 @@ def test_disable_adapter_reaches_threads_and_generators_in_other_contexts():
     assert width(model) == 101 and in_thread(lambda: width(model)) == 101
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=8))
 def test_blocks_may_overlap_and_end_in_any_order(toggles):
     model, open_blocks = MODEL, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,31 @@ def complete_options(
     options.pop("max_length", None)
     if any(source.get("stop_strings") for source in sources):  # transformers needs the tokenizer for these.
         options.setdefault("tokenizer", processor.tokenizer)
-    options.setdefault("pad_token_id", processor.pad_token_id)
-    options.update(max_new_tokens=length, logits_processor=LogitsProcessorList([first, *given, last]))
-    return options
+    processors = LogitsProcessorList([first, *given, last])
+    if configs[0] is None:
+        filled: dict[str, Any] = {"pad_token_id": processor.pad_token_id, **options, "max_new_tokens": length}
+    else:
+        filled = {**options, "generation_config": _filled(configs[0], length, processor.pad_token_id)}
+        filled.pop("max_new_tokens", None)
+    return {**filled, "logits_processor": processors}
+
+
+def _filled(config: GenerationConfig, length: int, pad_token_id: int) -> GenerationConfig:
+    """Return a copy of the caller's generation config that says what a call needs to know.
+
+    transformers does not like a config and options beside it.
+    """
+    config = copy.deepcopy(config)
+    config.max_new_tokens, config.max_length = length, _unsaid_length()
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id
+    return config
+
+
+def _unsaid_length() -> int | None:
+    """Return the `max_length` of a generation config that says nothing; older transformers have a number there."""
+    unsaid: int | None = GenerationConfig().max_length  # type: ignore[no-untyped-call]
+    return unsaid
 
 
 def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
@@ -63,13 +86,11 @@ def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) ->
         sources: the caller's options, the caller's generation config, the LM's own.
         prompt_length: ids of the prompts, which `max_length` counts too.
     """
-    # Older transformers have a number there that nobody asked for.
-    unsaid = GenerationConfig().max_length  # type: ignore[no-untyped-call]
     for source in sources:
         if (most := source.get("max_new_tokens")) is not None:
             return int(most)
         whole = source.get("max_length")
-        if whole is not None and whole != unsaid:
+        if whole is not None and whole != _unsaid_length():
             if whole <= prompt_length:
                 raise GroundingValueError(
                     f"max_length={whole} counts the prompt too, which has {prompt_length} ids, and leaves no room for "
