@@ -52,13 +52,11 @@ def complete_options(
     options.pop("max_length", None)
     if any(source.get("stop_strings") for source in sources):  # transformers needs the tokenizer for these.
         options.setdefault("tokenizer", processor.tokenizer)
-    processors = LogitsProcessorList([first, *given, last])
+    options["logits_processor"] = LogitsProcessorList([first, *given, last])
     if configs[0] is None:
-        filled: dict[str, Any] = {"pad_token_id": processor.pad_token_id, **options, "max_new_tokens": length}
-    else:
-        filled = {**options, "generation_config": _filled(configs[0], length, processor.pad_token_id)}
-        filled.pop("max_new_tokens", None)
-    return {**filled, "logits_processor": processors}
+        return {"pad_token_id": processor.pad_token_id, **options, "max_new_tokens": length}
+    options.pop("max_new_tokens", None)
+    return {**options, "generation_config": _filled(configs[0], length, processor.pad_token_id)}
 
 
 def _filled(config: GenerationConfig, length: int, pad_token_id: int) -> GenerationConfig:
