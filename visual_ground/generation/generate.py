@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature, LogitsProcessorList
+from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.generation.forbidden import ForbiddenColumns
+from visual_ground.generation.options import complete_options
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.index.base import RetrievalIndex
@@ -42,10 +44,11 @@ def generate(
     """
     check_index(index, attached)
     image_tokens = attached.image_tokens(batch.get("pixel_values"))
-    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options)
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
-    mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
-    vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
+    with frozen_lm.bind():  # Both are one call: where the adapter is disabled elsewhere meanwhile, neither heeds it.
+        sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options)
+        mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
+        vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
     return [
         _interleave(attached, ids[start:].tolist(), queries, index, settings)
         for ids, queries in zip(sequences, vectors, strict=True)
@@ -61,13 +64,17 @@ def generate_ids(
     options: Mapping[str, Any],
 ) -> Tensor:
     """Run transformers' `generate`; return ids (b * num_return_sequences, s), which begin with the prompts'."""
-    options, processor = dict(options), attached.processor
-    ret_processor = RetLogitsProcessor(processor.ret_token_id, batch["input_ids"].shape[1], settings)
-    options["logits_processor"] = LogitsProcessorList([ret_processor, *(options.pop("logits_processor", None) or [])])
-    if "stop_strings" in options:  # transformers needs the tokenizer for these.
-        options.setdefault("tokenizer", processor.tokenizer)
-    options.setdefault("pad_token_id", processor.pad_token_id)
-    return frozen_lm.generate(batch["input_ids"], image_tokens, attention_mask=batch["attention_mask"], **options)
+    processor, ids = attached.processor, batch["input_ids"]
+    count = 0 if image_tokens is None else len(image_tokens)
+    options = complete_options(
+        frozen_lm,
+        processor,
+        options,
+        ids,
+        RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings),
+        ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
+    )
+    return frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
 
 
 def ret_vectors(

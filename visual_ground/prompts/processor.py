@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from visual_ground.config import GroundingConfig
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.lm.vocabulary import VirtualVocabulary
 from visual_ground.prompts.chat import is_chat, render_chat
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
@@ -41,6 +41,7 @@ class GroundingProcessor:
     ) -> None:
         self.tokenizer, self.config, self.vocabulary = tokenizer, config, vocabulary
         self.preprocess, self.max_length = preprocess, max_length
+        self._num_tokens = len(tokenizer)
 
     def __call__(self, prompts: Prompts, padding_side: str = "left") -> BatchFeature:
         """Turn prompts into a batch on the CPU; see `GroundedModel.prepare`."""
@@ -65,6 +66,7 @@ class GroundingProcessor:
 
     def check_ids(self, encoded: Sequence[EncodedPrompt]) -> None:
         """Raise GroundingValueError where ids exceed the LM's context, or are tokens without an embedding in the LM."""
+        self.check_tokenizer()
         length = max((len(prompt.ids) for prompt in encoded), default=0)
         if self.max_length is not None and self.max_length < length:
             raise GroundingValueError(
@@ -76,6 +78,17 @@ class GroundingProcessor:
                 f"The tokens {self.tokenizer.convert_ids_to_tokens(unknown)} have ids {unknown}, and the LM's "
                 f"embedding has {size} rows. They were added to the tokenizer and not to the LM; leave them out of the "
                 "prompts, or load the LM's own tokenizer."
+            )
+
+    def check_tokenizer(self) -> None:
+        """Raise GroundingStateError where tokens were added to the tokenizer whose ids are `[RET]`'s or an image's."""
+        if len(self.tokenizer) == self._num_tokens:  # Reading a whole vocabulary at each call would take long.
+            return
+        ret, first = self.ret_token_id, self.vocabulary.first_image_id
+        if taken := sorted(token for token, i in self.tokenizer.get_vocab().items() if i == ret or i >= first):
+            raise GroundingStateError(
+                f"The tokens {taken[:10]} were added to the tokenizer after the LM was grounded, with ids that stand "
+                f"for {self.config.ret_token} or an image here. Call unground(), and ground again with this tokenizer."
             )
 
     @property
