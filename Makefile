@@ -33,9 +33,9 @@ test-slow: $(VENV)/dev-installed
 test-architectures: $(VENV)/dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/architectures -n 2 -m "architectures or not architectures"
 
-# 2,000 broken adapters and 2,000 broken indexes.
+# 2,000 broken adapters, 2,000 broken indexes and 20,000 broken images.
 fuzz: $(VENV)/dev-installed
-	$(PY) -m pytest tests/test_fuzz.py -m fuzz
+	$(PY) -m pytest tests/test_fuzz.py tests/vision/test_damaged_images.py -m fuzz
 
 lint: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .

@@ -44,15 +44,37 @@ def generate(
     """
     check_index(index, attached)
     image_tokens = attached.image_tokens(batch.get("pixel_values"))
+    image_tokens, options = with_padding(attached, image_tokens, options)
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
     with frozen_lm.bind():  # Both are one call: where the adapter is disabled elsewhere meanwhile, neither heeds it.
         sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options)
         mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
         vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
-    return [
-        _interleave(attached, ids[start:].tolist(), queries, index, settings)
-        for ids, queries in zip(sequences, vectors, strict=True)
-    ]
+    silent = _silent_ids(frozen_lm, attached)
+    answers = [[i for i in ids if i not in silent] for ids in sequences[:, start:].tolist()]
+    return [_interleave(attached, ids, queries, index, settings) for ids, queries in zip(answers, vectors, strict=True)]
+
+
+def with_padding(
+    attached: AttachedAdapter, image_tokens: Tensor | None, options: Mapping[str, Any]
+) -> tuple[Tensor | None, Mapping[str, Any]]:
+    """Return image tokens and options under which no word fills up the shorter answers of a batch.
+
+    Where the tokenizer names neither PAD nor EOS, any token that fills up an answer would be read as a word of it. One
+    more virtual image token does this then: it is never generated, and never text.
+
+    Args:
+        attached: the active adapter.
+        image_tokens: (n * k, d), of the prompts' images.
+        options: for transformers' `generate`; a `pad_token_id` in them holds.
+    """
+    processor = attached.processor
+    if processor.names_padding or options.get("pad_token_id") is not None:
+        return image_tokens, options
+    filler = attached.adapter.ret_input.detach().reshape(1, -1)
+    count = 0 if image_tokens is None else len(image_tokens)
+    tokens = filler if image_tokens is None else torch.cat([image_tokens, filler.to(image_tokens)])
+    return tokens, {**options, "pad_token_id": processor.vocabulary.first_image_id + count}
 
 
 def generate_ids(
@@ -128,6 +150,18 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
             f"The index holds vectors of width {index.dim}, this model's retrieval space has width "
             f"{attached.config.retrieval_dim}. Build the index with this model."
         )
+
+
+def _silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
+    """Return ids that end or fill up answers and are no text, though a tokenizer may decode them as text.
+
+    It does so with a PAD that was named after it was loaded, and with the LM's EOS where it names none itself.
+    """
+    tokenizer = attached.processor.tokenizer
+    own = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
+    stops = own if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    ids = [tokenizer.pad_token_id, *(stops if isinstance(stops, (list, tuple)) else [stops])]
+    return {i for i in ids if i is not None}
 
 
 def _interleave(
