@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.vision.images import is_address
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Columns:
         return [caption for caption in _as_list(row[self.caption]) if not _is_empty(caption)]
 
     def _resolve(self, image: Any) -> Any:
-        if self.folder is not None and isinstance(image, (str, os.PathLike)):
+        if self.folder is not None and isinstance(image, (str, os.PathLike)) and not is_address(image):
             return os.path.join(self.folder, image)
         return image
 

@@ -158,9 +158,10 @@ class ExampleCollator:
         return ids[: self.max_caption_length - 1]
 
     def _chat(self, parts: Sequence[Any]) -> list[int]:
-        if not self.processor.tokenizer.chat_template:
-            return list(self.processor.encode([*parts, "\n"]).ids)
+        # Typed, because a request that reads like a path is words.
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+        if not self.processor.tokenizer.chat_template:
+            return list(self.processor.encode([*content, "\n"]).ids)
         return list(self.processor.encode([{"role": "user", "content": content}]).ids)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
