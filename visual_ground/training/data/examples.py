@@ -103,8 +103,8 @@ def example_of(row: Mapping[str, Any], columns: Columns, choose: Callable[[Seque
     """Return a row's texts, one of each kind."""
     example = {"caption": choose(columns.captions(row) or [""])}
     for name in ("request", "question"):
-        if texts := row.get(name):
-            example[name] = choose([texts] if isinstance(texts, str) else texts)
+        if texts := columns.texts(row, name):
+            example[name] = choose(texts)
     return example
 
 
