@@ -95,6 +95,19 @@ def is_single(images: Any) -> bool:
     return isinstance(images, kinds)
 
 
+def is_address(image: Any) -> bool:
+    """Return whether an image is given by a URL or from the home folder, and so stands in no folder of one's choice.
+
+    Example:
+        >>> is_address("~/cat.png"), is_address("file:///cat.png"), is_address("pictures/cat.png")
+        (True, True, False)
+    """
+    text = os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""
+    if not isinstance(text, str):
+        return False
+    return text[:5].lower() in ("data:", "file:") or bool(re.match(r"~\w*/", text) or SCHEME.match(text))
+
+
 def image_name(image: Any) -> str:
     """Return what an image is called in messages: its path where it has one.
 
