@@ -17,7 +17,6 @@ from visual_ground.index.remote_images import ImageLink
 from visual_ground.storage.atomic import replacing
 from visual_ground.vision.images import ImageLike, to_rgb
 
-
 # Pixels: images without a path or an address of their own are written into Markdown at most so wide.
 MARKDOWN_WIDTH = 512
 # The names by which metadata of images say the same thing; the first that is there counts.
