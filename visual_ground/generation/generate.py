@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature, LogitsProcessorList
+from transformers import BatchFeature, LogitsProcessorList, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.generation.listener import AnswerListener, OnToken
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.index.base import RetrievalIndex
@@ -41,15 +42,41 @@ def generate(
         GroundingValueError: an index of vectors of another width.
     """
     check_index(index, attached)
-    image_tokens = attached.image_tokens(batch.get("pixel_values"))
-    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options)
+    image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
+    per_prompt = options.get("num_return_sequences") or 1
+    listener = listen(frozen_lm, attached, batch, image_tokens, per_prompt=per_prompt)
+    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
-    mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
-    vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
+    vectors = listener.vectors_of(sequences)
+    if vectors is None:
+        mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
+        vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
     return [
         _interleave(attached, ids[start:].tolist(), queries, index, settings)
         for ids, queries in zip(sequences, vectors, strict=True)
     ]
+
+
+def listen(
+    frozen_lm: FrozenLM,
+    attached: AttachedAdapter,
+    batch: BatchFeature,
+    image_tokens: Tensor | None,
+    on_token: OnToken = lambda row, token, vector: True,
+    per_prompt: int = 1,
+) -> AnswerListener:
+    """Return a listener to a `generate` of this batch; see `AnswerListener`."""
+
+    def read_again(sequences: Tensor, mask: Tensor, start: int) -> list[Tensor]:
+        return ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
+
+    return AnswerListener(frozen_lm, attached, batch["attention_mask"], read_again, on_token, per_prompt)
+
+
+def heard_by(listener: AnswerListener, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of `generate` with a listener among the stopping criteria."""
+    given = options.get("stopping_criteria") or []
+    return {**options, "stopping_criteria": StoppingCriteriaList([*given, listener])}
 
 
 def generate_ids(

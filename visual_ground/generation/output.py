@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from visual_ground.generation import markdown
 from visual_ground.index.remote_images import ImageLink
@@ -113,6 +113,10 @@ class RetrievedImage:
         return "[image]" if self.id is None else f"[image {self.id}]"
 
 
+# What an answer is made of.
+Part: TypeAlias = str | RetrievedImage
+
+
 @dataclass(frozen=True)
 class InterleavedOutput:
     """One answer.
@@ -125,7 +129,7 @@ class InterleavedOutput:
         A cat. [image cat]
     """
 
-    parts: tuple[str | RetrievedImage, ...]
+    parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
@@ -137,7 +141,7 @@ class InterleavedOutput:
         """The images alone."""
         return tuple(part for part in self.parts if isinstance(part, RetrievedImage))
 
-    def __iter__(self) -> Iterator[str | RetrievedImage]:
+    def __iter__(self) -> Iterator[Part]:
         return iter(self.parts)
 
     def __str__(self) -> str:
@@ -203,7 +207,7 @@ class InterleavedOutput:
             temporary.write_text(page, encoding="utf-8")
 
 
-def render_part(part: str | RetrievedImage, width: int = 192) -> str:
+def render_part(part: Part, width: int = 192) -> str:
     """Return HTML for a part: escaped text, or the image at most `width` pixels wide with its id and score below."""
     if isinstance(part, str):
         return f'<span style="white-space:pre-wrap">{html.escape(part)}</span>'
