@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature
+from transformers import BatchFeature, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.generation.forbidden import ForbiddenColumns
+from visual_ground.generation.listener import AnswerListener, OnToken
 from visual_ground.generation.options import complete_options
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
@@ -43,13 +44,16 @@ def generate(
         GroundingValueError: an index of vectors of another width.
     """
     check_index(index, attached)
-    image_tokens = attached.image_tokens(batch.get("pixel_values"))
-    image_tokens, options = with_padding(attached, image_tokens, options)
+    image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
+    per_prompt = options.get("num_return_sequences") or 1
+    listener = listen(frozen_lm, attached, batch, image_tokens, per_prompt=per_prompt)
     with frozen_lm.bind():  # Both are one call: where the adapter is disabled elsewhere meanwhile, neither heeds it.
-        sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options)
-        mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
-        vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
+        sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
+        vectors = listener.vectors_of(sequences)
+        if vectors is None:
+            mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
+            vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
     silent = _silent_ids(frozen_lm, attached)
     answers = [[i for i in ids if i not in silent] for ids in sequences[:, start:].tolist()]
     return [_interleave(attached, ids, queries, index, settings) for ids, queries in zip(answers, vectors, strict=True)]
@@ -75,6 +79,28 @@ def with_padding(
     count = 0 if image_tokens is None else len(image_tokens)
     tokens = filler if image_tokens is None else torch.cat([image_tokens, filler.to(image_tokens)])
     return tokens, {**options, "pad_token_id": processor.vocabulary.first_image_id + count}
+
+
+def listen(
+    frozen_lm: FrozenLM,
+    attached: AttachedAdapter,
+    batch: BatchFeature,
+    image_tokens: Tensor | None,
+    on_token: OnToken = lambda row, token, vector: True,
+    per_prompt: int = 1,
+) -> AnswerListener:
+    """Return a listener to a `generate` of this batch; see `AnswerListener`."""
+
+    def read_again(sequences: Tensor, mask: Tensor, start: int) -> list[Tensor]:
+        return ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
+
+    return AnswerListener(frozen_lm, attached, batch["attention_mask"], read_again, on_token, per_prompt)
+
+
+def heard_by(listener: AnswerListener, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of `generate` with a listener among the stopping criteria."""
+    given = options.get("stopping_criteria") or []
+    return {**options, "stopping_criteria": StoppingCriteriaList([*given, listener])}
 
 
 def generate_ids(

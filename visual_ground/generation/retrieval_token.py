@@ -109,24 +109,25 @@ def split_at_ret(ids: Sequence[int], ret_token_id: int, tokenizer: Any) -> list[
 
 
 def retrieve(
-    vectors: Tensor, index: RetrievalIndex | None, settings: RetrievalSettings
+    vectors: Tensor, index: RetrievalIndex | None, settings: RetrievalSettings, shown: set[int] | None = None
 ) -> list[tuple[RetrievedImage, ...]]:
-    """Find the images of one answer.
+    """Find the images of one answer, or of a part of it.
 
     Args:
         vectors: (r, q), the retrieval vectors of its `[RET]`s in order.
         index: where to search; None gives one image without id for each `[RET]`.
         settings: how many images, and whether one may come twice.
+        shown: positions in the index that the answer has shown already; these images' are added.
 
     Returns:
         For each `[RET]`, its images, best first; fewer where the index has no more.
     """
     if index is None or not len(vectors):
         return [(RetrievedImage(),) for _ in vectors]
+    shown = set() if shown is None else shown
     # Enough for each [RET] even where all the ones before it have taken its best images.
     count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors))
-    results = index.search(vectors, count)
-    shown: set[int] = set()
+    results = index.search(vectors, count if settings.allow_repeats else count + len(shown))
     answers = []
     for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True):
         hits = [hit for hit in zip(positions, scores, strict=True) if settings.allow_repeats or hit[0] not in shown]

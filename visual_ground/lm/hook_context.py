@@ -34,6 +34,7 @@ class HookContext:
             table of virtual embeddings, and the ids that the LM was given instead.
         embedded: whether the virtual embeddings were written.
         selected: whether the head ran at the positions only.
+        cache: what the LM kept of the latest forward, such as keys and values.
         packed: how many extra positions of the logits carry `[RET]`'s column through an LM that cuts its logits.
     """
 
@@ -53,6 +54,7 @@ class HookContext:
     safe_ids: Tensor | None = None
     embedded: bool = False
     selected: bool = False
+    cache: object = None
     packed: int = 0
 
     @property

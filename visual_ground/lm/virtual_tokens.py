@@ -118,8 +118,6 @@ class VirtualTokens:
         context = context_of(self)
         return context if context is not None and context.active else None
 
-    # Ids in.
-
     def _swap_ids(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if self.disabled:
             return None
@@ -177,8 +175,6 @@ class VirtualTokens:
         embeddings = table.to(output.device, output.dtype)[index.to(output.device)]
         return torch.where(virtual.to(output.device).unsqueeze(-1), embeddings, output)
 
-    # Logits out.
-
     def _select_positions(self, module: nn.Module, args: Args) -> Args | None:
         context = self._active()
         if context is None:
@@ -224,6 +220,8 @@ class VirtualTokens:
                 "returns, so the embeddings of images and [RET] could not be written. Please report this architecture."
             )
         context.virtual = None
+        # transformers 5.24 renamed what older ones call past_key_values.
+        context.cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
         if context.packed and hasattr(output, "logits"):
             logits, column = output.logits[:, : -context.packed], output.logits[:, -context.packed :].flatten(1)
             output.logits = self._widen(logits, column[:, : logits.shape[1]], context)
