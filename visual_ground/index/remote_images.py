@@ -6,6 +6,7 @@ Nothing here is opened unless the user allows it, with `LinkRules`.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import time
 import urllib.error
@@ -19,6 +20,8 @@ from PIL import Image
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.vision.images import to_rgb
+
+logger = logging.getLogger(__name__)
 
 SCHEMES = ("http", "https")
 CHUNK_BYTES = 1 << 16  # Small enough that size and time are checked often while an image arrives.
@@ -136,6 +139,22 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if not self.rules.allow_host(newurl):
             raise GroundingFileError(f"{req.full_url!r} leads to {newurl!r}, whose host is not allowed.")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def follow(image: Any, rules: LinkRules) -> Any:
+    """Return an image that is an address on the network as a PIL image where the rules allow to fetch it.
+
+    It is an `ImageLink` where not, or where that fails; any other image is returned as it is.
+    """
+    address = image.address if isinstance(image, ImageLink) else image
+    if not isinstance(address, str) or not is_url(address):
+        return image
+    if rules.allow_host(address):
+        try:
+            return rules.fetch(address)
+        except (GroundingFileError, GroundingValueError) as error:
+            logger.warning("An image of the index is shown as its address: %s", error)
+    return ImageLink(address)
 
 
 def is_url(address: str) -> bool:
