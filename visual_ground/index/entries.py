@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from visual_ground.errors import GroundingIndexError, GroundingValueError
 from visual_ground.index.filters import COMPARISONS, ORDERED, Comparison, Condition, columns_of, kind_of
-from visual_ground.index.rows import RESERVED, make_table, read_others, row_id, row_metadata
+from visual_ground.index.rows import RESERVED, THUMBNAIL, make_table, read_others, row_id, row_metadata
 
 Ids = Sequence[str | int]
 ARROW_KINDS = {pa.string(): "string", pa.int64(): "number", pa.float64(): "number", pa.bool_(): "bool"}
@@ -123,6 +123,13 @@ class Entries:
             has_metadata=self.has_metadata or new.has_metadata,
             next_id=max(self.next_id, new.next_id),
         )
+
+    def with_thumbnails(self, thumbnails: Sequence[bytes | None]) -> Entries:
+        """Return entries of one segment with thumbnails, JPEG files, where any is there."""
+        if not any(thumbnails):
+            return self
+        table = self.segments[0].table.append_column(THUMBNAIL, pa.array(thumbnails, pa.binary()))
+        return replace(self, segments=(replace(self.segments[0], table=table),))
 
     def without(self, positions: Sequence[int]) -> Entries:
         """Return entries without some positions."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +202,13 @@ class ExactIndex:
             )
         index = cls.__new__(cls)
         index._rows = _Rows((map_tensor(path, "vectors"),))
+        return index
+
+    @classmethod
+    def of_blocks(cls, indexes: Iterable[ExactIndex]) -> ExactIndex:
+        """Return the vectors of several indexes of the same width as one index, which shares their memory."""
+        index = cls.__new__(cls)
+        index._rows = _Rows(tuple(one.vectors for one in indexes))
         return index
 
     def _check_width(self, vectors: Tensor, what: str) -> None:

@@ -16,7 +16,7 @@ from visual_ground.index.entries import make_entries
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.files import FILES, publishable, push_index, read_index, write_index
 from visual_ground.index.places import movable
-from visual_ground.index.remote_images import LinkRules, follow
+from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import Filter, Ids, IndexState
 from visual_ground.storage.hub import HubOptions, PushOptions, fetch_folder
 from visual_ground.vision.images import ImageLike
@@ -128,8 +128,8 @@ class ImageIndex:
         return bool(self._state.entries.find([id]))
 
     def __iter__(self) -> Iterator[tuple[str | int, Any, Mapping[str, Any]]]:
-        state = self._state
-        return ((state.entries.id(p), state.image(p), state.entries.metadata(p)) for p in state.entries.positions())
+        state, entries = self._state, self._state.entries
+        return ((entries.id(p), state.image(p), entries.metadata(p)) for p in entries.positions())
 
     def search(self, vectors: Tensor, k: int, filter: Filter | None = None) -> SearchResult:
         """Return the k >= 1 best entries for each query (queries, q), fewer where fewer are allowed.
@@ -143,15 +143,24 @@ class ImageIndex:
         with self._lock:  # Other engines are changed in place.
             return self._state.engine.search(vectors, k, self._state.mask(filter))
 
+    def select(self, filter: Filter) -> list[str | int]:
+        """Return the ids of the entries that a filter allows, in order."""
+        return self._state.select(filter)
+
+    def info(self) -> dict[str, Any]:
+        """Return how many entries there are, their width, the engine, and the columns that a filter can compare."""
+        return self._state.info()
+
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
         """Return the id, image (or None) and metadata at a position, also where it was removed after a search.
 
-        An image on the network is fetched where `rules` allow it, and is an `ImageLink` where not or where that fails.
+        An image elsewhere is shown by its thumbnail, if it has one. Without, one on the network is fetched where the
+        rules allow it, and is an `ImageLink` where not or where that fails.
         """
         state = self._state
         if not 0 <= position < state.entries.end:
             raise GroundingIndexError(f"Position {position} is outside this index of {state.entries.end} positions.")
-        return state.entries.id(position), follow(state.image(position), state.rules), state.entries.metadata(position)
+        return state.entries.id(position), state.shown(position), state.entries.metadata(position)
 
     def add(
         self,
@@ -162,8 +171,8 @@ class ImageIndex:
     ) -> list[str | int]:
         """Add entries with vectors (m, q), whole or not at all, and return their ids.
 
-        The rest is as in the class. Where `ids` is None they are the numbers after the highest that ever was an id, so
-        that no removed number comes back. An id that is there already is a GroundingValueError.
+        Where `ids` is None they are the numbers after the highest that ever was an id, so that no removed number comes
+        back. An id that is there already is a GroundingValueError.
         """
         with self._lock:
             new = make_entries(ids, images, metadata, len(vectors), self._state.entries.next_id)
@@ -173,8 +182,7 @@ class ImageIndex:
     def remove(self, ids: Ids) -> None:
         """Take entries out, all or none; an id that is not there is a GroundingIndexError."""
         with self._lock:
-            positions = sorted(set(self._state.find(ids)))
-            none = make_entries([], None, None, 0, 0)
+            positions, none = sorted(set(self._state.find(ids))), make_entries([], None, None, 0, 0)
             self._state = self._state.changed(positions, torch.empty(0, self.dim), none)
 
     def update(
@@ -186,14 +194,7 @@ class ImageIndex:
     ) -> None:
         """Give entries other vectors, images or metadata, all or none; what is None stays, and so do their ids."""
         with self._lock:
-            state = self._state
-            positions = state.find(ids)
-            if images is None and state.entries.has_images:
-                images = [state.image(position) for position in positions]
-            if metadata is None and state.entries.has_metadata:
-                metadata = [state.entries.metadata(position) for position in positions]
-            new = make_entries(ids, images, metadata, len(positions), 0)
-            self._state = state.changed(positions, state.exact.at(positions) if vectors is None else vectors, new)
+            self._state = self._state.updated(ids, vectors, images, metadata)
 
     def merge(self, other: ImageIndex) -> None:
         """Add the entries of another index with their ids, all or none; an id in both is a GroundingValueError."""
@@ -237,9 +238,6 @@ class ImageIndex:
         Nothing outside the folder is opened, and nothing on the network, but for what `rules` allow. `hub_options` are
         revision, subfolder, token, cache_dir, local_files_only. An index that is missing, damaged or of another format
         version is a GroundingError.
-
-        Example:
-            >>> index = ImageIndex.from_pretrained("me/index", LinkRules(hosts=["example.org"]))  # doctest: +SKIP
         """
         folder = fetch_folder(name, FILES, HubOptions.of(hub_options), kind="dataset")
         state = read_index(folder, LinkRules() if rules is None else rules)

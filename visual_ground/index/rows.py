@@ -19,7 +19,8 @@ OTHERS = "other_metadata"
 # An entry's id is in `id` or, if it is a number, in `id_number`; its image is an address in `image`, a file of the
 # index's own folder in `file`, or both are empty.
 FIXED = {"id": pa.string(), "id_number": pa.int64(), "image": pa.string(), "file": pa.string(), OTHERS: pa.string()}
-RESERVED = frozenset({*FIXED, "thumbnail"})
+THUMBNAIL = "thumbnail"  # A JPEG file, where the index was built with thumbnails.
+RESERVED = frozenset({*FIXED, THUMBNAIL})
 COLUMN_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 # Keys that are in hardly any entry go to OTHERS, because each column costs something for every entry.
 MOST_COLUMNS = 64

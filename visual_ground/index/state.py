@@ -12,11 +12,13 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.index.base import VectorIndex
-from visual_ground.index.entries import Entries
+from visual_ground.index.entries import Entries, make_entries
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.filters import parse_filter
 from visual_ground.index.places import find_image
-from visual_ground.index.remote_images import LinkRules
+from visual_ground.index.remote_images import ImageLink, LinkRules, follow, is_url
+from visual_ground.index.rows import THUMBNAIL
+from visual_ground.vision.images import decode_file
 
 # A mask over positions, a filter as in `visual_ground.index.filters`, or a function of an entry's metadata.
 Filter: TypeAlias = Tensor | Mapping[str, Any] | Callable[[Mapping[str, Any]], Any]
@@ -60,6 +62,14 @@ class IndexState:
             return image
         return find_image(image, self.entries.cell(position, "file"), self.folder, self.rules)
 
+    def shown(self, position: int) -> Any:
+        """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere."""
+        image, thumbnail = self.image(position), self.entries.cell(position, THUMBNAIL)
+        away = image is None or isinstance(image, ImageLink) or (isinstance(image, str) and is_url(image))
+        if thumbnail is not None and away:
+            return decode_file(thumbnail, f"the thumbnail of {self.entries.id(position)!r}")
+        return follow(image, self.rules)
+
     def mask(self, filter: Filter | None) -> Tensor | None:
         """Return the positions that a filter allows, as a mask; None for all.
 
@@ -77,6 +87,23 @@ class IndexState:
             )
         return torch.from_numpy(self.entries.chosen_by(filter))
 
+    def select(self, filter: Filter) -> list[str | int]:
+        """Return the ids of the entries that a filter allows, in order."""
+        mask = self.mask(filter)
+        return [self.entries.id(p) for p in self.entries.positions() if mask is None or bool(mask[p])]
+
+    def info(self) -> dict[str, Any]:
+        """Return what the index holds, in numbers and names."""
+        exact = self.engine if isinstance(self.engine, ExactIndex) else None
+        return {
+            "entries": len(self.entries),
+            "dim": self.engine.dim,
+            "dtype": None if exact is None else str(exact.dtype).removeprefix("torch."),
+            "engine": type(self.engine).__name__,
+            "columns": sorted(self.entries.columns()),
+            "next_id": self.entries.next_id,
+        }
+
     def find(self, ids: Ids) -> list[int]:
         """Return the positions of ids.
 
@@ -89,6 +116,23 @@ class IndexState:
                 f"The index has no entries {missing[:5]}: {len(missing)} of the {len(ids)} that were asked for."
             )
         return [found[one] for one in ids]
+
+    def updated(
+        self,
+        ids: Ids,
+        vectors: Tensor | None,
+        images: Sequence[Any] | None,
+        metadata: Sequence[Mapping[str, Any]] | None,
+    ) -> IndexState:
+        """Return the state with other vectors, images or metadata of some entries; what is None stays."""
+        entries, positions = self.entries, self.find(ids)
+        thumbnails = [entries.cell(position, THUMBNAIL) if images is None else None for position in positions]
+        if images is None and entries.has_images:
+            images = [self.image(position) for position in positions]
+        if metadata is None and entries.has_metadata:
+            metadata = [entries.metadata(position) for position in positions]
+        new = make_entries(ids, images, metadata, len(positions), 0).with_thumbnails(thumbnails)
+        return self.changed(positions, self.exact.at(positions) if vectors is None else vectors, new)
 
     def changed(self, positions: Sequence[int], vectors: Tensor, new: Entries) -> IndexState:
         """Return the state without some positions, and with more vectors and their entries.

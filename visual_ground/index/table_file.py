@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.index.entries import Entries, Segment
-from visual_ground.index.rows import COLUMN_TYPES, FIXED, OTHERS, RESERVED, parse_others
+from visual_ground.index.rows import COLUMN_TYPES, FIXED, OTHERS, RESERVED, THUMBNAIL, parse_others
 from visual_ground.storage.atomic import replacing, resolve
 
 ROW_GROUP = 1 << 17
@@ -60,6 +60,7 @@ def read_table(path: str | os.PathLike[str]) -> pa.Table:
     allowed = {*COLUMN_TYPES.values()}
     wrong = [name for name, kind in FIXED.items() if name not in table.column_names or table[name].type != kind]
     wrong += [one.name for one in table.schema if one.name not in RESERVED and one.type not in allowed]
+    wrong += [one.name for one in table.schema if one.name == THUMBNAIL and one.type != pa.binary()]
     if wrong or len(set(table.column_names)) != len(table.column_names):
         raise GroundingFileError(f"{path} is damaged: its columns {wrong} are missing or of another type.")
     both = pc.equal(pc.is_valid(table["id"]), pc.is_valid(table["id_number"]))
