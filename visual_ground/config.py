@@ -31,6 +31,7 @@ _KINDS: dict[str, type] = {
     "image_first": bool,
     "mask_spare_columns": bool,
     "train_lm_adapter": bool,
+    "tied_ret": bool,
 }
 _CHOICES = {"visual_tokens_from": ("pooled", "patches"), "scaling": ("embedding", "none")}
 
@@ -60,6 +61,8 @@ class GroundingConfig:
             raw linear layers.
         mask_spare_columns: set the logits of ids that no token has to -inf, as if the vocabulary were trimmed to the
             tokenizer.
+        tied_ret: whether `[RET]` has one embedding for both ends where the LM has one embedding table for both, as
+            published. With two, the input embedding can be one after which the LM goes on as if nothing had been said.
         train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
             it beside; otherwise it is as frozen as the LM.
 
@@ -85,6 +88,7 @@ class GroundingConfig:
     scaling: str = "embedding"
     mask_spare_columns: bool = False
     train_lm_adapter: bool = False
+    tied_ret: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text_layers", _checked_layers(self.text_layers))
@@ -128,6 +132,7 @@ class GroundingConfig:
             "image_first": True,
             "scaling": "none",
             "mask_spare_columns": True,
+            "tied_ret": True,
         }
         return cls(**{**published, **changes})
 

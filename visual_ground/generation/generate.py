@@ -13,6 +13,7 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
+from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
 
@@ -46,10 +47,27 @@ def generate(
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
     mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
     vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
-    return [
-        _interleave(attached, ids[start:].tolist(), queries, index, settings)
-        for ids, queries in zip(sequences, vectors, strict=True)
+    answers = [ids[start:].tolist() for ids in sequences]
+    outputs = [
+        _interleave(attached, ids, queries, index, settings) for ids, queries in zip(answers, vectors, strict=True)
     ]
+    if not settings.complete_sentences:
+        return outputs
+    stops = end_ids(frozen_lm, attached, options)
+    return [
+        output if stops.intersection(ids) else InterleavedOutput(cut_to_sentences(output.parts))
+        for ids, output in zip(answers, outputs, strict=True)
+    ]
+
+
+def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any]) -> set[int]:
+    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS."""
+    of_lm = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
+    ids = options.get("eos_token_id", of_lm)
+    ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
+    if isinstance(ids, Tensor):
+        ids = ids.flatten().tolist()
+    return {ids} if isinstance(ids, int) else set(ids or ())
 
 
 def generate_ids(

@@ -17,7 +17,7 @@ from visual_ground.index.base import RetrievalIndex
 
 @dataclass(frozen=True)
 class RetrievalSettings:
-    """When an answer has images, and how many.
+    """When an answer has images, how many, and where it ends.
 
     Args:
         images_per_ret: images shown at each `[RET]`, at least 1.
@@ -26,6 +26,8 @@ class RetrievalSettings:
         min_new_tokens_before_ret: the fewest tokens before an answer's first `[RET]`.
         min_new_tokens_between_rets: the fewest tokens between two `[RET]`s.
         allow_repeats: whether one answer may show an image twice.
+        complete_sentences: cut an answer that ran out of tokens behind its last whole sentence; one that the LM ended
+            itself stays as it is.
 
     Raises:
         GroundingValueError: a number out of its range.
@@ -37,6 +39,7 @@ class RetrievalSettings:
     min_new_tokens_before_ret: int = 0
     min_new_tokens_between_rets: int = 0
     allow_repeats: bool = False
+    complete_sentences: bool = False
 
     def __post_init__(self) -> None:
         if self.images_per_ret < 1:
