@@ -14,8 +14,8 @@ from visual_ground.prompts.types import ChatMessage, PromptPart, is_image_file
 # As a system message, it makes a small LM say something about the thing that is asked for, instead of that it is a
 # text-based assistant; `[RET]` is fitted with it and without.
 ILLUSTRATED = (
-    "Your answers are illustrated: a picture of the thing is put behind your first sentence. Answer in one or two short "
-    "sentences about the thing itself."
+    "Your answers are illustrated: a picture of the thing is put behind your first sentence. Answer in one or two "
+    "short sentences about the thing itself."
 )
 
 

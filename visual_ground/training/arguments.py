@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -100,6 +101,11 @@ class GroundingTrainingArguments(TrainingArguments):
         for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "num_logged_examples"):
             if getattr(self, name) < 0:
                 raise GroundingValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
+    @property
+    def features_folder(self) -> str:
+        """Where a run keeps what frozen models gave it: images' features, and the LM's own answers."""
+        return self.feature_cache or os.path.join(self.output_dir or ".", "features")
 
     @property
     def sampling_seed(self) -> int:
