@@ -36,7 +36,7 @@ def answer(lm, tokenizer, prompts, length=LENGTH):
         cache, said, notes = DynamicCache(), [], []
         for _ in range(length + 1):
             places = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-            state = core(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)[0][:, -1]
+            state = core(ids, attention_mask=mask, position_ids=places, cache=cache, use_cache=True)[0][:, -1]
             logits = head(state).float()
             notes.append((state.float(), logits.logsumexp(-1), logits.max(-1).values))
             ids = logits.argmax(-1, keepdim=True)

@@ -65,7 +65,7 @@ class States:
         base = None
         if shared:
             base = DynamicCache()
-            self.core(inputs_embeds=self.rows(torch.tensor([shared])), past_key_values=base, use_cache=True)
+            self.core(inputs_embeds=self.rows(torch.tensor([shared])), cache=base, use_cache=True)
         by_length = defaultdict(list)
         for i, text in enumerate(texts):
             by_length[len(text)].append(i)
@@ -78,11 +78,11 @@ class States:
                         shape = (len(some), -1, -1, -1)
                         cache.update(layer.keys.expand(shape), layer.values.expand(shape), n)
                 ids = torch.tensor([texts[i][len(shared) :] for i in some])
-                own = self.core(inputs_embeds=self.rows(ids), past_key_values=cache, use_cache=True).last_hidden_state
+                own = self.core(inputs_embeds=self.rows(ids), cache=cache, use_cache=True).last_hidden_state
                 for results, suffix in zip(found, suffixes, strict=True):
                     if suffix:
                         tail = self.rows(torch.tensor([suffix]).expand(len(some), -1))
-                        out = self.core(inputs_embeds=tail, past_key_values=cache, use_cache=True).last_hidden_state
+                        out = self.core(inputs_embeds=tail, cache=cache, use_cache=True).last_hidden_state
                         cache.crop(-len(suffix))
                         out = torch.cat([own, out], 1)[:, -keep:]
                     else:
