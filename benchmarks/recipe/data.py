@@ -98,7 +98,28 @@ def family(data: Data, name: str) -> list[Ids]:
         texts = data.captions(int(name[4]))
         options = [WRAPPERS[emoji.stable_number(c.code + name) % len(WRAPPERS)] for c in data.concepts]
         return [data.chat(o.format(it=within_a_sentence(t))) for o, t in zip(options, texts, strict=True)]
+    if name.startswith("ans"):
+        # An answer in other words than the request: the request's family, then what is said before the picture.
+        asked = family(data, {"a": "fita", "v": "choosea", "t": "reporta"}[name[3]])
+        return [(*ids, *data.ids(reply)) for ids, reply in zip(asked, data.replies(), strict=True)]
+    if name.startswith("own"):
+        # The frozen LM's own first sentences (emission.py), where a picture belongs; see `own_concepts`.
+        kept = torch.load(CACHE / "recipe" / f"answers-smollm2-{name[3:]}.pt")
+        return [
+            (*data.chat(one["asked"]), *one["ids"][: one["end"]]) for one in kept if one["wanted"] and one["end"]
+        ]
     raise KeyError(name)
+
+
+def own_concepts(data: Data, split: str) -> list[int]:
+    """Return which concepts the texts of `family(data, "own" + split)` are about."""
+    kept = torch.load(CACHE / "recipe" / f"answers-smollm2-{split}.pt")
+    found = []
+    for one in kept:
+        if one["wanted"] and one["end"]:
+            named = [i for i in data.split[split] if data.concepts[i].phrase in one["asked"]]
+            found.append(max(named, key=lambda i: len(data.concepts[i].phrase)))
+    return found
 
 
 def families(data: Data) -> list[int]:

@@ -23,4 +23,4 @@ PROMPTS = {
 def suffix_ids(data, prompt: str, family: str) -> tuple:
     """Return a prompt's ids; after a caption it is a sentence more, after a chat's opening it is the first."""
     text = PROMPTS[prompt]
-    return data.ids((" " if family.startswith(("cap", "ans")) else "") + text) if text else ()
+    return data.ids((" " if family.startswith(("cap", "ans", "own")) else "") + text) if text else ()
