@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from data import CHOOSING, FITTED, REPORTED, Data
-from dialogues import NO_PICTURE_CHOOSING, NO_PICTURE_FITTED, NO_PICTURE_REPORTED, sentence_end
+from dialogues import NO_PICTURE_CHOOSING, NO_PICTURE_FITTED, NO_PICTURE_MORE, NO_PICTURE_REPORTED, sentence_end
 from lm import CACHE, load
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
@@ -74,10 +74,13 @@ def answers(name, data, lm, tokenizer, split, dtype):
         return torch.load(path)
     wishes, others, count = {
         "train": (FITTED, NO_PICTURE_FITTED, 200),
+        "more": (FITTED, NO_PICTURE_MORE, 110),
         "validation": (CHOOSING, NO_PICTURE_CHOOSING, 60),
         "test": (REPORTED, NO_PICTURE_REPORTED, 60),
     }[split]
-    asked = dialogues(data, split, wishes, others, count)
+    asked = dialogues(data, "train" if split == "more" else split, wishes, others, count)
+    if split == "more":
+        asked = [one for one in asked if not one[1]]
     start = time.perf_counter()
     kept = answer(lm, tokenizer, [data.chat(text) for text, _ in asked])
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -88,6 +91,11 @@ def answers(name, data, lm, tokenizer, split, dtype):
     return kept
 
 
+def place(one):
+    """Return where [RET] belongs: behind the first sentence, or first of all where none ends soon (a refusal)."""
+    return one["end"] if one["end"] is not None and one["end"] < len(one["ids"]) else 0
+
+
 def positions(kept):
     """Return states, log Z, best logits and whether [RET] belongs there, of all positions up to its own."""
     parts = []
@@ -95,9 +103,7 @@ def positions(kept):
         count = len(one["ids"])
         here = torch.zeros(count)
         if one["wanted"]:
-            if one["end"] is None or one["end"] >= count:
-                continue
-            count = one["end"] + 1
+            count = place(one) + 1
             here = here[:count]
             here[-1] = 1
         parts.append((one["state"][:count], one["logz"][:count], one["best"][:count], here))
@@ -135,13 +141,11 @@ def score(kept, row):
     inside = 0
     for one in kept:
         first = (one["state"] @ row > one["best"]).nonzero()[:, 0].tolist()
-        if one["wanted"] and one["end"] is None:
-            continue
         wanted += one["wanted"]
         if first:
             said += 1
-            right += one["wanted"] and first[0] == one["end"]
-            inside += one["wanted"] and first[0] != one["end"]
+            right += one["wanted"] and first[0] == place(one)
+            inside += one["wanted"] and first[0] != place(one)
     return {
         "precision": round(right / max(said, 1), 3),
         "recall": round(right / max(wanted, 1), 3),
@@ -154,9 +158,10 @@ def score(kept, row):
 def main():
     name = sys.argv[1]
     lm, tokenizer = load(name)
+    lm = lm.to(torch.bfloat16)
     data = Data(tokenizer)
     mean_norm = lm.get_input_embeddings().weight.norm(dim=-1).mean()
-    splits = {s: answers(name, data, lm, tokenizer, s, None) for s in ("train", "validation", "test")}
+    splits = {s: answers(name, data, lm, tokenizer, s, None) for s in ("train", "more", "validation", "test")}
     for one in splits["validation"][:6] + splits["train"][:6]:
         print(one["wanted"], repr(one["asked"]), one["end"], repr(tokenizer.decode(one["ids"])))
     print("no sentence end", [sum(o["wanted"] and o["end"] is None for o in s) for s in splits.values()])
@@ -165,8 +170,8 @@ def main():
         for weight in (0.1, 0.3, 1.0):
             for penalty in (1e-5, 1e-4, 1e-3, 1e-2):
                 start = time.perf_counter()
-                row = fit(splits["train"], penalty, weight, margin)
-                own, held = score(splits["train"], row), score(splits["validation"], row)
+                row = fit(splits["train"] + splits["more"], penalty, weight, margin)
+                own, held = score(splits["train"] + splits["more"], row), score(splits["validation"], row)
                 results.append({"margin": margin, "weight": weight, "penalty": penalty, "train": own, "validation": held})
                 print(margin, weight, penalty, own, held, round(time.perf_counter() - start, 1), "s", flush=True)
     print("mean norm", float(mean_norm))
