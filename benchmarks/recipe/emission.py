@@ -92,8 +92,8 @@ def answers(name, data, lm, tokenizer, split, dtype):
 
 
 def place(one):
-    """Return where [RET] belongs: behind the first sentence, or first of all where none ends soon (a refusal)."""
-    return one["end"] if one["end"] is not None and one["end"] < len(one["ids"]) else 0
+    """Return where [RET] belongs: behind the first sentence; None where none ends in what was kept."""
+    return one["end"] if one["end"] is not None and one["end"] < len(one["ids"]) else None
 
 
 def positions(kept):
@@ -103,6 +103,8 @@ def positions(kept):
         count = len(one["ids"])
         here = torch.zeros(count)
         if one["wanted"]:
+            if place(one) is None:
+                continue
             count = place(one) + 1
             here = here[:count]
             here[-1] = 1
@@ -138,9 +140,12 @@ def score(kept, row):
     no picture belongs, is a false one.
     """
     right = said = wanted = 0
-    inside = 0
+    inside = unended = 0
     for one in kept:
         first = (one["state"] @ row > one["best"]).nonzero()[:, 0].tolist()
+        if one["wanted"] and place(one) is None:
+            unended += 1
+            continue
         wanted += one["wanted"]
         if first:
             said += 1
@@ -151,6 +156,7 @@ def score(kept, row):
         "recall": round(right / max(wanted, 1), 3),
         "wanted": wanted,
         "elsewhere": inside,
+        "no_sentence_end_in_24_tokens": unended,
         "norm": round(float(row.norm()), 2),
     }
 
@@ -165,17 +171,24 @@ def main():
     for one in splits["validation"][:6] + splits["train"][:6]:
         print(one["wanted"], repr(one["asked"]), one["end"], repr(tokenizer.decode(one["ids"])))
     print("no sentence end", [sum(o["wanted"] and o["end"] is None for o in s) for s in splits.values()])
-    results = []
-    for margin in (0.0, 1.0):
-        for weight in (0.1, 0.3, 1.0):
-            for penalty in (1e-5, 1e-4, 1e-3, 1e-2):
-                start = time.perf_counter()
-                row = fit(splits["train"] + splits["more"], penalty, weight, margin)
-                own, held = score(splits["train"] + splits["more"], row), score(splits["validation"], row)
-                results.append({"margin": margin, "weight": weight, "penalty": penalty, "train": own, "validation": held})
-                print(margin, weight, penalty, own, held, round(time.perf_counter() - start, 1), "s", flush=True)
-    print("mean norm", float(mean_norm))
-    Path(CACHE / "recipe" / f"emission-{name}.json").write_text(json.dumps(results))
+    # "I want to learn about it" asks for no picture as plainly as the others; with it, definitions get pictures.
+    fitted = [o for o in splits["train"] + splits["more"] if not (o["wanted"] and "learn about" in o["asked"])]
+    results = {}
+    for margin, weight, penalty in ((1.0, 0.1, 1e-4), (1.0, 0.3, 1e-4), (1.0, 1.0, 1e-4), (0.0, 0.3, 1e-4)):
+        row = fit(fitted, penalty, weight, margin)
+        results[f"margin {margin}, weight {weight}, penalty {penalty}"] = {
+            "fitted": score(fitted, row),
+            "validation": score(splits["validation"], row),
+        }
+    row = fit(fitted, 1e-4, 0.3, 1.0)
+    results["test, margin 1.0, weight 0.3, penalty 0.0001"] = score(splits["test"], row)
+    for one in splits["test"]:
+        first = (one["state"] @ row > one["best"]).nonzero()[:, 0].tolist()
+        if first and not one["wanted"]:
+            results.setdefault("false on test", []).append(one["asked"])
+    print(json.dumps(results, indent=1))
+    out = Path(__file__).parent / "results" / f"emission_{name}.json"
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
