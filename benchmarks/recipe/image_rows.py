@@ -1,7 +1,9 @@
 """Image rows fitted to words in closed form over the retrieval space's image side, then by imitation; measured.
 
     python image_rows.py validation closed im8 im8-15-22 im8-15-22-colon
-    python image_rows.py test im8            (once, after choosing)
+    python image_rows.py test im8x1.4        (once, after choosing)
+
+A name is "closed" or "im" with depths; "x1.4" puts rows 1.4 times as far from their mean.
 
 Needs `compute.py smollm2 bf16 cap0,cap1,fita looks` first. Pair accuracy as `evaluation.caption_pair_accuracy` has it.
 """
@@ -54,6 +56,8 @@ def main() -> None:
     def measure(name: str, fitted, seconds: float) -> None:
         weight, bias = fitted
         rows = mean + std * (z @ weight.T + bias)[:, :, None]
+        middle = rows[places].mean((0, 1))
+        rows = middle + float(name.partition("x")[2] or 1) * (rows - middle)
         # One caption and one picture of each concept, kinds and styles by turns, as the demo has them.
         own = torch.stack([rows[i, n // 2 % 2] for n, i in enumerate(test)])
         captions = [data.captions(n % 2)[i] for n, i in enumerate(test)]
@@ -69,14 +73,14 @@ def main() -> None:
         print(name, results[name], flush=True)
 
     for name in which:
-        start = time.process_time()
-        if name.startswith("closed"):
-            measure(name, closed(scale=float(name[6:] or 1)), time.process_time() - start)
+        start, way = time.process_time(), name.partition("x")[0]
+        if way == "closed":
+            measure(name, closed(), time.process_time() - start)
             continue
-        colon = name.endswith("-colon")
-        kept = CACHE / f"recipe/{name.removesuffix('-colon')}{colon}.pt"
+        colon = way.endswith("-colon")
+        kept = CACHE / f"recipe/{way.removesuffix('-colon')}{colon}.pt"
         if not kept.exists():
-            imitation = Imitation(lm, captioner, tuple(int(d) for d in name[2:].removesuffix("-colon").split("-")))
+            imitation = Imitation(lm, captioner, tuple(int(d) for d in way[2:].removesuffix("-colon").split("-")))
             torch.save(imitation.fit(z[places], closed(), imitation.told(train, colon=colon), mean, std), kept)
         measure(name, torch.load(kept), time.process_time() - start)
     out = Path(__file__).parent / "results" / f"image_rows_{split}.json"
