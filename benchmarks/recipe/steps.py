@@ -23,6 +23,9 @@ def main() -> None:
     data = Data(AutoTokenizer.from_pretrained(CACHE / "smollm2-135m-instruct"))
     train, held = torch.tensor(data.split["train"]), torch.tensor(data.split["validation"])
     texts = [unit(torch.load(STATES / f"cap{k}__looks.pt").float()[:, -2]) for k in (0, 1)]
+    if "plain" in sys.argv:
+        # Read at [RET] right behind the text, captions that are names and requests, as the demo does today.
+        texts = [unit(torch.load(STATES / f"{f}__none.pt").float()[:, -1]) for f in ("cap0", "fita")]
     x = data.features
     x = (x - x[train].mean((0, 1))) / (x[train].std((0, 1)) + 1e-6)
     moments = sum(
@@ -48,7 +51,7 @@ def main() -> None:
                 if decay != "none" and rate != 1e-3:
                     continue
                 results += run(name, maps, rate, decay, texts, x, train, held)
-    out = Path(__file__).parent / "results" / ("steps_random.json" if "random" in sys.argv else "steps.json")
+    out = Path(__file__).parent / "results" / ("_".join(["steps", *sys.argv[1:]]) + ".json")
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
 
