@@ -46,8 +46,8 @@ def main() -> None:
         starts = {"random layers": maps}
     results = []
     for name, maps in starts.items():
-        for rate in (1e-3,) if "random" in sys.argv else (1e-3, 1e-4, 1e-5):
-            for decay in ("none",) if "random" in sys.argv else ("none", "towards the start"):
+        for rate in (1e-3,) if len(sys.argv) > 1 else (1e-3, 1e-4, 1e-5):
+            for decay in ("none",) if len(sys.argv) > 1 else ("none", "towards the start"):
                 if decay != "none" and rate != 1e-3:
                     continue
                 results += run(name, maps, rate, decay, texts, x, train, held)
