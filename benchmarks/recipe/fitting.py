@@ -35,6 +35,16 @@ class Moments:
         t, x = texts.double(), images.double()
         return cls(float(len(t)), t.sum(0), x.sum(0), t.T @ t, x.T @ x, t.T @ x)
 
+    def take(self, texts: Tensor, images: Tensor) -> None:
+        """Add rows in place, so that memory neither grows nor is cut to pieces."""
+        t, x = texts.double(), images.double()
+        self.count += len(t)
+        self.text += t.sum(0)
+        self.image += x.sum(0)
+        self.tt.addmm_(t.T, t)
+        self.xx.addmm_(x.T, x)
+        self.tx.addmm_(t.T, x)
+
     def __add__(self, other: Moments) -> Moments:
         mine, its = vars(self), vars(other)
         return Moments(**{name: mine[name] + its[name] for name in mine})

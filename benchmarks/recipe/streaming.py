@@ -51,8 +51,10 @@ class Stream:
         fold = torch.tensor([h % FOLDS for h in hashes])
         for n in fold.unique().tolist():
             own = (fold == n).nonzero()[:, 0]
-            more = Moments.of(t[own], x[own])
-            self.folds[n] = more if self.folds[n] is None else self.folds[n] + more
+            if self.folds[n] is None:
+                self.folds[n] = Moments.of(t[own], x[own])
+            else:
+                self.folds[n].take(t[own], x[own])
             for i in own.tolist():
                 self._sample(n, hashes[i] // FOLDS, texts[i], images[i])
 
