@@ -13,7 +13,7 @@ from lm import CACHE, Ids, opening
 from torch import Tensor
 
 from visual_ground.demo import emoji
-from visual_ground.demo.sayings import REPLIES, REQUESTS
+from visual_ground.demo.templates import REPLIES, REQUESTS
 
 FITTED = REQUESTS
 CHOOSING = (
@@ -50,7 +50,9 @@ class Data:
         self.tokenizer = tokenizer
         self.concepts = emoji.concepts()
         self.features: Tensor = torch.load(CACHE / "pairs.pt")["features"].float()
-        self.split = {s: [i for i, c in enumerate(self.concepts) if c.split == s] for s in ("train", "validation", "test")}
+        self.split = {
+            s: [i for i, c in enumerate(self.concepts) if c.split == s] for s in ("train", "validation", "test")
+        }
 
     @cached_property
     def sink(self) -> Ids:
@@ -76,7 +78,7 @@ class Data:
 
     def picked(self, options: tuple[str, ...], salt: str) -> list[str]:
         """One of the options for each concept."""
-        return [c.say(c.pick(options, salt)) for c in self.concepts]
+        return [c.fill(c.pick(options, salt)) for c in self.concepts]
 
     def replies(self) -> list[str]:
         return self.picked(REPLIES, "reply")
@@ -93,7 +95,7 @@ def family(data: Data, name: str) -> list[Ids]:
     if name.startswith("report"):
         return [data.chat(text) for text in data.picked(REPORTED, name)]
     if name.startswith("wrap"):
-        from visual_ground.training.telling import within_a_sentence
+        from visual_ground.training.initialization.idf import without_sentence_marks as within_a_sentence
 
         texts = data.captions(int(name[4]))
         options = [WRAPPERS[emoji.stable_number(c.code + name) % len(WRAPPERS)] for c in data.concepts]
@@ -105,9 +107,7 @@ def family(data: Data, name: str) -> list[Ids]:
     if name.startswith("own"):
         # The frozen LM's own first sentences (emission.py), where a picture belongs; see `own_concepts`.
         kept = torch.load(CACHE / "recipe" / f"answers-smollm2-{name[3:]}.pt")
-        return [
-            (*data.chat(one["asked"]), *one["ids"][: one["end"]]) for one in kept if one["wanted"] and one["end"]
-        ]
+        return [(*data.chat(one["asked"]), *one["ids"][: one["end"]]) for one in kept if one["wanted"] and one["end"]]
     raise KeyError(name)
 
 

@@ -1,12 +1,11 @@
 """When to say `[RET]`: its output row fitted convexly to the frozen LM's own answers; its input row compared.
 
-    python emission.py smollm2
+python emission.py smollm2
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -166,7 +165,7 @@ def main():
     lm, tokenizer = load(name)
     lm = lm.to(torch.bfloat16)
     data = Data(tokenizer)
-    mean_norm = lm.get_input_embeddings().weight.norm(dim=-1).mean()
+
     splits = {s: answers(name, data, lm, tokenizer, s, None) for s in ("train", "more", "validation", "test")}
     for one in splits["validation"][:6] + splits["train"][:6]:
         print(one["wanted"], repr(one["asked"]), one["end"], repr(tokenizer.decode(one["ids"])))

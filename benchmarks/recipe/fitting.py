@@ -11,8 +11,8 @@ is canonical correlation analysis with shrinkage. `a` and `b` are in parts of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor

@@ -32,7 +32,9 @@ def main() -> None:
     captioner = Captioner(lm, tokenizer, data)
     train, test, x = data.split["train"], data.split[split], data.features
     places = torch.tensor(train)
-    texts = [unit(torch.load(CACHE / f"recipe/smollm2-bf16/{f}__looks.pt").float()[:, -2]) for f in ("cap0", "cap1", "fita")]
+    texts = [
+        unit(torch.load(CACHE / f"recipe/smollm2-bf16/{f}__looks.pt").float()[:, -2]) for f in ("cap0", "cap1", "fita")
+    ]
     # The image side of the shared space, weighted by S (beta = 1): what images do not tell about texts is shrunk away.
     maps = Solver(moments(texts, x, places)).solve(Form(a=1, b=3, beta=1))
     z = (x - maps.image_mean) @ maps.image.T

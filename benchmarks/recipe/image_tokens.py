@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-import time
 from collections import Counter
 from itertools import chain
 from typing import Any
 
 import torch
 from data import Data
-from fitting import Solver
-from lm import CACHE, load
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from visual_ground.demo import emoji
-from visual_ground.training.telling import within_a_sentence
+from visual_ground.training.initialization.idf import without_sentence_marks as within_a_sentence
 
 
 class Captioner:

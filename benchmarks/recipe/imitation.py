@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from visual_ground.demo import emoji
-from visual_ground.training.telling import telling, within_a_sentence
+from visual_ground.training.initialization.idf import idf_weights as telling
+from visual_ground.training.initialization.idf import without_sentence_marks as within_a_sentence
 
 
 class _Reached(Exception):
@@ -111,7 +112,7 @@ class Imitation:
         step: float = 0.2,
         seed: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Return weight (k d, q) and bias of rows `mean + std * (W z + b)`; z (n, styles, q), wanted (n, ...) per depth."""
+        """Return weight (k d, q) and bias of rows `mean + std * (W z + b)`; z (n, styles, q), wanted per depth."""
         weight, bias = (one.clone().requires_grad_() for one in start)
         rate = step / z.shape[-1]
         groups = [{"params": [weight], "lr": rate}, {"params": [bias], "lr": rate * z.shape[-1] / 10}]

@@ -69,7 +69,7 @@ class States:
         by_length = defaultdict(list)
         for i, text in enumerate(texts):
             by_length[len(text)].append(i)
-        for length, places in sorted(by_length.items()):
+        for _, places in sorted(by_length.items()):
             for start in range(0, len(places), ROWS):
                 some = places[start : start + ROWS]
                 cache = DynamicCache()

@@ -1,4 +1,4 @@
-"""Retrieval prompts compared: fitted to names of four fifths of the training families, found among the rest and validation."""
+"""Retrieval prompts compared: fitted to names of four fifths of the families, found among the rest and validation."""
 
 import json
 from pathlib import Path

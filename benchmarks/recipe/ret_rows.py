@@ -1,6 +1,6 @@
 """Which input row of `[RET]` disturbs the LM's own continuation least: nats per token of what it says by itself.
 
-    python ret_rows.py        (needs emission.py's answers)
+python ret_rows.py        (needs emission.py's answers)
 """
 
 from __future__ import annotations

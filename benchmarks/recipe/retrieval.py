@@ -1,7 +1,7 @@
 """The retrieval part of the recipe, from kept states: fitted to captions and requests together, measured.
 
-    python retrieval.py smollm2 validation
-    python retrieval.py smollm2 test         (once, after choosing)
+python retrieval.py smollm2 validation
+python retrieval.py smollm2 test         (once, after choosing)
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ def main() -> None:
                 for label, one in (("recipe", form), ("today's form", TODAY)):
                     got = report(solver.solve(one), tests, x, train, test)
                     found[f"{prompt}, {where}, seed {seed}, {label}"] = {
-                        "a": one.a, "b": one.b, "held_out": scores if label == "recipe" else None, **got,
+                        "a": one.a,
+                        "b": one.b,
+                        "held_out": scores if label == "recipe" else None,
+                        **got,
                     }
                     print(prompt, where, seed, label, one.a, one.b, f"{chosen:.1f} cpu s", flush=True)
                     for key, value in got.items():

@@ -1,6 +1,6 @@
 """What steps of AdamW do to a closed form: on kept states, so that nothing but the two linear layers moves.
 
-    python steps.py
+python steps.py
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def run(name, maps, rate, decay, texts, x, train, held):
         logits = logits.masked_fill(same, -1e4)
         loss = (F.cross_entropy(logits, torch.arange(128)) + F.cross_entropy(logits.T, torch.arange(128))) / 2
         if decay != "none":
-            loss = loss + sum(
-                (p - s).square().sum() / s.square().sum() for p, s in zip(weights, start, strict=True)
-            )
+            loss = loss + sum((p - s).square().sum() / s.square().sum() for p, s in zip(weights, start, strict=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
