@@ -26,6 +26,7 @@ _KINDS: dict[str, type] = {
     "sink_token": str,
     "caption_prompt": str,
     "image_prompt": str,
+    "retrieval_prompt": str,
     "scaling": str,
     "visual_tokens_from": str,
     "image_first": bool,
@@ -55,6 +56,10 @@ class GroundingConfig:
         caption_prompt: text between the sink token and a caption in retrieval.
         image_prompt: the same in captioning; "{image}" stands for the image. Its wording matters: words that make an LM
             repeat what the image tokens mean let captioning be learnt many times sooner.
+        retrieval_prompt: words put after what was said, at whose last one the state for retrieval is read: an LM that
+            is about to name what something looks like knows more of it than one that has just ended a sentence. They
+            are read on a copy, so they are part neither of an answer nor of what the LM goes on from. Empty: the state
+            is read at `[RET]` itself, as published.
         image_first: put images that open a sequence before the sink token, as published, and not after it.
         scaling: "embedding" gives image tokens the mean and standard deviation of the LM's own embedding, standardises
             the linear layers' inputs, and starts `[RET]` at the mean embedding; "none" is the published method, with
@@ -84,6 +89,7 @@ class GroundingConfig:
     sink_token: str | None = None
     caption_prompt: str = "Image:"
     image_prompt: str = "Image of {image}:"
+    retrieval_prompt: str = "It looks like a"
     image_first: bool = False
     scaling: str = "embedding"
     mask_spare_columns: bool = False
@@ -102,6 +108,7 @@ class GroundingConfig:
                 raise GroundingValueError(f"{name} must be a {kind.__name__}, got {value!r}.")
         if not self.ret_token or self.ret_token != self.ret_token.strip():
             raise GroundingValueError(f"ret_token must be text without outer spaces, got {self.ret_token!r}.")
+        _check_retrieval_prompt(self.retrieval_prompt, self.ret_token)
         if self.image_prompt.count("{image}") != 1:
             raise GroundingValueError(f'image_prompt must have "{{image}}" in it once, got {self.image_prompt!r}.')
         for name, choices in _CHOICES.items():
@@ -129,6 +136,7 @@ class GroundingConfig:
         published = {
             "caption_prompt": "",
             "image_prompt": "{image}",
+            "retrieval_prompt": "",
             "image_first": True,
             "scaling": "none",
             "mask_spare_columns": True,
@@ -144,13 +152,16 @@ class GroundingConfig:
     def from_dict(cls, values: dict[str, Any]) -> GroundingConfig:
         """Build a config from `to_dict`'s result; unknown keys raise.
 
+        Without `retrieval_prompt` it is of an adapter that was saved before there were any, and whose states are read
+        at `[RET]`.
+
         Raises:
             GroundingValueError: a key that no field has, or a value outside its range.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise GroundingValueError(f"Unknown config keys {unknown}; known are {sorted(known)}.")
-        return cls(**values)
+        return cls(**{"retrieval_prompt": "", **values})
 
     @classmethod
     def from_pretrained(cls, adapter: str | os.PathLike[str], **hub_options: Any) -> GroundingConfig:
@@ -177,3 +188,13 @@ def _checked_layers(layers: Any) -> tuple[int, ...]:
     if not layers or len(set(layers)) != len(layers):
         raise GroundingValueError(f"text_layers must name at least one layer, each once, got {tuple(layers)}.")
     return tuple(layers)
+
+
+def _check_retrieval_prompt(prompt: str, ret_token: str) -> None:
+    if prompt and not prompt.strip():
+        raise GroundingValueError(f"retrieval_prompt must have words, or be empty, got {prompt!r}.")
+    if ret_token in prompt:
+        raise GroundingValueError(
+            f"retrieval_prompt must not hold ret_token {ret_token!r}, got {prompt!r}. The state is read at its last "
+            "word instead of at the token; leave the token out."
+        )

@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BatchFeature, LogitsProcessorList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
+from visual_ground.generation.query_vectors import query_vectors
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
+
+# Contexts that end with a `[RET]` and are read together, which bounds the memory that long answers take.
+QUERIES_PER_RUN = 32
 
 
 @torch.no_grad()
@@ -98,7 +102,7 @@ def ret_vectors(
 ) -> list[Tensor]:
     """Return, for each sequence, the retrieval vectors (r, q) of the `[RET]`s in its answer.
 
-    One forward over the finished sequences reads their states, so beams, sampling and caches make no difference.
+    The finished sequences are read once more up to each `[RET]`, so beams, sampling and caches make no difference.
 
     Args:
         frozen_lm: the LM.
@@ -108,16 +112,22 @@ def ret_vectors(
         start: where the answers begin.
         image_tokens: (n * k, d), of the prompts' images.
     """
-    is_ret = sequences == attached.processor.ret_token_id
-    is_ret[:, :start] = False
-    if not bool(is_ret.any()):
+    processor = attached.processor
+    prompts = [row[:start][kept.bool()].tolist() for row, kept in zip(sequences, mask, strict=True)]
+    answers = sequences[:, start:].tolist()
+    contexts, counts = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        places = [i for i, token in enumerate(answer) if token == processor.ret_token_id]
+        contexts += [[*prompt, *answer[:place]] for place in places]
+        counts.append(len(places))
+    if not contexts:
         return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
-    has_ret = is_ret.any(-1)
-    stop = int(is_ret.any(0).nonzero().max()) + 1  # What comes after the last [RET] has no say in its state.
-    ids, positions = sequences[has_ret, :stop], is_ret[has_ret, :stop].flatten().nonzero()[:, 0]
-    mask = nn.functional.pad(mask[has_ret], (0, stop - start), value=1)
-    states = frozen_lm.hidden_states(ids, mask, positions, attached.config.text_layers, image_tokens)
-    return list(torch.split(attached.embed_states(states).cpu(), is_ret.sum(-1).tolist()))
+    # The prompt may not fit behind an answer that fills the LM's context: then the oldest ids go.
+    limit = -(processor.max_length or 0)
+    queries = [[*context, *processor.retrieval_suffix(context)][limit:] for context in contexts]
+    parts = [queries[i : i + QUERIES_PER_RUN] for i in range(0, len(queries), QUERIES_PER_RUN)]
+    vectors = torch.cat([query_vectors(frozen_lm, attached, part, image_tokens).cpu() for part in parts])
+    return list(torch.split(vectors, counts))
 
 
 def check_index(index: Any, attached: AttachedAdapter) -> None:

@@ -1,15 +1,17 @@
-"""Chat messages: made of texts and images, and rendered by the tokenizer's chat template."""
+"""Chat messages: told from other prompts, made of texts and images, rendered by the tokenizer's chat template."""
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from jinja2 import TemplateError
+from PIL import Image
 
-from visual_ground.errors import GroundingValueError
-from visual_ground.prompts.types import ChatMessage, PromptPart, is_image_file
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.prompts.types import ChatMessage, PromptPart, Prompts, is_image_file
 
 # As a system message, it makes a small LM say something about the thing that is asked for, instead of that it is a
 # text-based assistant; `[RET]` is fitted with it and without.
@@ -46,6 +48,19 @@ def is_chat(prompt: Any) -> TypeGuard[Sequence[ChatMessage]]:
         and bool(prompt)
         and all(isinstance(message, Mapping) and "role" in message for message in prompt)
     )
+
+
+def as_batch(prompts: Prompts) -> list[Any]:
+    """Return a list of prompts: one string, image, path or chat alone is a batch of one.
+
+    Raises:
+        GroundingTypeError: neither a prompt nor a list of prompts.
+    """
+    if isinstance(prompts, (str, os.PathLike, Image.Image)) or is_chat(prompts):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise GroundingTypeError(f"Prompts must be a list of prompts, or one alone, got {type(prompts).__name__}.")
+    return list(prompts)
 
 
 def render_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[Any]:

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.lm.vocabulary import VirtualVocabulary
-from visual_ground.prompts.chat import is_chat, render_chat
+from visual_ground.prompts.chat import as_batch, is_chat, render_chat
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.prompts.types import Prompt, Prompts, is_image_file
 from visual_ground.vision.images import to_rgb
@@ -128,15 +128,31 @@ class GroundingProcessor:
         return EncodedPrompt(tuple(ids), tuple(images))
 
     def encode_queries(self, prompts: Prompts) -> list[EncodedPrompt]:
-        """Encode prompts with a `[RET]` put after each; a plain string is encoded as a caption is in training."""
+        """Encode prompts with what `retrieval_suffix` puts after each; a plain string is encoded as a caption is."""
         queries = []
         for prompt in as_batch(prompts):
             if isinstance(prompt, str):
                 encoded = EncodedPrompt((*self.caption_prefix(image=False), *self.encode_caption(prompt)), ())
             else:
                 encoded = self.encode(prompt)
-            queries.append(EncodedPrompt((*encoded.ids, self.ret_token_id), encoded.images))
+            queries.append(EncodedPrompt((*encoded.ids, *self.retrieval_suffix(encoded.ids)), encoded.images))
         return queries
+
+    def retrieval_suffix(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids after what was said, at the last of which its retrieval state is read.
+
+        They are those of the retrieval prompt, or `[RET]` where that is empty. The prompt goes on with a space, except
+        where it opens a turn: after white space, or after a special token, as chat templates end.
+
+        Args:
+            ids: what was said, at least one id; negative ones are image tokens.
+        """
+        prompt, last = self.config.retrieval_prompt.strip(), ids[-1]
+        if not prompt:
+            return [self.ret_token_id]
+        is_text = 0 <= last < self.vocabulary.num_rows and last != self.ret_token_id
+        opens = is_text and (last in self._special_ids or self.tokenizer.decode([last])[-1:].isspace())
+        return self.encode_text(prompt) if opens else self.continue_text(" " + prompt)
 
     def encode_continuations(
         self, prompts: Prompts, continuations: Sequence[str]
@@ -209,6 +225,10 @@ class GroundingProcessor:
         return any(token[:1] in ("\u2581", "\u0120") for token in self.tokenizer.convert_ids_to_tokens(first))
 
     @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
+    @cached_property
     def _opening(self) -> tuple[int, ...]:
         """The special ids that the tokenizer puts in front of a text by itself."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -222,16 +242,3 @@ class GroundingProcessor:
             return tuple(self.tokenizer(self.config.sink_token, add_special_tokens=False)["input_ids"])
         candidates = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return self._opening or tuple(token for token in candidates if token is not None)[:1]
-
-
-def as_batch(prompts: Prompts) -> list[Any]:
-    """Return a list of prompts: one string, image, path or chat alone is a batch of one.
-
-    Raises:
-        GroundingTypeError: neither a prompt nor a list of prompts.
-    """
-    if isinstance(prompts, (str, os.PathLike, Image.Image)) or is_chat(prompts):
-        return [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        raise GroundingTypeError(f"Prompts must be a list of prompts, or one alone, got {type(prompts).__name__}.")
-    return list(prompts)
