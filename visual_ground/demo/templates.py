@@ -106,7 +106,7 @@ REQUESTS = (
     "May I see {np}?",
     "Find me a picture of {np}.",
     "Draw {np} for me.",
-    "I want to learn about {np}.",
+    "Is there a picture of {np}?",
     "Tell me about {np} and show me a picture.",
 )
 QUESTIONS = (

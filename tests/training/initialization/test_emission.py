@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
-from visual_ground import GroundingConfig, ground
+from tests.training.runs import ROWS, arguments
+from visual_ground import GroundingConfig, GroundingTrainer, ground
 from visual_ground.training.initialization import answers, dialogues, emission
 from visual_ground.training.initialization.answers import Answer, answers_to, place_of_picture
 from visual_ground.training.initialization.dialogues import OTHERS, others_about, requests_of
@@ -63,6 +64,16 @@ def test_answers_and_states_are_computed_once(ends, tmp_path, monkeypatch):
     assert emission.fit_emission(other, CAPTIONS, folder=tmp_path)
     assert torch.equal(model.adapter.ret_output, other.adapter.ret_output)
     monkeypatch.undo()
+
+
+def test_training_keeps_what_was_fitted(ends, tmp_path):
+    fitted = []
+    for steps in (1, 3):
+        model = grounded()
+        GroundingTrainer(model, arguments(tmp_path, max_steps=steps), ROWS).train()
+        fitted.append([embedding.detach().clone() for embedding in model.adapter.ret_embeddings()])
+    assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(*fitted, strict=True))
+    assert len(list((tmp_path / "features" / "answers").iterdir())) == 3
 
 
 def test_damaged_caches_are_made_again(ends, tmp_path):
