@@ -95,7 +95,11 @@ class AnswerListener(StoppingCriteria):
     def _read_on_copy(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor | None:
         """Run what a retrieval state is read at, behind what has been said; return vectors (r, q), or None."""
         said = ids.shape[1] - 1
-        suffix = ids[:, said:]  # (r, 1): the state is read at `[RET]` itself.
+        suffixes = [self.attached.processor.retrieval_suffix(row[:said]) for row in ids.tolist()]
+        if len(set(map(len, suffixes))) > 1:
+            return None
+        suffix = torch.tensor(suffixes, device=ids.device)
+        mask = nn.functional.pad(mask[:, :said], (0, suffix.shape[1]), value=1)
         longest = self.frozen_lm.max_length
         if longest is not None and said + suffix.shape[1] > longest:
             return None
