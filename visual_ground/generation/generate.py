@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,10 +64,16 @@ def generate(
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
         return outputs
-    stops = end_ids(frozen_lm, attached, options)
+    return _whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
+
+
+def _whole_sentences(
+    outputs: Sequence[InterleavedOutput], answers: Sequence[Sequence[int]], stops: set[int]
+) -> list[InterleavedOutput]:
+    """Cut the answers that the LM did not end itself behind their last whole sentence."""
     return [
         output if stops.intersection(ids) else InterleavedOutput(cut_to_sentences(output.parts))
-        for ids, output in zip(sequences[:, start:].tolist(), outputs, strict=True)
+        for ids, output in zip(answers, outputs, strict=True)
     ]
 
 
