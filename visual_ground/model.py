@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import BatchFeature
@@ -19,9 +19,10 @@ from visual_ground.components import Components, components_beside, load_saved_c
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingValueError
 from visual_ground.generation.generate import generate
-from visual_ground.generation.output import InterleavedOutput
+from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.scoring import embed_prompts, log_likelihood
+from visual_ground.generation.stream import stream
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.processor import GroundingProcessor
@@ -29,9 +30,6 @@ from visual_ground.prompts.types import Prompts
 from visual_ground.storage.hub import HubOptions, PushOptions
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.images import Images
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class GroundedModel(nn.Module):
@@ -117,23 +115,26 @@ class GroundedModel(nn.Module):
         return log_likelihood(self.frozen_lm, self.active, prompts, continuations)
 
     def generate(
-        self, prompts: Prompts, index: RetrievalIndex | None = None, max_new_tokens: int = 64, **options: Any
+        self, prompts: Prompts, index: RetrievalIndex | None = None, max_new_tokens: int | None = None, **options: Any
     ) -> list[InterleavedOutput]:
         """Answer prompts with text and retrieved images.
 
         Args:
             prompts: as in `prepare`.
             index: where `[RET]`'s images are searched; with None the parts say that an image was meant.
-            max_new_tokens: at most so many, `[RET]`s included.
+            max_new_tokens: at most so many, `[RET]`s included; else as the generation config says, else 64.
             options: the fields of `RetrievalSettings` (`images_per_ret`, `max_images`, `ret_bias` and others), and any
                 argument of transformers' `generate`.
 
         Returns:
             One output per prompt, or `num_return_sequences` for each, in order.
         """
-        settings = RetrievalSettings.take_from(options)
-        options["max_new_tokens"] = max_new_tokens
+        settings, options = RetrievalSettings.take_from(options), {"max_new_tokens": max_new_tokens, **options}
         return generate(self.frozen_lm, self.active, self.prepare(prompts), index, settings, options)
+
+    def stream(self, prompts: Prompts, index: RetrievalIndex | None = None, **options: Any) -> Iterator[Part]:
+        """Answer one prompt; yield texts and images when they are said. The arguments are those of `generate`."""
+        return stream(self.frozen_lm, self.active, self.prepare(prompts), index, {"max_new_tokens": 64, **options})
 
     def add_adapter(
         self, adapter_name: str, config: GroundingConfig | None = None, vision_encoder: Any = None, **given: Any
@@ -143,8 +144,7 @@ class GroundedModel(nn.Module):
         self.adapters.check_new(adapter_name, config)
         vision = self.vision if vision_encoder is None else vision_encoder
         parts = components_beside(self.frozen_lm, self.active, config, vision, **given)
-        attached = self._attach(adapter_name, config, parts)
-        initialize_from_lm(attached.adapter, *self.frozen_lm.statistics())
+        initialize_from_lm(self._attach(adapter_name, config, parts).adapter, *self.frozen_lm.statistics())
 
     def load_adapter(
         self,
@@ -193,7 +193,7 @@ class GroundedModel(nn.Module):
         percent = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> GroundedModel:
         """Set the adapter's mode; the frozen parts stay in evaluation mode."""
         super().train(mode)
         for frozen in (self.lm, *(self.adapters[name].vision for name in self.adapters)):

@@ -24,6 +24,7 @@ from visual_ground.storage.hub import PushOptions, push_folder
 from visual_ground.storage.tensors import WEIGHTS_FILE, read_tensors
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.images import Images
+from visual_ground.vision.recent_features import RecentFeatures
 
 
 class AttachedAdapter(nn.Module):
@@ -43,6 +44,7 @@ class AttachedAdapter(nn.Module):
         metadata: the content of its `adapter_config.json`; after loading, with the LM and encoder it was trained with.
         anchors: captions and image features that are saved with it, so that it can move to another LM.
         is_trainable: whether it is trained while it is active.
+        recent_features: the encoder with a memory, for conversations that show it the same images at every turn.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class AttachedAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.spec, self.vision = config, spec, vision
+        self.recent_features = RecentFeatures(vision)
         self.processor = GroundingProcessor(tokenizer, config, spec.vocabulary, vision.preprocess, max_length)
         self.adapter = new_adapter(config, spec, vision)
         self.provenance = dict(provenance)
@@ -78,6 +81,10 @@ class AttachedAdapter(nn.Module):
         if image_features is None and pixel_values is not None:
             image_features = self.vision(pixel_values)
         return None if image_features is None else self.adapter.image_tokens(image_features.to(self.device))
+
+    def prompt_tokens(self, pixel_values: Tensor | None) -> Tensor | None:
+        """Return the image tokens (n * k, d) of a prompt's pixels; images seen before are not encoded again."""
+        return None if pixel_values is None else self.image_tokens(image_features=self.recent_features(pixel_values))
 
     @torch.no_grad()
     def embed_images(

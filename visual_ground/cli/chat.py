@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import os
+import sys
+from typing import TYPE_CHECKING
 
 from visual_ground.cli.arguments import add_model_arguments, load_model
+from visual_ground.errors import GroundingError
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.conversation import Conversation
+    from visual_ground.generation.output import Part
+
+HELP = """\
+Write a line and press Enter. Paths of images in it are shown to the model; put quotes around those with spaces.
+/image PATH  show an image with your next line
+/reset       forget the conversation
+/save FILE   write the conversation as .html, .md or .json
+/help        this
+Ctrl-C stops an answer; Ctrl-D, or Ctrl-C while you write, ends."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -25,38 +38,88 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Answer line by line until an empty one, or once."""
+def run(options: argparse.Namespace) -> int:
+    """Answer line by line until the input ends, or once; return the exit code."""
     from visual_ground import ImageIndex
+    from visual_ground.cli.conversation import Conversation
     from visual_ground.index.remote_images import LinkRules
-    from visual_ground.prompts.chat import chat_message
 
     model = load_model(options)
     rules = LinkRules(hosts=tuple(options.host), folders=tuple(options.images))
     index = None if options.index is None else ImageIndex.from_pretrained(options.index, rules)
-    messages: list[dict[str, Any]] = []
-    while line := options.once or input("> "):
-        parts = split_line(line)
-        messages.append(chat_message("user", parts))
-        # An LM without a chat template answers each line by itself.
-        prompt: Any = messages if model.tokenizer.chat_template else [parts]
-        answer = model.generate(prompt, index, options.max_new_tokens, ret_bias=options.ret_bias)[0]
-        messages.append(chat_message("assistant", [answer.text]))
-        print(answer)
-        if options.html:
-            answer.save(options.html)
+    settings = {"max_new_tokens": options.max_new_tokens, "ret_bias": options.ret_bias}
+    conversation = Conversation(model, index, settings)
+    try:
         if options.once:
-            return
+            answer(conversation, options.once, options.html)
+            return 0
+        return converse(conversation, options.html)
+    except BrokenPipeError:  # Whoever read the answers has gone, such as `head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
-def split_line(line: str) -> list[str]:
-    """Cut a line into texts and the paths of the images in it."""
-    from visual_ground.prompts.types import is_image_file
+def converse(conversation: Conversation, page: str | None) -> int:
+    """Answer the lines of the standard input; a line that cannot be answered is reported and forgotten."""
+    is_person = sys.stdin.isatty()
+    code = 0
+    if is_person:
+        print("/help lists what you can do.", file=sys.stderr)
+    while True:
+        try:
+            line = (input("> ") if is_person else input()).strip()
+        except (EOFError, KeyboardInterrupt):
+            if is_person:
+                print(file=sys.stderr)
+            return code
+        try:
+            if line.startswith("/") and (done := command(conversation, line)):
+                print(done, file=sys.stderr)
+            elif line:
+                answer(conversation, line, page)
+        except (GroundingError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            print(f"visual-ground: {error}", file=sys.stderr)
+            code = 0 if is_person else 2
 
-    parts = [""]
-    for word in line.split():
-        if is_image_file(word):
-            parts += [word, ""]
-        else:
-            parts[-1] = f"{parts[-1]} {word}".strip()
-    return [part for part in parts if part]
+
+def command(conversation: Conversation, line: str) -> str | None:
+    """Do what a line that begins with a slash says and return what to tell; None where it is a path or no command."""
+    name, _, argument = line.partition(" ")
+    argument = argument.strip().strip("\"'")
+    if name == "/help":
+        return HELP
+    if name == "/reset":
+        conversation.reset()
+        return "The conversation is forgotten."
+    if name == "/image":
+        conversation.show(argument)
+        return f"The model will see {argument} with your next line."
+    if name == "/save":
+        conversation.save(argument)
+        return f"Saved to {argument}."
+    return None if "/" in name[1:] or "." in name else f"{name} is no command; /help lists them."
+
+
+def answer(conversation: Conversation, line: str, page: str | None) -> None:
+    """Print an answer while it is said."""
+    at_start = True
+    try:
+        for part in conversation.answer(line):
+            print(_shown(part, at_start), end="", flush=True)
+            at_start = not isinstance(part, str) or part.endswith("\n")
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    if not at_start:
+        print()
+    if page and conversation.turns:
+        conversation.turns[-1][1].save(page)
+
+
+def _shown(part: Part, at_start: bool) -> str:
+    if isinstance(part, str):
+        return part.lstrip() if at_start else part
+    score = "" if part.score is None else f" {part.score:.2f}"
+    where = "" if part.uri is None else f" {part.uri}"
+    return f"{'' if at_start else chr(10)}{part}{score}{where}\n"

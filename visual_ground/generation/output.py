@@ -5,15 +5,25 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from visual_ground.generation import markdown
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.storage.atomic import replacing
 from visual_ground.vision.images import ImageLike, to_rgb
+
+# Pixels: images without a path or an address of their own are written into Markdown at most so wide.
+MARKDOWN_WIDTH = 512
+# The names by which metadata of images say the same thing; the first that is there counts.
+_CAPTION = "caption", "title", "description", "text"
+_SOURCE = "source", "source_url", "page_url", "url"
+_LICENCE = "licence", "license"
+_CREDIT = "credit", "attribution", "author", "artist", "creator"
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,72 @@ class RetrievedImage:
             return self.image.address
         return os.fspath(self.image) if isinstance(self.image, (str, os.PathLike)) else None
 
+    @property
+    def caption(self) -> str | None:
+        """What the metadata say that it shows."""
+        return self._said(_CAPTION)
+
+    @property
+    def source(self) -> str | None:
+        """Where the metadata say that it comes from."""
+        return self._said(_SOURCE)
+
+    @property
+    def licence(self) -> str | None:
+        """Under which licence the metadata say that it is."""
+        return self._said(_LICENCE)
+
+    @property
+    def credit(self) -> str | None:
+        """Whom the metadata name for it."""
+        return self._said(_CREDIT)
+
+    def _said(self, names: tuple[str, ...]) -> str | None:
+        values = {str(key).lower(): value for key, value in self.metadata.items()}
+        return next((str(values[name]) for name in names if values.get(name) not in (None, "")), None)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether there is an image here, and not only its address."""
+        return self.image is not None and not isinstance(self.image, ImageLink)
+
+    def to_dict(self, address: str | None = None) -> dict[str, Any]:
+        """Return what is known of it, fit for JSON; what is not known is left out.
+
+        Args:
+            address: where it is found; its `uri` where None.
+        """
+        known = {
+            "id": self.id,
+            "score": None if self.score is None else float(self.score),
+            "uri": self.uri if address is None else address,
+            **{name: getattr(self, name) for name in ("caption", "source", "licence", "credit")},
+        }
+        return {"type": "image", **{name: value for name, value in known.items() if value is not None}}
+
+    def to_markdown(self, address: str | None = None) -> str:
+        """Return it as an image of Markdown with its score, and a line with credit, licence and source below.
+
+        Args:
+            address: where it is found; else its `uri`, or the image itself as a data URI.
+        """
+        if address is None:
+            address = data_uri(self.image, MARKDOWN_WIDTH) if self.is_readable and self.uri is None else self.uri
+        found = None if address is None else markdown.image_address(address)
+        name = self.caption or ("image" if self.id is None else str(self.id))
+        score = "" if self.score is None else f"{self.score:.2f}"
+        text = f"\\[{markdown.escape(name)}\\]" if found is None else markdown.image(name, found, score)
+        page = markdown.web_address(self.source)
+        below = [markdown.escape(said) for said in (self.credit, self.licence) if said]
+        below += [f"[source]({page})"] if page else [markdown.escape(self.source)] if self.source else []
+        return f"{text}  \n*{', '.join(below)}*" if below else text
+
     def __str__(self) -> str:
         return "[image]" if self.id is None else f"[image {self.id}]"
+
+
+# What an answer is made of.
+Part: TypeAlias = str | RetrievedImage
 
 
 @dataclass(frozen=True)
@@ -55,7 +129,7 @@ class InterleavedOutput:
         A cat. [image cat]
     """
 
-    parts: tuple[str | RetrievedImage, ...]
+    parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
@@ -67,11 +141,61 @@ class InterleavedOutput:
         """The images alone."""
         return tuple(part for part in self.parts if isinstance(part, RetrievedImage))
 
-    def __iter__(self) -> Iterator[str | RetrievedImage]:
+    def __iter__(self) -> Iterator[Part]:
         return iter(self.parts)
 
     def __str__(self) -> str:
         return " ".join(str(part).strip() for part in self.parts if str(part).strip())
+
+    def to_markdown(self, address_of: Callable[[RetrievedImage], str | None] | None = None) -> str:
+        """Return Markdown: the text, and each image as a paragraph with its score, credit, licence and source.
+
+        Nothing in it is more than it seems: names and captions are escaped, and of what the model wrote, HTML, images
+        and links to anything but the web are text.
+
+        Args:
+            address_of: returns where an image is found; with None, or where it returns None, its path or address, or
+                the image itself as a data URI.
+
+        Example:
+            >>> print(InterleavedOutput(("A cat.", RetrievedImage("cat", 0.9, "cat.png"))).to_markdown())
+            A cat.
+            <BLANKLINE>
+            ![cat](cat.png "0\\.90")
+        """
+        blocks = [
+            markdown.made_harmless(part).strip("\n")
+            if isinstance(part, str)
+            else part.to_markdown(address_of(part) if address_of else None)
+            for part in self.parts
+        ]
+        return "\n\n".join(block for block in blocks if block.strip())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer fit for JSON: `text`, and `parts` of the types "text" and "image", in order."""
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part.to_dict() for part in self.parts]
+        return {"text": self.text, "parts": parts}
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def to_messages(self) -> list[dict[str, Any]]:
+        """Return the answer as chat messages, which go back into `generate` with the next turn, images included.
+
+        An image that is known by its address only cannot be seen, and is left out.
+
+        Example:
+            >>> InterleavedOutput(("A cat.",)).to_messages()
+            [{'role': 'assistant', 'content': [{'type': 'text', 'text': 'A cat.'}]}]
+        """
+        content: list[dict[str, Any]] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                content.append({"type": "text", "text": part})
+            elif part.is_readable:
+                content.append({"type": "image", "image": part.image})
+        return [{"role": "assistant", "content": content}]
 
     def _repr_html_(self) -> str:
         return "<div>" + "".join(render_part(part) for part in self.parts) + "</div>"
@@ -83,20 +207,25 @@ class InterleavedOutput:
             temporary.write_text(page, encoding="utf-8")
 
 
-def render_part(part: str | RetrievedImage, width: int = 192) -> str:
+def render_part(part: Part, width: int = 192) -> str:
     """Return HTML for a part: escaped text, or the image at most `width` pixels wide with its id and score below."""
     if isinstance(part, str):
         return f'<span style="white-space:pre-wrap">{html.escape(part)}</span>'
     score = "" if part.score is None else f" ({part.score:.2f})"
     label = html.escape("no index" if part.id is None else f"{part.id}{score}")
+    below = html.escape(", ".join(said for said in (part.credit, part.licence, part.source) if said))
     if isinstance(part.image, ImageLink):
         label += f": {_anchor(part.image)}"
     if part.image is None or isinstance(part.image, ImageLink):
-        return f'<figure style="display:inline-block"><figcaption>[{label}]</figcaption></figure>'
+        return f'<figure style="display:inline-block"><figcaption>[{label}]{_line(below)}</figcaption></figure>'
     return (
         f'<figure style="display:inline-block;margin:4px;text-align:center"><img src="{data_uri(part.image, width)}" '
-        f'alt="{label}"><figcaption style="font-size:12px">{label}</figcaption></figure>'
+        f'alt="{label}"><figcaption style="font-size:12px">{label}{_line(below)}</figcaption></figure>'
     )
+
+
+def _line(below: str) -> str:
+    return f"<br>{below}" if below else ""
 
 
 def _anchor(link: ImageLink) -> str:

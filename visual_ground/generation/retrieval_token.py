@@ -21,10 +21,10 @@ class RetrievalSettings:
 
     Args:
         images_per_ret: images shown at each `[RET]`, at least 1.
-        max_images: the most `[RET]`s in an answer; None for any number, 0 for none.
+        max_images: the most `[RET]`s in an answer, a few by default; None for any number, 0 for none.
         ret_bias: added to `[RET]`'s logit; larger values give more images.
         min_new_tokens_before_ret: the fewest tokens before an answer's first `[RET]`.
-        min_new_tokens_between_rets: the fewest tokens between two `[RET]`s.
+        min_new_tokens_between_rets: the fewest tokens between two `[RET]`s; 0 lets one follow another at once.
         allow_repeats: whether one answer may show an image twice.
         filter: which entries of the index may be shown, as in `ImageIndex.search`; all where None.
 
@@ -33,10 +33,11 @@ class RetrievalSettings:
     """
 
     images_per_ret: int = 1
-    max_images: int | None = None
+    # With any number of them at any place, a bias that is too large would give one picture after another and no word.
+    max_images: int | None = 4
     ret_bias: float = 0.0
     min_new_tokens_before_ret: int = 0
-    min_new_tokens_between_rets: int = 0
+    min_new_tokens_between_rets: int = 8
     allow_repeats: bool = False
     filter: Any = None
 
@@ -67,7 +68,12 @@ class RetLogitsProcessor(LogitsProcessor):
         self.ret_token_id, self.prompt_length, self.settings = ret_token_id, prompt_length, settings
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come."""
+        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come.
+
+        Scores without a column for `[RET]`, as of an LM whose adapter is disabled, stay as they are.
+        """
+        if scores.shape[-1] <= self.ret_token_id:
+            return scores
         new = input_ids[:, self.prompt_length :]
         column = scores[:, self.ret_token_id] + self.settings.ret_bias
         if new.shape[1] < self.settings.min_new_tokens_before_ret:
@@ -105,25 +111,26 @@ def split_at_ret(ids: Sequence[int], ret_token_id: int, tokenizer: Any) -> list[
 
 
 def retrieve(
-    vectors: Tensor, index: RetrievalIndex | None, settings: RetrievalSettings
+    vectors: Tensor, index: RetrievalIndex | None, settings: RetrievalSettings, shown: set[int] | None = None
 ) -> list[tuple[RetrievedImage, ...]]:
-    """Find the images of one answer.
+    """Find the images of one answer, or of a part of it.
 
     Args:
         vectors: (r, q), the retrieval vectors of its `[RET]`s in order.
         index: where to search; None gives one image without id for each `[RET]`.
         settings: how many images, and whether one may come twice.
+        shown: positions in the index that the answer has shown already; these images' are added.
 
     Returns:
         For each `[RET]`, its images, best first; fewer where the index has no more.
     """
     if index is None or not len(vectors):
         return [(RetrievedImage(),) for _ in vectors]
+    shown = set() if shown is None else shown
     # Enough for each [RET] even where all the ones before it have taken its best images.
     count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors))
     options = {} if settings.filter is None else {"filter": settings.filter}
-    results = index.search(vectors, count, **options)
-    shown: set[int] = set()
+    results = index.search(vectors, count if settings.allow_repeats else count + len(shown), **options)
     answers = []
     for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True):
         hits = [hit for hit in zip(positions, scores, strict=True) if settings.allow_repeats or hit[0] not in shown]

@@ -19,7 +19,7 @@ from visual_ground.index.filters import parse_filter
 from visual_ground.index.places import find_image
 from visual_ground.index.remote_images import ImageLink, LinkRules, follow, is_url
 from visual_ground.index.rows import THUMBNAIL
-from visual_ground.vision.images import decode_file
+from visual_ground.vision.decoding import decode_file
 
 # A mask over positions, a filter as in `visual_ground.index.filters`, or a function of an entry's metadata.
 Filter: TypeAlias = Tensor | Mapping[str, Any] | Callable[[Mapping[str, Any]], Any]

@@ -1,0 +1,119 @@
+"""Listening to transformers' `generate` while it runs: each token as it is said, each `[RET]` with its vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria
+
+from visual_ground.adapter.attached import AttachedAdapter
+from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.lm.running_cache import copy_of_running_cache
+
+# Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
+OnToken = Callable[[int, int, Tensor | None], bool]
+# Reads the vectors of finished sequences by running them once more; see `generate.ret_vectors`.
+ReadAgain = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
+
+
+class AnswerListener(StoppingCriteria):
+    """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` at the moment it is said.
+
+    The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
+    an LM that holds something else is run once more up to the `[RET]`.
+
+    Args:
+        frozen_lm: the LM.
+        attached: the active adapter.
+        mask: (b, s), of the prompts.
+        read_again: for LMs without plain keys and values.
+        on_token: as above; called for sequences that it has not ended.
+        per_prompt: answers to each prompt. A `generate` that follows more sequences searches with beams.
+
+    Attributes:
+        lost: whether it cannot follow, because tokens were taken back or sequences swapped.
+    """
+
+    def __init__(
+        self,
+        frozen_lm: FrozenLM,
+        attached: AttachedAdapter,
+        mask: Tensor,
+        read_again: ReadAgain,
+        on_token: OnToken = lambda row, token, vector: True,
+        per_prompt: int = 1,
+    ) -> None:
+        self.frozen_lm, self.attached, self.mask, self.read_again = frozen_lm, attached, mask, read_again
+        self.on_token, self.per_prompt = on_token, per_prompt
+        self.start = mask.shape[1]
+        self._heard: Tensor | None = None  # What had been said at the latest step.
+        self._ended: set[int] = set()
+        self._vectors: dict[tuple[int, int], Tensor] = {}
+        self.lost = False
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Any = None, **options: Any) -> Tensor:
+        """Hear the newest tokens of ids (b, s); return which sequences are to end, (b,) bool."""
+        self._check_order(input_ids)
+        if self.lost:  # Beams swap sequences and speculation takes back tokens; then there is nothing to follow.
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        vectors = self._read(input_ids)
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if row not in self._ended and not self.on_token(row, token, vectors.get(row)):
+                self._ended.add(row)
+        ended = [row in self._ended for row in range(len(input_ids))]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def _check_order(self, ids: Tensor) -> None:
+        before = self._heard
+        if before is None:
+            self.lost = ids.shape != (len(self.mask) * self.per_prompt, self.start + 1)
+        elif not self.lost:
+            self.lost = before.shape != ids[:, :-1].shape or not torch.equal(before, ids[:, :-1])
+        self._heard = ids
+
+    def _read(self, ids: Tensor) -> dict[int, Tensor]:
+        """Return the vectors of the sequences that have just said `[RET]`, by row."""
+        said = ids[:, -1] == self.attached.processor.ret_token_id
+        rows = [row for row in said.nonzero()[:, 0].tolist() if row not in self._ended]
+        if not rows:
+            return {}
+        chosen = torch.tensor(rows, device=ids.device)
+        mask = self.mask.repeat_interleave(self.per_prompt, 0).to(ids.device)[chosen]
+        mask = nn.functional.pad(mask, (0, ids.shape[1] - self.start), value=1)
+        vectors = self._read_on_copy(ids[chosen], mask, chosen)
+        if vectors is None:
+            again = self.read_again(ids[chosen], mask[:, :-1], ids.shape[1] - 1)
+            vectors = torch.cat(list(again))
+        found = dict(zip(rows, vectors.cpu(), strict=True))
+        self._vectors |= {(row, ids.shape[1] - 1): vector for row, vector in found.items()}
+        return found
+
+    def _read_on_copy(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor | None:
+        """Run what a retrieval state is read at, behind what has been said; return vectors (r, q), or None."""
+        said = ids.shape[1] - 1
+        suffix = ids[:, said:]  # (r, 1): the state is read at `[RET]` itself.
+        longest = self.frozen_lm.max_length
+        if longest is not None and said + suffix.shape[1] > longest:
+            return None
+        cache = copy_of_running_cache(self.frozen_lm, said, rows)
+        if cache is None:
+            return None
+        last = torch.arange(1, len(suffix) + 1, device=ids.device) * suffix.shape[1] - 1
+        layers = self.attached.config.text_layers
+        states = self.frozen_lm.hidden_states(suffix, mask, last, layers, cache=cache, use_cache=True)
+        return self.attached.embed_states(states)
+
+    def vectors_of(self, sequences: Tensor) -> list[Tensor] | None:
+        """Return the vectors (r, q) of each finished sequence (b, s), or None where these are not what was heard."""
+        heard = self._heard
+        if self.lost or heard is None or heard.shape != sequences.shape or not torch.equal(heard, sequences):
+            return None
+        found: list[list[Tensor]] = [[] for _ in sequences]
+        for (row, _), vector in self._vectors.items():
+            found[row].append(vector)
+        empty = torch.empty(0, self.attached.config.retrieval_dim)
+        return [torch.stack(vectors) if vectors else empty for vectors in found]
