@@ -32,6 +32,7 @@ def test_a_run_publishes_its_adapter_and_nothing_else_of_its_folder(strategy, sa
     # What must not leave: features of the images, pictures of the evaluation, logs, a pickle of the arguments.
     kept = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"features", "pictures", "training_args.bin"} <= kept
+    assert b"writer" not in (tmp_path / "run" / "training_args.bin").read_bytes()
     repo = hub.repos["models", "me/adapter"]
     trained = hub.files("me/adapter")
     for commit in repo.commits.values():

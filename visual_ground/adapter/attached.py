@@ -155,7 +155,9 @@ class AttachedAdapter(nn.Module):
         beside = lm_peft.writers(lm) if self.config.train_lm_adapter else {}
         if self.anchors is not None:
             beside = {**beside, ANCHORS_FILE: self.anchors.write}
-        save_adapter(folder, self.adapter.state_dict(), metadata, repo_id, beside=beside)
+        # The file is in float32, also where somebody called `adapter.double()`.
+        tensors = {name: tensor.float() for name, tensor in self.adapter.state_dict().items()}
+        save_adapter(folder, tensors, metadata, repo_id, beside=beside)
 
 
 def new_adapter(config: GroundingConfig, spec: LMSpec, vision: VisionEncoder) -> Adapter:

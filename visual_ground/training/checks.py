@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -66,6 +66,14 @@ def check_model(model: Any) -> None:
         raise GroundingTypeError(f"GroundingTrainer trains a GroundedModel, got {type(model).__name__}.")
     if not any(parameter.requires_grad for parameter in model.adapter.parameters()):
         raise GroundingStateError("The adapter is frozen; load it with is_trainable=True to train it further.")
+
+
+def no_predictions(trainer: Any, *args: Any, **options: Any) -> NoReturn:
+    """Raise GroundingTypeError: `Trainer.predict` returns the logits of a dataset, which never exist as a whole."""
+    raise GroundingTypeError(
+        "GroundingTrainer has no predict: logits of whole batches are never computed. Use trainer.evaluate(rows), "
+        "model.generate, or model.embed_text and model.embed_images."
+    )
 
 
 def freeze_others(model: GroundedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.prefix_files import PrefixFiles
+
+logger = logging.getLogger(__name__)
 
 
 def set_compute_plan(
@@ -66,6 +69,7 @@ def refill_prefix_cache(
     while batches > 0:
         held_before = cache.held_bytes
         sampler.set_epoch(epoch)
+        logger.info("Computing again what the prefix cache held: %d batches left.", batches)
         for _, batch in zip(range(batches), loader, strict=False):
             cache.run(on_device(batch)["retrieval"])
             batches -= 1

@@ -209,7 +209,9 @@ def initialize(
         set_compute_plan(objective, collate(first_examples(examples, PLAN_EXAMPLES)), args, sharded)
     if is_new and args.data_dependent_init:
         # A resumed run does it too, though its checkpoint has other values: the prefix cache is then as it was.
-        initialize_from_data(objective, examples, collate, Path(args.features_folder, ANSWERS_FOLDER))
+        initialize_from_data(
+            objective, examples, collate, Path(args.features_folder, ANSWERS_FOLDER), args.shows_progress
+        )
     broadcast_adapter(objective.model.adapter, args.world_size)
 
 

@@ -218,6 +218,7 @@ class GroundingTrainer(Trainer):
         if self.is_world_process_zero():
             self._publisher.open(token, private)
 
+    predict = checks.no_predictions
     # The following are private methods of Trainer, which has no public ones for what they do.
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from tqdm import tqdm
 
 from visual_ground.adapter.initialization import initialize_retrieval
 from visual_ground.errors import GroundingStateError
@@ -49,6 +50,7 @@ def initialize_from_data(
     examples: ExampleDataset | ExampleStream,
     collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
     folder: Path | None = None,
+    progress: bool = False,
 ) -> None:
     """Fit a new adapter's start values.
 
@@ -57,6 +59,7 @@ def initialize_from_data(
         examples: the training examples, of which at most `MAX_EXAMPLES` are read.
         collate: makes a batch of examples.
         folder: where the LM's own answers are kept, see `emission.fit_emission`; None: nowhere.
+        progress: show progress bars.
     """
     sampled = evenly_sampled(examples)
     if objective.model.config.scaling == "embedding":
@@ -64,11 +67,12 @@ def initialize_from_data(
         requests = [example["request"] for example in sampled if "request" in example]
         fit_emission(objective.model, [example["caption"] for example in sampled], requests, folder)
     batches = [sampled[i : i + BATCH_SIZE] for i in range(0, len(sampled), BATCH_SIZE)]
-    features = torch.cat([image_features(objective.model, batch) for batch in batches])
+    shown = tqdm(batches, desc="start values: images", unit="batch", disable=not progress)
+    features = torch.cat([image_features(objective.model, batch) for batch in shown])
     if not any("request" in example for example in sampled):
         # Requests leave the LM in states of another kind than captions do, and one regression does not fit both.
-        start_retrieval(objective, [collate(batch) for batch in batches], features)
-    start_image_tokens(objective.model, sampled, features)
+        start_retrieval(objective, [collate(batch) for batch in batches], features, progress)
+    start_image_tokens(objective.model, sampled, features, progress=progress)
 
 
 def evenly_sampled(examples: ExampleDataset | ExampleStream) -> list[dict[str, Any]]:
@@ -80,23 +84,31 @@ def evenly_sampled(examples: ExampleDataset | ExampleStream) -> list[dict[str, A
 
 
 @torch.no_grad()
-def start_retrieval(objective: GroundingObjective, batches: Sequence[Mapping[str, Any]], features: Tensor) -> None:
+def start_retrieval(
+    objective: GroundingObjective, batches: Sequence[Mapping[str, Any]], features: Tensor, progress: bool = False
+) -> None:
     """Start the retrieval projections in closed form.
 
     Args:
         objective: the model, and how its text-retrieval pass is run.
         batches: as from `ExampleCollator`.
         features: (n, f), of their images.
+        progress: show a progress bar.
     """
     model, prefixes = objective.model, objective.prefixes
-    parts = [batch["retrieval"] for batch in batches]
+    retrieval = [batch["retrieval"] for batch in batches]
+    parts = tqdm(retrieval, desc="start values: captions", unit="batch", disable=not progress)
     states = [plain_states(model, part) if prefixes is None else prefixes.states(part) for part in parts]
     layers = [torch.cat(layer) for layer in zip(*states, strict=True)]
     initialize_retrieval(model.adapter, layers, features, torch.cat([batch["groups"] for batch in batches]))
 
 
 def start_image_tokens(
-    model: GroundedModel, examples: Sequence[Mapping[str, Any]], features: Tensor, seed: int = 0
+    model: GroundedModel,
+    examples: Sequence[Mapping[str, Any]],
+    features: Tensor,
+    seed: int = 0,
+    progress: bool = False,
 ) -> None:
     """Start the image projection: from the captions' words in closed form, then by imitation of these.
 
@@ -105,6 +117,7 @@ def start_image_tokens(
         examples: n examples; those of one `group` are about the same thing.
         features: (n, f), of their images.
         seed: of the order.
+        progress: show progress bars.
     """
     captions, groups = [example["caption"] for example in examples], [example["group"] for example in examples]
     fit_image_tokens_to_words(model, captions, features, groups)
@@ -113,13 +126,13 @@ def start_image_tokens(
         logger.info("%s shows no layers, so image tokens start as their captions' words.", type(model.lm).__name__)
         return
     imitation = Imitation(model, layer)
-    targets = target_hidden_states(imitation, examples)
+    targets = target_hidden_states(imitation, examples, progress)
     std = targets.std(0, correction=0) + 1e-6
     rate = STEP_SIZE / model.adapter.feature_dim
     optimizer = torch.optim.AdamW(model.adapter.projector_groups(rate), betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
     order = torch.Generator().manual_seed(seed)
-    for _ in range(NUM_STEPS):
+    for _ in tqdm(range(NUM_STEPS), desc="start values: image tokens", unit="step", disable=not progress):
         chosen = torch.randint(len(examples), (min(BATCH_SIZE, len(examples)),), generator=order)
         loss = ((imitation.image_states(features[chosen]) - targets[chosen]) / std).square().mean()
         model.zero_grad()
@@ -129,7 +142,7 @@ def start_image_tokens(
     model.zero_grad()
 
 
-def target_hidden_states(imitation: Imitation, examples: Sequence[Mapping[str, Any]]) -> Tensor:
+def target_hidden_states(imitation: Imitation, examples: Sequence[Mapping[str, Any]], progress: bool = False) -> Tensor:
     """Return for each of n examples the idf-weighted mean state (n, width) over all tokens of its group's captions.
 
     The more captions of a group are averaged, the less the peculiarities of one of them are imitated
@@ -138,13 +151,15 @@ def target_hidden_states(imitation: Imitation, examples: Sequence[Mapping[str, A
     Args:
         imitation: gives the states.
         examples: with a `caption` and a `group`.
+        progress: show a progress bar.
     """
     captions, groups = [example["caption"] for example in examples], [example["group"] for example in examples]
     ids_of = caption_ids(imitation.model, captions, groups)
     weight = idf_weights(ids_of)
     texts = sorted(set(chain(*ids_of.values())), key=len)
     weights = [[weight[token] for token in text] for text in texts]
-    starts = range(0, len(texts), BATCH_SIZE)
+    indices_of_first = range(0, len(texts), BATCH_SIZE)
+    starts = tqdm(indices_of_first, desc="start values: words", unit="batch", disable=not progress)
     sums = torch.cat([imitation.text_states(texts[i : i + BATCH_SIZE], weights[i : i + BATCH_SIZE]) for i in starts])
     index = {text: i for i, text in enumerate(texts)}
     means = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,9 @@ class AdapterCheckpoints:
         if self.args.should_save:
             path = self.folder if folder is None else Path(folder)
             self.model.save_pretrained(path)
-            torch.save(self.args, path / "training_args.bin")
+            args = copy.copy(self.args)
+            args.hub_token = None  # A token is no setting, and folders are passed on.
+            torch.save(args, path / "training_args.bin")
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Load the adapter's tensors, all or none."""
