@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.vision.images import is_address
+from visual_ground.vision.link_rules import is_address
 
 logger = logging.getLogger(__name__)
 
