@@ -74,8 +74,8 @@ class GroundedModel(nn.Module):
         """Return what `forward` reads: input_ids and attention_mask (b, s), and images as pixel_values (n, c, h, w).
 
         Args:
-            prompts: a list of prompts, each a string, a PIL image, a path to an image, a list mixing them, or a list of
-                chat messages; or one string, image or chat alone. One interleaved prompt is a list within the list.
+            prompts: a list of prompts, each a string, an image in any form, a list mixing them, or a list of chat
+                messages; or one string, image or chat alone. One interleaved prompt is a list within the list.
             padding_side: "left" or "right".
         """
         return self.processor(prompts, padding_side).to(self.frozen_lm.device)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tests.storage.hub_client import hub  # noqa: F401
-from tests.tiny import picture
+from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex, InterleavedOutput, RetrievedImage
 from visual_ground.errors import GroundingFileError
 from visual_ground.index.files import FILES, TABLE_FILE
@@ -139,6 +139,32 @@ def test_no_path_leads_out_of_the_folder(tmp_path):
     pq.write_table(table, folder / TABLE_FILE)
     with pytest.raises(GroundingFileError, match="not inside the folder"):
         ImageIndex.from_pretrained(folder).entry(0)
+
+
+def test_addresses_that_only_read_like_paths_of_the_folder_are_not_opened(tmp_path, monkeypatch):
+    picture(3).save(tmp_path / "secret.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "index"
+    places = [f"file:{tmp_path}/secret.png", (tmp_path / "secret.png").as_uri(), "~/secret.png"]
+    ImageIndex(torch.eye(3), images=places).save_pretrained(folder)
+    monkeypatch.chdir(folder)  # As a relative path, each of them would be inside the folder.
+    assert ImageIndex.from_pretrained(folder).images == [*map(ImageLink, places)]
+    mine = ImageIndex(torch.eye(3), images=places)
+    assert [to_rgb(mine.entry(i)[1]).tobytes() for i in range(3)] == [picture(3).tobytes()] * 3
+
+
+def test_prompts_fetch_images_where_their_rules_allow_it():
+    with web() as (url, requests):
+        model = grounded()
+        with pytest.raises(GroundingError, match=r"model\.processor\.link_rules"):
+            model.prepare([["w4", f"{url}/a.png"]])
+        assert not requests
+        model.processor.link_rules = LinkRules(hosts=["127.0.0.1"])
+        model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        part = {"type": "image_url", "image_url": {"url": f"{url}/a"}}
+        fetched = model.prepare([["w4", f"{url}/a.png"], [{"role": "user", "content": [part]}]])["pixel_values"]
+        assert torch.equal(fetched, model.prepare([["w4", picture(0)]])["pixel_values"].expand(2, -1, -1, -1))
+        assert requests == ["/a.png", "/a"]
 
 
 def test_an_image_that_was_not_opened_is_a_link_on_the_page():

@@ -86,6 +86,15 @@ def test_what_a_template_does_to_images_is_said(template, words):
         render(template, messages)
 
 
+def test_a_template_may_leave_thoughts_out():
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    messages = [
+        {"role": "user", "content": [part("w4"), part(picture(1))]},
+        {"role": "assistant", "content": "w5</think>w6"},
+    ]
+    assert [one if isinstance(one, str) else "image" for one in render(template, messages)] == ["w4", "image", "w6"]
+
+
 def test_the_last_text_is_not_lost_and_an_earlier_one_not_in_silence(caplog):
     messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "e"}]
     with pytest.raises(GroundingValueError, match="loses the text of the last message, of the role 'user'"):

@@ -120,8 +120,9 @@ class _Marked:
 
     @property
     def probes(self) -> list[str]:
-        """The texts, each with a mark of its own before it, which shows whether a template keeps the text."""
-        return [f"{self._probe(i)}{text}" if text.strip() else text for i, text in enumerate(self.texts)]
+        """The texts, each with a mark of its own, which shows whether a template keeps the text."""
+        # At the end, because templates of reasoning models cut off the beginning, the thoughts.
+        return [f"{text}{self._probe(i)}" if text.strip() else text for i, text in enumerate(self.texts)]
 
     def _probe(self, message: int) -> str:
         return f"{self.word}text{message:06d}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.vision.arrays import from_array, is_array
 from visual_ground.vision.decoding import decode, decode_file, is_image
-from visual_ground.vision.link_rules import SCHEMES, LinkRules
+from visual_ground.vision.link_rules import HOME, SCHEME, SCHEMES, LinkRules
 
 
 @runtime_checkable
@@ -46,7 +46,6 @@ ImageLike: TypeAlias = (
 Images: TypeAlias = ImageLike | Iterable[ImageLike]
 
 NAME_LENGTH = 80  # Characters of an address that messages show; a data: URL has millions.
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # Shorter strings are never taken for the base64 of a file: the smallest PNG has 67 bytes.
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{64,}={0,2}\s*")
 
@@ -93,19 +92,6 @@ def is_single(images: Any) -> bool:
         return 2 <= len(images.shape) <= 3
     kinds = str, bytes, bytearray, memoryview, os.PathLike, Mapping, Image.Image, ImageFile
     return isinstance(images, kinds)
-
-
-def is_address(image: Any) -> bool:
-    """Return whether an image is given by a URL or from the home folder, and so stands in no folder of one's choice.
-
-    Example:
-        >>> is_address("~/cat.png"), is_address("file:///cat.png"), is_address("pictures/cat.png")
-        (True, True, False)
-    """
-    text = os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""
-    if not isinstance(text, str):
-        return False
-    return text[:5].lower() in ("data:", "file:") or bool(re.match(r"~\w*/", text) or SCHEME.match(text))
 
 
 def image_name(image: Any) -> str:
@@ -177,12 +163,13 @@ def _read_address(address: str, rules: LinkRules | None) -> bytes:
 
 
 def _read_path(path: str | bytes) -> bytes:
-    home = path[:1] in ("~", b"~") and not os.path.lexists(path)
+    path = os.fsdecode(path)
     try:
-        with open(os.path.expanduser(path) if home else path, "rb") as file:
+        at_home = HOME.match(path) and not os.path.lexists(path)
+        with open(os.path.expanduser(path) if at_home else path, "rb") as file:
             return file.read()
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a null byte, or half a surrogate.
-        if isinstance(path, str) and BASE64.fullmatch(path):
+        if BASE64.fullmatch(path):
             data = _from_base64(path)
             if data is not None and is_image(data):
                 return data

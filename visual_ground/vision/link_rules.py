@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,8 @@ from urllib.parse import urlsplit
 from visual_ground.errors import GroundingFileError, GroundingValueError
 
 SCHEMES = ("http", "https")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+HOME = re.compile(r"~[^/\\]*[/\\]")  # `~/` and `~name/`, a home folder.
 CHUNK_BYTES = 1 << 16  # Small enough that size and time are checked often while an image arrives.
 
 
@@ -57,6 +60,8 @@ class LinkRules:
     def allow_path(self, path: str, folder: Path) -> bool:
         """Return whether a path leads into the index's folder or another that is allowed, symbolic links followed."""
         try:
+            if is_address(path):  # It would be opened elsewhere than where a path of these letters leads.
+                return False
             target = Path(path).resolve()
             return any(target.is_relative_to(Path(root).resolve()) for root in (folder, *self.folders))
         except (OSError, ValueError, RuntimeError):  # A null byte, a loop of links.
@@ -114,5 +119,16 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def is_url(address: str) -> bool:
-    """Return whether an address is on the network rather than a path."""
-    return "://" in address
+    """Return whether an address is on the network rather than a path or a `file:` URL."""
+    return "://" in address and address[:5].lower() not in ("file:", "data:")
+
+
+def is_address(image: Any) -> bool:
+    """Return whether an image is given by a URL or from a home folder, and so stands in no folder of one's choice.
+
+    Example:
+        >>> is_address("~/cat.png"), is_address("file:///cat.png"), is_address("pictures/cat.png")
+        (True, True, False)
+    """
+    text = os.fsdecode(image) if isinstance(image, (str, os.PathLike)) else ""
+    return text[:5].lower() in ("data:", "file:") or bool(HOME.match(text) or SCHEME.match(text))

@@ -11,7 +11,7 @@ from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.training.data.rows import check_not_empty, has_images, is_missing, rows_by_number
-from visual_ground.vision.images import is_address
+from visual_ground.vision.link_rules import is_address
 
 logger = logging.getLogger(__name__)
 
