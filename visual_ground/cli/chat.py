@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import add_model_arguments, load_model
+from visual_ground.cli.arguments import (
+    add_answer_options,
+    add_index_options,
+    add_model_arguments,
+    answer_options,
+    load_index,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -15,32 +22,26 @@ def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
     parser = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
     add_model_arguments(parser)
-    parser.add_argument("--index", help="folder of an index")
+    add_index_options(parser)
     parser.add_argument("--once", metavar="PROMPT", help="answer one prompt and stop")
     parser.add_argument("--html", help="write the last answer as a page")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]")
-    parser.add_argument("--images", action="append", default=[], help="folder that the index's paths may lead into")
-    parser.add_argument("--host", action="append", default=[], help="host that the index's images may be fetched from")
+    add_answer_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Answer line by line until an empty one, or once."""
-    from visual_ground import ImageIndex
-    from visual_ground.index.remote_images import LinkRules
     from visual_ground.prompts.chat import chat_message
 
     model = load_model(options)
-    rules = LinkRules(hosts=tuple(options.host), folders=tuple(options.images))
-    index = None if options.index is None else ImageIndex.from_pretrained(options.index, rules)
+    index = load_index(options)
     messages: list[dict[str, Any]] = []
     while line := options.once or input("> "):
         parts = split_line(line)
         messages.append(chat_message("user", parts))
         # An LM without a chat template answers each line by itself.
         prompt: Any = messages if model.tokenizer.chat_template else [parts]
-        answer = model.generate(prompt, index, options.max_new_tokens, ret_bias=options.ret_bias)[0]
+        answer = model.generate(prompt, index, **answer_options(options))[0]
         messages.append(chat_message("assistant", [answer.text]))
         print(answer)
         if options.html:

@@ -75,6 +75,12 @@ def is_hub_name(name: str) -> bool:
     return HUB_NAME.fullmatch(name) is not None and ".." not in name and not any(map(os.path.exists, parts))
 
 
+def check_name(name: str, what: str) -> None:
+    """Raise GroundingFileError where a model's name is no local path that exists and could be none of the Hub's."""
+    if not os.path.exists(name) and not is_hub_name(name):
+        raise GroundingFileError(f"There is no folder {name!r} to load the {what} from. Give a folder, or a Hub id.")
+
+
 def fetch_folder(name: str | os.PathLike[str], files: Sequence[str], options: HubOptions, kind: str = "model") -> Path:
     """Return a local folder as it is, or else a folder with what the Hub has by that name.
 
