@@ -148,4 +148,6 @@ def test_a_folder_that_is_missing_is_called_a_folder(tmp_path, capsys):
     ):
         assert main(call) == 2
         error = capsys.readouterr().err
-        assert "folder" in error and repr(missing) in error and "alphanumeric" not in error and error.count("\n") == 1
+        last = error.splitlines()[-1]  # Before it come bars of progress.
+        assert last.startswith("visual-ground: ") and "folder" in last and repr(missing) in last, error
+        assert "alphanumeric" not in error and "Traceback" not in error
