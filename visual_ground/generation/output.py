@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from visual_ground.errors import GroundingError
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.storage.atomic import replacing
 from visual_ground.vision.images import ImageLike, to_rgb
@@ -91,10 +92,16 @@ def render_part(part: str | RetrievedImage, width: int = 192) -> str:
     label = html.escape("no index" if part.id is None else f"{part.id}{score}")
     if isinstance(part.image, ImageLink):
         label += f": {_anchor(part.image)}"
-    if part.image is None or isinstance(part.image, ImageLink):
+    source = None
+    if part.image is not None and not isinstance(part.image, ImageLink):
+        try:
+            source = data_uri(part.image, width)
+        except GroundingError:  # A file that is gone or damaged by now must not take the rest of the answer with it.
+            label += ": the picture cannot be opened"
+    if source is None:
         return f'<figure style="display:inline-block"><figcaption>[{label}]</figcaption></figure>'
     return (
-        f'<figure style="display:inline-block;margin:4px;text-align:center"><img src="{data_uri(part.image, width)}" '
+        f'<figure style="display:inline-block;margin:4px;text-align:center"><img src="{source}" '
         f'alt="{label}"><figcaption style="font-size:12px">{label}</figcaption></figure>'
     )
 

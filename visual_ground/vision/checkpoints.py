@@ -52,7 +52,7 @@ def load_timm(name: str) -> nn.Module:
             name, options = architecture, {**options, "pretrained_cfg_overlay": {"file": file}}
     with _file_errors(f"timm:{name}", "timm:ARCHITECTURE/FILE or timm:FOLDER"):
         model: nn.Module = timm.create_model(name, **options)
-    return model
+    return model.eval()
 
 
 def load_open_clip(name: str) -> tuple[nn.Module, Any]:
