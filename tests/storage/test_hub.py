@@ -19,7 +19,8 @@ from visual_ground import GroundedModel, GroundingConfig, ground
 from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.adapter.files import push_saved
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
-from visual_ground.storage.hub import PushOptions, cached_commit, is_hub_name
+from visual_ground.storage.hub import PushOptions, cached_commit
+from visual_ground.storage.hub_names import is_hub_name
 from visual_ground.storage.tensors import CONFIG_FILE, WEIGHTS_FILE
 
 # huggingface_hub's own call of its HTTP library.

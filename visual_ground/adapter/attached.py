@@ -124,6 +124,12 @@ class AttachedAdapter(nn.Module):
         report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
         self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
 
+    def keep_encoder_name(self) -> None:
+        """Record the name that the encoder was loaded by, where the adapter was saved with none or another."""
+        if self.vision.name not in (None, self.metadata.provenance.get("vision_encoder")):
+            encoder = {name: self.provenance.get(name) for name in ("vision_encoder", "vision_revision")}
+            self.metadata = replace(self.metadata, provenance={**self.metadata.provenance, **encoder})
+
     def load_weights(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
         """Load saved tensors, and those of the LM's PEFT adapter where that is trained together with this one.
 

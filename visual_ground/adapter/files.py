@@ -20,7 +20,8 @@ from visual_ground.adapter.model_card import PICTURE_FILE, render_card
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.storage.atomic import resolve
-from visual_ground.storage.hub import CARD_FILE, HubOptions, PushOptions, fetch_folder, is_hub_name, push_folder
+from visual_ground.storage.hub import CARD_FILE, HubOptions, PushOptions, fetch_folder, push_folder
+from visual_ground.storage.hub_names import is_hub_name
 from visual_ground.storage.readme import is_edited
 from visual_ground.storage.tensors import (
     CONFIG_FILE,

@@ -8,7 +8,7 @@ from typing import Any
 
 from visual_ground.adapter.metadata import AdapterMetadata
 from visual_ground.adapter.report import Evaluation, Report
-from visual_ground.storage.hub import is_hub_name
+from visual_ground.storage.hub_names import is_hub_name
 from visual_ground.storage.readme import render_page
 
 PICTURE_FILE = "samples.jpg"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
+    from visual_ground.index.image_index import ImageIndex
     from visual_ground.model import GroundedModel
     from visual_ground.training.data.columns import Columns
 
@@ -18,13 +21,88 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the positional arguments that `load_model` reads."""
     parser.add_argument("lm", help="Hub id or folder of the LM")
     parser.add_argument("adapter", help="Hub id or folder of the adapter")
+    add_vision_option(parser)
+
+
+def add_vision_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the vision encoder."""
+    parser.add_argument(
+        "--vision", metavar="NAME", help="the vision encoder, where the adapter names none or it has moved"
+    )
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return a type of argparse: whole numbers of at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return value
+
+    return read
+
+
+def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """Return a type of argparse: finite numbers from `least` to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most):
+            span = f" from {least:g} to {most:g}" if math.isfinite(least) else ""
+            raise argparse.ArgumentTypeError(f"must be a finite number{span}, got {text!r}")
+        return value
+
+    return read
+
+
+def add_answer_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how long answers are and how many images they have; see `answer_options`."""
+    parser.add_argument("--max-new-tokens", metavar="N", type=whole(1), help="length of an answer; 64 or the LM's own")
+    parser.add_argument("--max-images", metavar="N", type=whole(0), help="images of an answer; a few where not given")
+    parser.add_argument("--ret-bias", metavar="X", type=number(), help="added to the logit of [RET]; 0")
+
+
+def answer_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given of the options of `add_answer_options`, for `GroundedModel.generate`."""
+    names = ("max_new_tokens", "max_images", "ret_bias")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def load_model(options: argparse.Namespace) -> GroundedModel:
     """Return the grounded model that the arguments name."""
     from visual_ground import GroundedModel
 
-    return GroundedModel.from_pretrained(options.lm, options.adapter)
+    return GroundedModel.from_pretrained(options.lm, options.adapter, options.vision)
+
+
+def add_index_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_index` reads."""
+    parser.add_argument("--index", metavar="DIR", help="folder or Hub id of an index")
+    parser.add_argument(
+        "--images", metavar="DIR", action="append", default=[], help="folder that the index's paths may lead into"
+    )
+    parser.add_argument(
+        "--host", metavar="NAME", action="append", default=[], help="host that its images may be fetched from"
+    )
+
+
+def load_index(options: argparse.Namespace) -> ImageIndex | None:
+    """Return the index that the options name, if any; one that was built on this machine opens its own pictures."""
+    if options.index is None:
+        return None
+    from visual_ground import ImageIndex
+    from visual_ground.index.remote_images import LinkRules
+    from visual_ground.index.trust import trusted_folders
+
+    folders = (*options.images, *trusted_folders(options.index))
+    return ImageIndex.from_pretrained(options.index, LinkRules(hosts=tuple(options.host), folders=folders))
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:

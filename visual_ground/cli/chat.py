@@ -7,7 +7,14 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_model_arguments, load_model
+from visual_ground.cli.arguments import (
+    add_answer_options,
+    add_index_options,
+    add_model_arguments,
+    answer_options,
+    load_index,
+    load_model,
+)
 from visual_ground.errors import GroundingError
 
 if TYPE_CHECKING:
@@ -28,27 +35,18 @@ def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
     parser = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
     add_model_arguments(parser)
-    parser.add_argument("--index", help="folder of an index")
+    add_index_options(parser)
     parser.add_argument("--once", metavar="PROMPT", help="answer one prompt and stop")
     parser.add_argument("--html", help="write the last answer as a page")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--ret-bias", type=float, default=0.0, help="added to the logit of [RET]")
-    parser.add_argument("--images", action="append", default=[], help="folder that the index's paths may lead into")
-    parser.add_argument("--host", action="append", default=[], help="host that the index's images may be fetched from")
+    add_answer_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer line by line until the input ends, or once; return the exit code."""
-    from visual_ground import ImageIndex
     from visual_ground.cli.conversation import Conversation
-    from visual_ground.index.remote_images import LinkRules
 
-    model = load_model(options)
-    rules = LinkRules(hosts=tuple(options.host), folders=tuple(options.images))
-    index = None if options.index is None else ImageIndex.from_pretrained(options.index, rules)
-    settings = {"max_new_tokens": options.max_new_tokens, "ret_bias": options.ret_bias}
-    conversation = Conversation(model, index, settings)
+    conversation = Conversation(load_model(options), load_index(options), answer_options(options))
     try:
         if options.once:
             answer(conversation, options.once, options.html)

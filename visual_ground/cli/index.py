@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING
 
 from visual_ground.cli.arguments import add_model_arguments, load_model
@@ -73,9 +74,11 @@ def _build_options(options: argparse.Namespace) -> BuildOptions:
 
 def run_build(options: argparse.Namespace) -> None:
     """Embed images into an index, and say how many."""
+    from visual_ground.index.trust import trust
     from visual_ground.indexing.build import build_index
 
     report = build_index(load_model(options), options.images, options.output, _build_options(options))
+    trust(options.output, [name if os.path.isdir(name) else os.path.dirname(name) or "." for name in options.images])
     print(
         f"{report.num_images} images in {options.output}, {len(report.unreadable)} unreadable, "
         f"{report.images_per_second:.1f} images/s"

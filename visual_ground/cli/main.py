@@ -3,31 +3,60 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
 from visual_ground.cli import chat, demo, import_fromage, index, push, train, transfer
 from visual_ground.cli import eval as evaluate
-from visual_ground.errors import GroundingError
+from visual_ground.cli.messages import FAILED, one_line, quiet
 
 # A new command is a module with `add_parser` and `run`; its heavy imports stay inside `run`, so that --help is quick.
 COMMANDS = (train, transfer, index, chat, evaluate, push, import_fromage, demo)
 
 
+INTERRUPTED = 130  # The exit code of shells for Ctrl-C.
+# Set to see where an error comes from, instead of its one line.
+TRACEBACK = "VISUAL_GROUND_TRACEBACK"
+NEGATIVE = re.compile(r"-(\d|\.\d|inf)", re.IGNORECASE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code, or 2 after an error message where the input cannot be used."""
+    """Run a command; return its exit code.
+
+    What cannot be done is one line on the standard error, and 2; Ctrl-C is 130.
+    """
     parser = argparse.ArgumentParser(prog="visual-ground", description="Give any language model eyes.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('visual-ground')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
-    options = parser.parse_args(argv)
+    options = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
-        return int(options.run(options) or 0)
-    except GroundingError as error:
-        print(f"visual-ground: {error}", file=sys.stderr)
-        return 2
+        with quiet():
+            return int(options.run(options) or 0)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    # Other packages have errors of every kind, and a user of the command line has no use for their tracebacks.
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"visual-ground: {one_line(error)}", file=sys.stderr)
+        return FAILED
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Write `--option -1e3` as `--option=-1e3`, which argparse would take for an option that it does not know."""
+    joined: list[str] = []
+    for argument in arguments:
+        if NEGATIVE.match(argument) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 if __name__ == "__main__":

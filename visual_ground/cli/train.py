@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import add_column_options, add_dataset_argument, columns_of
+from visual_ground.cli.arguments import add_column_options, add_dataset_argument, columns_of, number, whole
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -25,19 +25,21 @@ def add_parser(commands: Commands) -> None:
     add_dataset_argument(parser)
     parser.add_argument("--output", metavar="DIR", default="grounded", help="folder for all that is written")
     parser.add_argument("--validation", metavar="DATASET", help="pairs to evaluate on at every checkpoint")
-    parser.add_argument("--steps", metavar="N", type=int, default=2000, help="2000 where not given")
-    parser.add_argument("--batch-size", metavar="N", type=int, help="pairs per step and process; 64, or all there are")
-    parser.add_argument("--learning-rate", metavar="X", type=float, default=1e-3, help="0.001 where not given")
-    parser.add_argument("--visual-tokens", metavar="N", type=int, default=1, help="image tokens per image; 1")
-    parser.add_argument("--save-steps", metavar="N", type=int, default=200, help="steps between checkpoints; 200")
-    parser.add_argument("--workers", metavar="N", type=int, default=0, help="processes that read and decode; none")
+    parser.add_argument("--steps", metavar="N", type=whole(1), default=2000, help="2000 where not given")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=whole(1), help="pairs per step and process; 64, or all there are"
+    )
+    parser.add_argument("--learning-rate", metavar="X", type=number(0), default=1e-3, help="0.001 where not given")
+    parser.add_argument("--visual-tokens", metavar="N", type=whole(1), default=1, help="image tokens per image; 1")
+    parser.add_argument("--save-steps", metavar="N", type=whole(1), default=200, help="steps between checkpoints; 200")
+    parser.add_argument("--workers", metavar="N", type=whole(0), default=0, help="processes that read and decode; none")
     parser.add_argument("--streaming", action="store_true", help="read row by row, without a copy on the disk")
     parser.add_argument("--no-cache", action="store_true", help="run the encoder in every step, keep no features")
     parser.add_argument(
-        "--max-skipped", metavar="X", type=float, default=0.01, help="part that may be unreadable; 0.01"
+        "--max-skipped", metavar="X", type=number(0, 1), default=0.01, help="part that may be unreadable; 0.01"
     )
     parser.add_argument("--bf16", action="store_true", help="load the LM in bfloat16")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of start values and order; 0")
+    parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="of start values and order; 0")
     add_column_options(parser)
     parser.set_defaults(run=run)
 

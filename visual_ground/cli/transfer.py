@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_column_options, columns_of
+from visual_ground.cli.arguments import add_column_options, add_vision_option, columns_of
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -19,7 +19,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("lm", help="Hub id or folder of the LM that it moves to")
     parser.add_argument("--output", required=True, help="folder for the new adapter")
     parser.add_argument("--dataset", help="image-caption pairs to fit with, instead of the adapter's anchors")
-    parser.add_argument("--vision", help="the encoder, where the adapter names none")
+    add_vision_option(parser)
     add_column_options(parser)
     parser.set_defaults(run=run)
 

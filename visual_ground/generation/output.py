@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from visual_ground.errors import GroundingError
 from visual_ground.generation import markdown
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.storage.atomic import replacing
 from visual_ground.vision.images import ImageLike, to_rgb
 
-# Pixels: images without a path or an address of their own are written into Markdown at most so wide.
-MARKDOWN_WIDTH = 512
+MARKDOWN_WIDTH = 512  # Pixels, of images without a path or an address of their own in Markdown.
 # The names by which metadata of images say the same thing; the first that is there counts.
 _CAPTION = "caption", "title", "description", "text"
 _SOURCE = "source", "source_url", "page_url", "url"
@@ -216,10 +216,16 @@ def render_part(part: Part, width: int = 192) -> str:
     below = html.escape(", ".join(said for said in (part.credit, part.licence, part.source) if said))
     if isinstance(part.image, ImageLink):
         label += f": {_anchor(part.image)}"
-    if part.image is None or isinstance(part.image, ImageLink):
+    source = None
+    if not (part.image is None or isinstance(part.image, ImageLink)):
+        try:
+            source = data_uri(part.image, width)
+        except GroundingError:  # A file that is gone by now must not take the rest of the answer with it.
+            label += ": the picture cannot be opened"
+    if source is None:
         return f'<figure style="display:inline-block"><figcaption>[{label}]{_line(below)}</figcaption></figure>'
     return (
-        f'<figure style="display:inline-block;margin:4px;text-align:center"><img src="{data_uri(part.image, width)}" '
+        f'<figure style="display:inline-block;margin:4px;text-align:center"><img src="{source}" '
         f'alt="{label}"><figcaption style="font-size:12px">{label}{_line(below)}</figcaption></figure>'
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.storage.hub_names import check_name
 
 
 def load_lm(
@@ -33,6 +34,7 @@ def load_lm(
     if isinstance(lm, str):
         tokenizer = lm if tokenizer is None else tokenizer
         folder, file = _gguf_file(lm)
+        check_name(folder, "language model")
         try:
             lm = AutoModelForCausalLM.from_pretrained(folder, **options, **file)
         except (OSError, ValueError, KeyError, ImportError) as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +22,6 @@ CARD_FILE = "README.md"
 ATTEMPTS, LONGEST_WAIT = 5, 120
 # Too many requests, busy, and twice "somebody else has committed in the meantime".
 RETRIED_STATUSES = (429, 503, 409, 412)
-# "name" or "owner/name", as the Hub has them; "open_clip:" or "timm:" before it, and "#part" after it, say how.
-HUB_NAME = re.compile(r"(?:open_clip:|timm:)?[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?(?:#[\w.]+)?")
 
 
 @dataclass(frozen=True)
@@ -61,18 +58,6 @@ class HubOptions:
         """Return the keyword arguments with which transformers loads the models that an adapter names."""
         shared = {"token": self.token, "cache_dir": self.cache_dir, "local_files_only": self.local_files_only or None}
         return {name: value for name, value in shared.items() if value is not None}
-
-
-def is_hub_name(name: str) -> bool:
-    """Return whether a name could be one of the Hub's, and is no local path.
-
-    Example:
-        >>> is_hub_name("me/adapter"), is_hub_name("timm:vit_tiny"), is_hub_name("/home/me/lm"), is_hub_name("../lm")
-        (True, True, False, False)
-    """
-    bare = name.split(":", 1)[-1]
-    parts = (bare, *bare.split("/")) if ":" in name else (bare,)
-    return HUB_NAME.fullmatch(name) is not None and ".." not in name and not any(map(os.path.exists, parts))
 
 
 def fetch_folder(name: str | os.PathLike[str], files: Sequence[str], options: HubOptions, kind: str = "model") -> Path:

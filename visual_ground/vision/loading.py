@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.storage.hub_names import check_name
+from visual_ground.vision.checkpoints import load_open_clip, load_timm
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.preprocessing import TransformProcessor
 
@@ -24,9 +26,10 @@ def load_vision(
     """Load or wrap a vision encoder.
 
     Args:
-        vision_encoder: a Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded module, or a
-            `VisionEncoder` made by hand. A Hub id or folder may end with "#SUBMODULE":
-            "openai/clip-vit-large-patch14#vision_model" is CLIP's tower alone, before its projection.
+        vision_encoder: a Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", one of these with weights
+            of your own (see `visual_ground.vision.checkpoints`), a loaded module, or a `VisionEncoder` made by hand. A
+            Hub id or folder may end with "#SUBMODULE": "openai/clip-vit-large-patch14#vision_model" is CLIP's tower
+            alone, before its projection.
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
         revision: of a Hub id.
         num_patch_tokens: parts of the picture to read besides the pooled features; 0 for none.
@@ -57,16 +60,15 @@ def load_vision(
 def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple[nn.Module, Any, bool]:
     """Return a model, its preprocessing, and whether its pooler was trained."""
     if name.startswith("open_clip:"):
-        model, processor = _load_open_clip(name.removeprefix("open_clip:"))
+        model, processor = load_open_clip(name.removeprefix("open_clip:"))
         return model, image_processor or processor, True
     if name.startswith("timm:"):
-        import timm
-
-        model = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0)
+        model = load_timm(name.removeprefix("timm:"))
         return model, image_processor or processor_of(model), True
     from transformers import AutoModel
 
     name, _, part = name.partition("#")
+    check_name(name, "vision encoder")
     model, loading = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **hub)
     missing = sorted(loading["missing_keys"])
     has_pooler = not any("pooler" in key for key in missing)
@@ -86,28 +88,6 @@ def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple
         raise GroundingValueError(
             f"{name!r} has no submodule {part!r}; name one of {children}, or one inside them, after the #."
         ) from error
-
-
-def _load_open_clip(name: str) -> tuple[nn.Module, Any]:
-    import open_clip
-
-    if ":" in name.partition("/")[0]:  # "hf-hub:owner/model" and "local-dir:folder" name their weights themselves.
-        model, _, transform = open_clip.create_model_and_transforms(name)
-        return model.eval(), TransformProcessor(transform)
-    architecture, _, pretrained = name.partition("/")
-    if architecture not in open_clip.list_models():
-        raise GroundingValueError(
-            f"open_clip knows no {architecture!r}; open_clip.list_models() names the {len(open_clip.list_models())} "
-            "that it knows."
-        )
-    if not pretrained:
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        raise GroundingValueError(
-            f'"open_clip:{architecture}" names no weights. Write "open_clip:{architecture}/TAG" with one of {tags}, or '
-            "the path of a file of weights for TAG; for random weights pass the model itself."
-        )
-    model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=pretrained)
-    return model.eval(), TransformProcessor(transform)
 
 
 def processor_of(model: nn.Module, name: str | None = None, **hub: Any) -> Any:

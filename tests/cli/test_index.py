@@ -1,0 +1,75 @@
+"""`visual-ground index`: good files are indexed, others named; on this machine the index shows its own pictures."""
+
+import os
+import shutil
+
+import pytest
+
+from tests.golden_parts import saved_parts
+from tests.tiny import picture
+from visual_ground import GroundingConfig, ImageIndex, ground
+from visual_ground.cli.arguments import load_index
+from visual_ground.cli.main import main
+from visual_ground.index.remote_images import ImageLink
+from visual_ground.index.trust import trusted_folders
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Return the names of an LM and an adapter, and a folder of good, damaged and hidden files."""
+    (tmp_path / "table").mkdir()
+    lm, vision, _ = saved_parts(tmp_path / "table")
+    ground(lm, vision, config=GroundingConfig(retrieval_dim=6)).save_pretrained(tmp_path / "adapter")
+    photos = tmp_path / "my photos"
+    (photos / ".thumbnails").mkdir(parents=True)
+    for name in ("a.png", "b.JFIF", "c d.jpg", ".thumbnails/a.png"):
+        picture(1).resize((32, 32)).save(photos / name, format="PNG" if "png" in name else "JPEG")
+    (photos / "._a.png").write_bytes(b"\0\5\26\7 of macOS")
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:40])
+    (photos / "notes.txt").write_text("no image")
+    return lm, str(tmp_path / "adapter"), photos
+
+
+def test_files_that_cannot_be_read_are_named_and_left_out(parts, tmp_path, capsys):
+    lm, adapter, photos = parts
+    out = str(tmp_path / "index")
+    assert main(["index", lm, adapter, str(photos), str(photos / "a.png"), "--output", out]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"3 images in the index {out}, 1 left out\n" and "broken.png" in shown.err
+    assert "._a.png" not in shown.err
+    ids = [str(photos / name) for name in ("a.png", "b.JFIF", "c d.jpg")]
+    assert ImageIndex.from_pretrained(out).ids == ids
+
+
+@pytest.mark.parametrize("images", ["broken.png", "nothing", "notes.txt", ".thumbnails/nothing"])
+def test_nothing_to_index_is_one_line_and_writes_nothing(parts, images, tmp_path, capsys):
+    lm, adapter, photos = parts
+    assert main(["index", lm, adapter, str(photos / images), "--output", str(tmp_path / "index")]) == 2
+    assert os.path.basename(images) in capsys.readouterr().err and not (tmp_path / "index").exists()
+
+
+class Options:
+    host, images = (), ()
+
+
+def test_an_index_shows_its_own_pictures_on_this_machine_and_on_no_other(parts, tmp_path, capsys, monkeypatch):
+    lm, adapter, photos = parts
+    monkeypatch.chdir(photos)
+    assert main(["index", lm, adapter, "a.png", "c d.jpg", "--output", str(tmp_path / "index")]) == 0
+    monkeypatch.chdir(tmp_path)
+    options = Options()
+    options.index = str(tmp_path / "index")
+    shutil.move(options.index, tmp_path / "moved")
+    options.index = str(tmp_path / "moved")
+    opened = load_index(options).images
+    assert [os.path.samefile(path, photos / name) for path, name in zip(opened, ("a.png", "c d.jpg"), strict=True)]
+    # Another index, however it came here, has no part in that.
+    lines = ImageIndex(load_index(options).vectors, images=[str(photos / "a.png")] * 2)
+    lines.save_pretrained(tmp_path / "foreign")
+    options.index = str(tmp_path / "foreign")
+    assert all(isinstance(image, ImageLink) for image in load_index(options).images)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another machine"))
+    options.index = str(tmp_path / "moved")
+    assert trusted_folders(options.index) == ()
+    assert all(isinstance(image, ImageLink) for image in load_index(options).images)
+    assert trusted_folders(tmp_path / "none") == ()
