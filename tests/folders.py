@@ -16,6 +16,7 @@ PAGE = DOCS / "architecture.md"
 ORDER = (
     "errors",
     "regression",
+    "shared_space",
     "storage",
     "config",
     "lm",
@@ -33,6 +34,7 @@ ORDER = (
     "training/losses",
     "training/initialization",
     "training",
+    "fitting",
     "transferring",
     "importers/fromage",
     "demo",

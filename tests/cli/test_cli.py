@@ -22,6 +22,9 @@ def test_train_index_chat_eval(tmp_path, capsys):
     out = str(tmp_path / "adapter")
     assert main(["train", lm, vision, table, "--output", out, "--steps", "2", "--batch-size", "4"]) == 0
     assert main(["index", lm, out, str(tmp_path), "--output", str(tmp_path / "index")]) == 0
+    fitted = str(tmp_path / "fitted")
+    assert main(["fit", lm, vision, table, "--output", fitted]) == 0
+    assert main(["chat", lm, fitted, "--once", "look", "--max-new-tokens", "2"]) == 0
     capsys.readouterr()
     options = [
         "--index",
@@ -80,7 +83,9 @@ def test_push(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
         assert main(["push", str(folder), "me/adapter"]) == 2
 
 
-@pytest.mark.parametrize("command", ["train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"])
+@pytest.mark.parametrize(
+    "command", ["fit", "train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -95,5 +100,5 @@ def test_help_lists_all_commands_and_loads_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     listed = re.findall(r"^    ([a-z-]+)(?:  |$)", shown, re.MULTILINE)
-    assert listed == ["train", "transfer", "index", "chat", "eval", "push", "import-fromage", "demo"]
+    assert listed == ["fit", "train", "transfer", "index", "chat", "eval", "push", "import-fromage", "demo"]
     assert shown.endswith("False False\n")
