@@ -16,6 +16,7 @@ PAGE = DOCS / "architecture.md"
 ORDER = (
     "errors",
     "regression",
+    "shared_space",
     "storage",
     "config",
     "lm",
@@ -35,6 +36,7 @@ ORDER = (
     "training/initialization",
     "training/saving",
     "training",
+    "fitting",
     "transferring",
     "importers/fromage",
     "demo",

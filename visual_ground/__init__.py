@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visual_ground.config import GroundingConfig
     from visual_ground.errors import GroundingError
+    from visual_ground.fitting.fit import fit
     from visual_ground.generation.output import InterleavedOutput, RetrievedImage
     from visual_ground.grounding import ground, unground
     from visual_ground.index.image_index import ImageIndex
@@ -27,6 +28,7 @@ _HOMES = {
     "InterleavedOutput": "generation.output",
     "Prompt": "prompts.types",
     "RetrievedImage": "generation.output",
+    "fit": "fitting.fit",
     "ground": "grounding",
     "transfer": "transferring.transfer",
     "unground": "grounding",
@@ -43,6 +45,7 @@ __all__ = [
     "InterleavedOutput",
     "Prompt",
     "RetrievedImage",
+    "fit",
     "ground",
     "transfer",
     "unground",

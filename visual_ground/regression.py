@@ -1,6 +1,6 @@
-r"""Linear maps in closed form: ridge regression, and reduced-rank regression for a space of texts and images.
+"""Ridge regression in closed form.
 
-Both solve symmetric eigenproblems, the second one in float64. Apple's MPS has neither: move tensors to the CPU first.
+It solves a symmetric eigenproblem, which Apple's MPS cannot: move tensors to the CPU first.
 """
 
 from __future__ import annotations
@@ -128,49 +128,3 @@ def solve_ridge(
 def mean_and_std(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean (a,) and the standard deviation (a,), which is never zero, of the columns of (n, a)."""
     return columns.mean(0), columns.std(0, correction=0) + EPSILON
-
-
-def reduced_rank_regression(
-    texts: Tensor, images: Tensor, width: int, groups: Tensor | None = None
-) -> tuple[LinearMap, LinearMap]:
-    r"""Return maps of texts and of images into one space, by reduced-rank regression of texts on images.
-
-    With standardised texts :math:`\hat y = (y - \mu) / \sigma`, their prediction :math:`W x + b` from images by
-    `ridge`, and the first `width` principal directions :math:`U` of the predictions:
-
-    .. math::
-        \text{text}(y) = U \hat y, \quad \text{image}(x) = U (W x + b)
-
-    Where texts have fewer dimensions than `width`, the last ones are zero.
-
-    Args:
-        texts: (n, a).
-        images: (n, f), standardised; example i belongs to text i.
-        width: q, dimensions of the shared space.
-        groups: (n,), as in `ridge`.
-
-    Returns:
-        The map of texts (q, a) and the map of images (q, f).
-    """
-    mean, std = mean_and_std(texts)
-    predict = ridge(images, (texts - mean) / std, groups)
-    predictions = predict(images)
-    directions = _principal_directions(predictions.T @ predictions)[:width]
-    if missing := width - len(directions):
-        directions = torch.cat([directions, directions.new_zeros(missing, directions.shape[1])])
-    text_map = LinearMap(directions, directions.new_zeros(width)).unstandardize(mean, std)
-    return text_map, LinearMap(directions @ predict.weight, directions @ predict.bias)
-
-
-def _principal_directions(products: Tensor) -> Tensor:
-    """Return the eigenvectors of a symmetric matrix (a, a) as rows, the largest eigenvalue's first.
-
-    Eigenvectors are defined up to their sign, and those of eigenvalues that are rounding errors are arbitrary. So the
-    largest entry of each is made positive, and the arbitrary ones zero: the result is the same on every machine.
-    """
-    values, vectors = torch.linalg.eigh(products.double())
-    directions = vectors.flip(1).T
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    above_rounding = values.flip(0) > 1e-6 * values[-1]
-    result: Tensor = (directions * largest.sign() * above_rounding[:, None]).to(products)
-    return result

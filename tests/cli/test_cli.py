@@ -24,6 +24,10 @@ def test_train_index_chat_eval(tmp_path, capsys):
     assert main(["train", lm, vision, table, "--output", out, "--steps", "2", "--batch-size", "4"]) == 0
     assert main(["index", "build", lm, out, str(tmp_path), "--output", str(tmp_path / "index")]) == 0
     assert "8 images in" in capsys.readouterr().out
+    fitted = str(tmp_path / "fitted")
+    assert main(["fit", lm, vision, table, "--output", fitted]) == 0
+    assert main(["chat", lm, fitted, "--once", "look", "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
     options = [
         "--index",
         str(tmp_path / "index"),
@@ -100,7 +104,9 @@ def test_an_index_is_changed_from_the_command_line(tmp_path, capsys):
     assert ImageIndex.from_pretrained(folder).ids == ["b"]
 
 
-@pytest.mark.parametrize("command", ["train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"])
+@pytest.mark.parametrize(
+    "command", ["fit", "train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -115,5 +121,5 @@ def test_help_lists_all_commands_and_loads_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     listed = re.findall(r"^    ([a-z-]+)(?:  |$)", shown, re.MULTILINE)
-    assert listed == ["train", "transfer", "index", "chat", "eval", "push", "import-fromage", "demo"]
+    assert listed == ["fit", "train", "transfer", "index", "chat", "eval", "push", "import-fromage", "demo"]
     assert shown.endswith("False False\n")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.lm.weights import EmbeddingStatistics
-from visual_ground.regression import reduced_rank_regression
+from visual_ground.shared_space.accumulator import SharedSpace
 
 # How far image tokens start from the mean embedding, as a fraction of the embedding's standard deviation. Tokens that
 # start as far out as words do are noise that has to be unlearnt: benchmarks/start_values.py.
@@ -57,27 +57,34 @@ def standardize_features(adapter: Adapter, features: Tensor) -> None:
 
 
 @torch.no_grad()
-def initialize_retrieval(
-    adapter: Adapter, states: list[Tensor], features: Tensor, groups: Tensor | None = None
-) -> None:
-    """Initialise both retrieval layers with `regression.reduced_rank_regression`.
+def retrieval_inputs(adapter: Adapter, states: list[Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the retrieval layers read: of texts (n, sum of the widths), and of images (n, pooled width).
 
     Args:
         adapter: the adapter.
-        states: the hidden states at `[RET]` of n texts, one (n, width) per text layer.
+        states: the states of n texts, one (n, width) per text layer.
         features: (n, f), of their images.
-        groups: (n,), equal where two pairs are about the same thing.
     """
-    texts = torch.cat(adapter.scale_states(states), -1)
-    pooled = adapter.standardize(features)[:, : adapter.pooled_dim]
-    text, image = reduced_rank_regression(texts, pooled, adapter.config.retrieval_dim, groups)
+    pooled = adapter.standardize(features.to(adapter.feature_mean.device))[:, : adapter.pooled_dim]
+    return torch.cat(adapter.scale_states(states), -1), pooled
+
+
+@torch.no_grad()
+def initialize_retrieval(adapter: Adapter, space: SharedSpace) -> None:
+    """Write a shared space into the retrieval layers.
+
+    Args:
+        adapter: the adapter.
+        space: fitted to `retrieval_inputs`, of the adapter's retrieval width.
+    """
     layers: list[Any] = list(adapter.text_retrieval_projection)
-    weights = torch.split(text.weight, [layer.in_features for layer in layers], -1)
+    weights = torch.split(space.text.weight, [layer.in_features for layer in layers], -1)
     # The layers' outputs are summed, so one bias is enough for all of them.
-    biases = [text.bias, *[torch.zeros_like(text.bias)] * (len(layers) - 1)]
+    biases = [space.text.bias, *[torch.zeros_like(space.text.bias)] * (len(layers) - 1)]
     for layer, weight, bias in zip(layers, weights, biases, strict=True):
-        _write_layer(layer, weight, bias)
-    _write_layer(adapter.image_retrieval_projection, image.weight, image.bias)
+        _write_layer(layer, weight.to(layer.weight), bias.to(layer.bias))
+    image = adapter.image_retrieval_projection
+    _write_layer(image, space.image.weight.to(image.weight), space.image.bias.to(image.bias))
 
 
 def _write_layer(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:

@@ -27,12 +27,12 @@ from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.sheet import write_contact_sheet
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.evaluation import caption_pair_accuracy, recall_at, retrieval_recall
+from visual_ground.fitting.fit import fit
 from visual_ground.grounding import ground
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import write_json
 from visual_ground.training.arguments import GroundingTrainingArguments
-from visual_ground.training.trainer import GroundingTrainer
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 100,
@@ -84,8 +84,8 @@ def training_arguments(out: Path, cache: Path, settings: dict[str, Any]) -> Grou
 
 
 def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path, settings: dict[str, Any]) -> None:
-    """Train all parts of the adapter together."""
-    GroundingTrainer(model, training_arguments(out / "training", cache, settings), pairs.examples()).train()
+    """Fit all parts of the adapter in closed form; `GroundingTrainer`, with the same arguments, may go on."""
+    fit(model, pairs.examples(), training_arguments(out / "training", cache, settings))
 
 
 def evaluate(model: GroundedModel, pairs: Pairs, reported: str) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
     torch.manual_seed(settings["seed"])
     model = ground(lm, vision, tokenizer)
     model.print_trainable_parameters()
-    with clock.step("train the adapter"):
+    with clock.step("fit the adapter"):
         train(model, pairs, out, cache, settings)
     with clock.step("evaluate"):
         results = evaluate(model, pairs, "validation" if choose else "test")

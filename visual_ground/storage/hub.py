@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.storage.hub_names import is_hub_name
 
 CARD_FILE = "README.md"
 # With the waits that the Hub asks for, up to 2 minutes each, five attempts outlast its usual rate limits.

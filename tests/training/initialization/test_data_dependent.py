@@ -49,13 +49,29 @@ def test_training_pairs_find_each_other_from_the_start(config):
     assert all(bool(layer.weight.any(-1).all()) for layer in model.adapter.text_retrieval_projection)
 
 
-def test_requests_leave_the_retrieval_layers_as_they_were():
+@pytest.mark.parametrize("retrieval_prompt", ["", "w90 w91"])
+def test_requests_and_captions_start_together(retrieval_prompt):
+    model = grounded("llama_untied", retrieval_prompt=retrieval_prompt)
+    asked = [{**row, "request": f"w40 {row['caption']}", "group": i} for i, row in enumerate(ROWS)]
+    rows = [{**row, "group": i} for i, row in enumerate(ROWS)]
+    examples = ExampleDataset([*rows, *asked], groups=[*range(12), *range(12)])
+    standardise(model, examples)
+    collator = ExampleCollator(model, concat_captions_prob=0.0)
+    initialize_from_data(GroundingObjective(model), examples, collator)
+    images = model.embed_images([row["image"] for row in ROWS])
+    for texts in ([row["caption"] for row in ROWS], [[row["request"], "\n"] for row in asked]):
+        right = ((model.embed_text(texts) @ images.T).argmax(1) == torch.arange(len(ROWS))).float().mean()
+        assert right >= 0.5
+
+
+def test_what_cannot_be_fitted_leaves_the_retrieval_layers_as_they_were(caplog):
     model = grounded("llama_untied")
     before = model.adapter.image_retrieval_projection.weight.detach().clone()
-    examples = ExampleDataset([*ROWS[:-1], {**ROWS[-1], "request": "w40 w41"}])
+    examples = ExampleDataset([ROWS[0]] * 4, groups=[0] * 4)
     standardise(model, examples)
     initialize_from_data(GroundingObjective(model), examples, ExampleCollator(model, concat_captions_prob=0.0))
     assert torch.equal(model.adapter.image_retrieval_projection.weight, before)
+    assert "start from random values" in caplog.text and "fewer than two groups" in caplog.text
 
 
 def test_rows_learn_to_do_what_captions_do():

@@ -1,14 +1,14 @@
 """Data-dependent initialization: a new adapter's start values are fitted to the training pairs, before the first step.
 
-The retrieval projections start in closed form. The image projection starts by imitation: an image's tokens should leave
-the LM in the hidden state in which the words of its captions would leave it. Both take seconds, where the losses would
-take epochs to find as much.
+The retrieval projections start in closed form (`initialization.retrieval`). The image projection starts by imitation:
+an image's tokens should leave the LM in the hidden state in which the words of its captions would leave it. Both take
+seconds, where the losses would take epochs to find as much.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from visual_ground.adapter.initialization import initialize_retrieval
-from visual_ground.errors import GroundingStateError
+from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.lm.layers import find_layers, layer_states
 from visual_ground.model import GroundedModel
@@ -27,8 +26,8 @@ from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.initialization.emission import fit_emission
 from visual_ground.training.initialization.idf import caption_ids, fit_image_tokens_to_words, idf_weights
+from visual_ground.training.initialization.retrieval import BATCH_SIZE, Collate, batched, fit_retrieval
 from visual_ground.training.losses.objective import GroundingObjective
-from visual_ground.training.losses.retrieval import plain_states
 from visual_ground.training.speedups.kv_cache import KeysValues, SharedPrefixCache, expanded, fixed_cache
 
 logger = logging.getLogger(__name__)
@@ -38,8 +37,8 @@ MAX_EXAMPLES = 6144
 # How deep the imitated state is, in parts of the LM's layers: deep enough for words to have a meaning that similar
 # words share, not so deep that it is only about the next word (benchmarks/data_dependent_init.py).
 DEPTH = 0.27
-# Steps of imitation, and images in each: seconds, and the closed form before it leaves little to do.
-NUM_STEPS, BATCH_SIZE = 100, 128
+# Steps of imitation: seconds, and the closed form before it leaves little to do.
+NUM_STEPS = 100
 # A step of the optimizer moves an image token by about this part of the embeddings' standard deviation, whatever the
 # features' width.
 STEP_SIZE = 0.2
@@ -48,7 +47,7 @@ STEP_SIZE = 0.2
 def initialize_from_data(
     objective: GroundingObjective,
     examples: ExampleDataset | ExampleStream,
-    collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+    collate: Collate,
     folder: Path | None = None,
     progress: bool = False,
 ) -> None:
@@ -62,16 +61,14 @@ def initialize_from_data(
         progress: show progress bars.
     """
     sampled = evenly_sampled(examples)
-    if objective.model.config.scaling == "embedding":
-        # First, because what is retrieved is read at `[RET]`, whose input embedding is chosen here.
-        requests = [example["request"] for example in sampled if "request" in example]
-        fit_emission(objective.model, [example["caption"] for example in sampled], requests, folder)
-    batches = [sampled[i : i + BATCH_SIZE] for i in range(0, len(sampled), BATCH_SIZE)]
-    shown = tqdm(batches, desc="start values: images", unit="batch", disable=not progress)
-    features = torch.cat([image_features(objective.model, batch) for batch in shown])
-    if not any("request" in example for example in sampled):
-        # Requests leave the LM in states of another kind than captions do, and one regression does not fit both.
-        start_retrieval(objective, [collate(batch) for batch in batches], features, progress)
+    # First, because without a retrieval prompt states are read at `[RET]`, whose input embedding is chosen here.
+    start_emission(objective.model, sampled, folder)
+    try:
+        fit_retrieval(objective, batched(sampled), collate)
+    except GroundingValueError as error:
+        logger.warning("The retrieval layers start from random values. %s", error)
+    batches = tqdm(list(batched(sampled)), desc="start values: images", unit="batch", disable=not progress)
+    features = torch.cat([image_features(objective.model, batch) for batch in batches])
     start_image_tokens(objective.model, sampled, features, progress=progress)
 
 
@@ -83,24 +80,12 @@ def evenly_sampled(examples: ExampleDataset | ExampleStream) -> list[dict[str, A
     return [examples[i] for i in range(0, count, -(-count // MAX_EXAMPLES))]
 
 
-@torch.no_grad()
-def start_retrieval(
-    objective: GroundingObjective, batches: Sequence[Mapping[str, Any]], features: Tensor, progress: bool = False
-) -> None:
-    """Start the retrieval projections in closed form.
-
-    Args:
-        objective: the model, and how its text-retrieval pass is run.
-        batches: as from `ExampleCollator`.
-        features: (n, f), of their images.
-        progress: show a progress bar.
-    """
-    model, prefixes = objective.model, objective.prefixes
-    retrieval = [batch["retrieval"] for batch in batches]
-    parts = tqdm(retrieval, desc="start values: captions", unit="batch", disable=not progress)
-    states = [plain_states(model, part) if prefixes is None else prefixes.states(part) for part in parts]
-    layers = [torch.cat(layer) for layer in zip(*states, strict=True)]
-    initialize_retrieval(model.adapter, layers, features, torch.cat([batch["groups"] for batch in batches]))
+def start_emission(model: GroundedModel, examples: Sequence[Mapping[str, Any]], folder: Path | None) -> bool:
+    """Fit when `[RET]` is said, see `emission.fit_emission`; return whether it was."""
+    if model.config.scaling != "embedding":
+        return False
+    requests = [example["request"] for example in examples if "request" in example]
+    return fit_emission(model, [example["caption"] for example in examples], requests, folder)
 
 
 def start_image_tokens(

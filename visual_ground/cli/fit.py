@@ -1,0 +1,44 @@
+"""`visual-ground fit`: a whole adapter without a training step."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from visual_ground.cli.arguments import add_column_options, add_dataset_argument, columns_of
+
+if TYPE_CHECKING:
+    from visual_ground.cli.arguments import Commands
+
+PREFIX_CACHE_GB = 1.0  # Each caption runs once where what is kept of it fits, a few dozen KB each.
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to a parser."""
+    parser = commands.add_parser("fit", help="fit an adapter to image-caption pairs, without a training step")
+    parser.add_argument("lm", help="Hub id or folder of a causal LM")
+    parser.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
+    add_dataset_argument(parser)
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for the adapter")
+    parser.add_argument("--visual-tokens", metavar="N", type=int, default=1, help="image tokens per image; 1")
+    add_column_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Fit an adapter and save it."""
+    from visual_ground import GroundingConfig, GroundingTrainingArguments, fit, ground
+    from visual_ground.training.data.loading import load_rows
+
+    rows = load_rows(options.dataset, options.split)
+    columns = columns_of(options, rows)
+    arguments = GroundingTrainingArguments(
+        output_dir=options.output,
+        image_column=columns.image,
+        caption_column=columns.caption,
+        image_folder=columns.folder,
+        prefix_cache_gb=PREFIX_CACHE_GB,
+    )
+    model = ground(options.lm, options.vision, config=GroundingConfig(num_visual_tokens=options.visual_tokens))
+    fit(model, rows, arguments)
+    model.save_pretrained(options.output)

@@ -1,0 +1,1 @@
+"""A whole adapter from image-caption pairs without a training step."""

@@ -1,0 +1,109 @@
+"""`fit`: a whole adapter in closed form, in about the time that the LM needs to read the captions once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visual_ground.adapter.initialization import initialize_from_lm
+from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
+from visual_ground.evaluation.pairs import image_features
+from visual_ground.model import GroundedModel
+from visual_ground.training import setup
+from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.data.columns import is_stream
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
+from visual_ground.training.fast_paths import set_compute_plan
+from visual_ground.training.initialization.data_dependent import evenly_sampled, start_emission, start_image_tokens
+from visual_ground.training.initialization.ret_token import fit_ret
+from visual_ground.training.initialization.retrieval import batched, fit_retrieval
+from visual_ground.training.losses.objective import GroundingObjective
+from visual_ground.training.losses.retrieval import CaptionLikelihoods
+
+
+def fit(model: GroundedModel, pairs: Any, args: GroundingTrainingArguments | None = None) -> None:
+    """Fit a whole adapter to image-caption pairs, without a training step; what it had learnt before is replaced.
+
+    The retrieval layers are fitted to all pairs in closed form, from second moments, so that memory does not grow with
+    their number; image tokens and `[RET]` to at most 6,144 pairs. `GroundingTrainer` may go on from there.
+
+    Args:
+        model: the grounded model; its adapter is fitted in place, or, where anything fails, left as it was.
+        pairs: rows with images and captions, as for `GroundingTrainer`. Where rows have a `request`, requests and
+            captions are fitted together; where none has, captions are also put into requests.
+        args: where the columns, the caches and the device are; the settings of steps are not used.
+
+    Raises:
+        GroundingTypeError: not a `GroundedModel`, or a stream.
+        GroundingValueError: a dataset that cannot be used, pairs of one group only, features that are all the same or
+            not finite, or an adapter with `scaling="none"`, whose layers have no closed form.
+        GroundingStateError: an adapter that is frozen, or whose image side is.
+
+    Example:
+        >>> fit(model, pairs)  # doctest: +SKIP
+    """
+    _check(model, pairs)
+    args = GroundingTrainingArguments(prefix_cache_gb=1.0) if args is None else args
+    examples = setup.training_examples(pairs, setup.data_preparation(model, args))
+    assert isinstance(examples, ExampleDataset), "streams are refused"
+    before = {name: tensor.detach().clone() for name, tensor in model.adapter.state_dict().items()}
+    try:
+        _fit(model, examples, args)
+    except BaseException:
+        model.adapter.load_state_dict(before)
+        raise
+    settings = {"method": "closed form", "pairs": len(examples), "library_version": version("visual-ground")}
+    model.active.record_training(settings)
+
+
+def _check(model: GroundedModel, pairs: Any) -> None:
+    if not isinstance(model, GroundedModel):
+        raise GroundingTypeError(f"fit needs a GroundedModel, got {type(model).__name__}; make one with ground().")
+    if is_stream(pairs):
+        raise GroundingTypeError("fit reads its pairs twice, and got a stream; give a list or a dataset with a length.")
+    # An earlier fit may have left the embeddings of `[RET]` as what is no longer trained.
+    trained = [p for name, p in model.adapter.named_parameters() if not name.startswith("ret_")]
+    if not all(parameter.requires_grad for parameter in trained):
+        raise GroundingStateError(
+            "The adapter, or its image side, is frozen. Fit a new one, or load it with is_trainable=True."
+        )
+    if model.config.scaling == "none":
+        raise GroundingValueError('fit needs scaling="embedding", got "none". Train such an adapter instead.')
+
+
+def _fit(model: GroundedModel, examples: ExampleDataset, args: GroundingTrainingArguments) -> None:
+    _forget(model)
+    setup.standardise(model, examples)
+    objective, collator = GroundingObjective(model), setup.build_collator(model, args)
+    set_compute_plan(objective, collator(setup.first_examples(examples, setup.PLAN_EXAMPLES)), args, sharded=False)
+    sampled = evenly_sampled(examples)
+    said = start_emission(model, sampled, Path(args.features_folder, setup.ANSWERS_FOLDER))
+    # Two epochs: a row's several images and captions take turns.
+    fit_retrieval(objective, batched(examples[i] for i in range(2 * len(examples))), collator)
+    features = torch.cat([image_features(model, batch) for batch in batched(sampled)])
+    start_image_tokens(model, sampled, features)
+    if not said:
+        _fit_ret_token(objective, sampled, collator)
+
+
+@torch.no_grad()
+def _forget(model: GroundedModel) -> None:
+    """Give the adapter the start values of a new one."""
+    adapter = model.adapter
+    adapter.feature_mean.zero_()
+    adapter.feature_std.fill_(1)
+    initialize_from_lm(adapter, *model.frozen_lm.statistics())
+
+
+def _fit_ret_token(
+    objective: GroundingObjective, sampled: Sequence[Mapping[str, Any]], collator: ExampleCollator
+) -> None:
+    """Fit where `[RET]` is said, if the LM can read captions up to it and go on from there."""
+    if objective.prefixes is not None:
+        batches = [collator.texts(batch) for batch in batched(sampled)]
+        likelihoods = [objective.prefixes.likelihoods(batch) for batch in batches]
+        fit_ret(objective.model.adapter, CaptionLikelihoods.joined(likelihoods))

@@ -1,0 +1,76 @@
+r"""A space that texts and images share, in closed form from second moments alone, so that pairs may come as a stream.
+
+Canonical correlation analysis with partly whitened sides. Texts :math:`t` and images :math:`x` are standardised, with
+the moments :math:`C_{tt}, C_{xx}, C_{tx}`, and :math:`c_t, c_x` are the mean eigenvalues of the first two:
+
+.. math::
+    P = (C_{tt} + a c_t I)^{-1/2}, \quad R = (C_{xx} + b c_x I)^{-1/2}, \quad U S V^\top = P C_{tx} R, \quad
+    \text{text}(t) = S^{1/2} U^\top P t, \quad \text{image}(x) = S^{1/2} V^\top R x
+
+Computed in float64, which Apple's MPS lacks: move tensors to the CPU first. What was tried besides, and by how much it
+was worse, is in benchmarks/recipe/recipe.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visual_ground.errors import GroundingValueError
+from visual_ground.shared_space.moments import Moments
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What is added to the eigenvalues of texts' and images' moments, in parts of their means: a and b."""
+
+    text: float = 1.0
+    image: float = 3.0
+
+
+class Solver:
+    """Solves for any penalties from the same moments; the eigenvectors are found once."""
+
+    def __init__(self, moments: Moments) -> None:
+        count = moments.count
+        self.means = moments.text / count, moments.image / count
+        text, image = self.means
+        centred = (
+            moments.text_text / count - torch.outer(text, text),
+            moments.image_image / count - torch.outer(image, image),
+        )
+        self._stds = []
+        for name, moment in zip(("texts", "images"), centred, strict=True):
+            variances = moment.diagonal()
+            if not bool((variances > 1e-12).any()):
+                raise GroundingValueError(
+                    f"All {name} have the same features, so that nothing tells one from another. Check the dataset's "
+                    "columns, and that the encoder gives different features for different inputs."
+                )
+            # A constant column says nothing, and is divided by anything but zero.
+            self._stds.append(torch.where(variances > 1e-12, variances, torch.inf).sqrt())
+        self._eigen = [
+            torch.linalg.eigh(moment / std[:, None] / std) for moment, std in zip(centred, self._stds, strict=True)
+        ]
+        cross = (moments.text_image / count - torch.outer(text, image)) / self._stds[0][:, None] / self._stds[1]
+        self._cross = self._eigen[0][1].T @ cross @ self._eigen[1][1]
+
+    def solve(self, width: int, penalties: Penalties) -> tuple[Tensor, Tensor]:
+        """Return the weights of texts (width, a) and of images (width, f), for raw inputs less their means."""
+        roots = []
+        for (values, _), penalty in zip(self._eigen, (penalties.text, penalties.image), strict=True):
+            values = values.clamp_min(0)
+            roots.append((values + penalty * values.mean()).rsqrt())
+        left, singular, right = torch.linalg.svd(roots[0][:, None] * self._cross * roots[1], full_matrices=False)
+        # Directions of singular values that are rounding errors are arbitrary: they become zero.
+        singular = torch.where(singular > 1e-9 * singular[0], singular, 0)[:width].sqrt()
+        sides = []
+        for vectors, root, (_, basis), std in zip((left.T, right), roots, self._eigen, self._stds, strict=True):
+            weight = singular[:, None] * ((vectors[:width] * root) @ basis.T) / std
+            sides.append(F.pad(weight, (0, 0, 0, width - len(weight))))
+        # Singular vectors are defined up to their sign: that of the largest entry is made positive on every machine.
+        sign = sides[0].gather(1, sides[0].abs().argmax(1, keepdim=True)).sign()
+        return sides[0] * sign, sides[1] * sign

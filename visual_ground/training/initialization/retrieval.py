@@ -1,0 +1,74 @@
+"""The retrieval layers in closed form: captions and requests are fitted together to their images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from visual_ground.adapter.initialization import initialize_retrieval, retrieval_inputs
+from visual_ground.evaluation.pairs import image_features
+from visual_ground.shared_space.accumulator import MomentAccumulator
+from visual_ground.training.initialization.idf import without_sentence_marks
+from visual_ground.training.losses.objective import GroundingObjective
+from visual_ground.training.losses.retrieval import plain_states
+
+Example: TypeAlias = Mapping[str, Any]
+# Makes a batch of examples, as `ExampleCollator` does.
+Collate: TypeAlias = Callable[[Sequence[Example]], Mapping[str, Any]]
+
+# Examples in one run of the LM and of the encoder.
+BATCH_SIZE = 128
+# Where no example of a batch has a request, captions become requests too: fitted to captions alone, requests find their
+# images 7 points less often (benchmarks/recipe).
+REQUESTS = (
+    "Show me a picture: {caption}.",
+    "Can I see this? {caption}",
+    "Find me an image of {caption}, please.",
+    "I am looking for a photo or drawing: {caption}.",
+)
+
+
+@torch.no_grad()
+def fit_retrieval(objective: GroundingObjective, batches: Iterable[Sequence[Example]], collate: Collate) -> None:
+    """Fit the retrieval layers to a stream of examples; nothing is kept of these but their second moments.
+
+    Args:
+        objective: the model, and how its text-retrieval pass is run.
+        batches: of examples.
+        collate: makes a batch of examples.
+
+    Raises:
+        GroundingValueError: pairs of one group only, features that are all alike or not finite; the layers are then
+            as they were.
+    """
+    model, pairs = objective.model, MomentAccumulator()
+    for batch in batches:
+        has_requests = any("request" in example for example in batch)
+        features = image_features(model, batch)
+        groups = [example["group"] for example in batch]
+        for texts in [batch] if has_requests else [batch, [as_request(example) for example in batch]]:
+            states = _states(objective, collate(texts))
+            pairs.add(*retrieval_inputs(model.adapter, states, features), groups)
+    initialize_retrieval(model.adapter, pairs.solve(model.config.retrieval_dim))
+
+
+def _states(objective: GroundingObjective, batch: Mapping[str, Any]) -> list[Tensor]:
+    sequences, prefixes = batch["retrieval"], objective.prefixes
+    return plain_states(objective.model, sequences) if prefixes is None else prefixes.states(sequences)
+
+
+def as_request(example: Example) -> dict[str, Any]:
+    """Return an example with its caption as a request, in one of four wordings."""
+    wording = REQUESTS[example["row"] % len(REQUESTS)]
+    return {**example, "request": wording.format(caption=without_sentence_marks(example["caption"]))}
+
+
+def batched(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Yield examples, `BATCH_SIZE` at once."""
+    iterator = iter(examples)
+    while batch := list(islice(iterator, BATCH_SIZE)):
+        yield batch
