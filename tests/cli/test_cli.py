@@ -80,7 +80,9 @@ def test_push(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
         assert main(["push", str(folder), "me/adapter"]) == 2
 
 
-@pytest.mark.parametrize("command", ["train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train", "index", "chat", "serve", "eval", "push", "import-fromage", "transfer", "demo"]
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -95,5 +97,5 @@ def test_help_lists_all_commands_and_loads_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     listed = re.findall(r"^    ([a-z-]+)(?:  |$)", shown, re.MULTILINE)
-    assert listed == ["train", "transfer", "index", "chat", "eval", "push", "import-fromage", "demo"]
+    assert listed == ["train", "transfer", "index", "chat", "serve", "eval", "push", "import-fromage", "demo"]
     assert shown.endswith("False False\n")

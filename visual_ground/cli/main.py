@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from visual_ground.cli import chat, demo, import_fromage, index, push, train, transfer
+from visual_ground.cli import chat, demo, import_fromage, index, push, serve, train, transfer
 from visual_ground.cli import eval as evaluate
 from visual_ground.errors import GroundingError
 
 # A new command is a module with `add_parser` and `run`; its heavy imports stay inside `run`, so that --help is quick.
-COMMANDS = (train, transfer, index, chat, evaluate, push, import_fromage, demo)
+COMMANDS = (train, transfer, index, chat, serve, evaluate, push, import_fromage, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
