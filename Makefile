@@ -18,7 +18,7 @@ test: $(VENV)/dev-installed
 
 # Every kind of image encoder; writes docs/vision.json and from it docs/vision.md.
 test-vision: $(VENV)/demo-installed $(VENV)/dev-installed
-	VISUAL_GROUND_RECORD=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_encoders.py -m "vision or not vision"
+	VISUAL_GROUND_RECORD=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/vision/test_walk.py -m "vision or not vision"
 	$(PY) -m benchmarks.vision_page
 
 # Real weights out of pip packages, loaded as users load theirs.
@@ -33,9 +33,9 @@ test-slow: $(VENV)/dev-installed
 test-architectures: $(VENV)/dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/architectures -n 2 -m "architectures or not architectures"
 
-# 2,000 broken adapters and 2,000 broken indexes.
+# 2,000 broken adapters, 2,000 broken indexes and 20,000 broken images.
 fuzz: $(VENV)/dev-installed
-	$(PY) -m pytest tests/test_fuzz.py -m fuzz
+	$(PY) -m pytest tests/test_fuzz.py tests/vision/test_damaged_images.py -m fuzz
 
 lint: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .

@@ -32,6 +32,7 @@ ORDER = (
     "training/speedups",
     "training/losses",
     "training/initialization",
+    "training/saving",
     "training",
     "transferring",
     "importers/fromage",

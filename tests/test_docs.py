@@ -108,7 +108,7 @@ def check_vision(names: dict) -> None:
     with torch.no_grad():
         assert torch.allclose(model.vision(pixels), tower.eval().encode_image(pixels), atol=1e-5)
     answers_with_a_picture(model)
-    features = names["with_patches"].active.image_features("cat.png")
+    features = names["with_patches"].vision.encode(["cat.png"])
     assert names["with_patches"].adapter.image_tokens(features).shape[0] == 16
 
 

@@ -134,7 +134,7 @@ def test_law_c_every_visual_row_is_seen_at_its_place(batch, side, k):
 def test_law_d_a_batch_equals_its_rows(family):
     model = grounded(family, ret_token="[RET]")
     index = make_index(model)
-    options = dict(ret_bias=3.0, max_images=2, min_new_tokens_before_ret=1, **GREEDY)
+    options = dict(ret_bias=3.0, max_images=2, min_new_tokens_before_ret=1, min_new_tokens_between_rets=0, **GREEDY)
     prompts = PROMPTS if family != "mamba" else [PROMPTS[1], ["w8", picture(0), "w5", picture(1)]]
     together = model.generate(prompts, index, **options)
     for prompt, answer in zip(prompts, together, strict=True):
@@ -208,7 +208,7 @@ def test_streamers_and_criteria_are_transformers_own(capsys):
 @torch.no_grad()
 def test_images_per_ret_maximum_and_missing_index():
     model = grounded("llama_untied")
-    options = dict(ret_bias=100.0, max_new_tokens=3)
+    options = dict(ret_bias=100.0, max_new_tokens=3, min_new_tokens_between_rets=0)
     small = make_index(model, 2)
     pictures = lambda **more: [p.id for p in model.generate("w4", **more, **options)[0].images]  # noqa: E731
     assert sorted(pictures(index=small, images_per_ret=5)) == ["p0", "p1"]

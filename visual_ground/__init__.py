@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from visual_ground.config import GroundingConfig
     from visual_ground.errors import GroundingError
     from visual_ground.generation.output import InterleavedOutput, RetrievedImage
-    from visual_ground.grounding import ground
+    from visual_ground.grounding import ground, unground
     from visual_ground.index.image_index import ImageIndex
     from visual_ground.model import GroundedModel
     from visual_ground.prompts.types import Prompt
@@ -29,6 +29,7 @@ _HOMES = {
     "RetrievedImage": "generation.output",
     "ground": "grounding",
     "transfer": "transferring.transfer",
+    "unground": "grounding",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "RetrievedImage",
     "ground",
     "transfer",
+    "unground",
 ]
 
 

@@ -15,10 +15,10 @@ from visual_ground.adapter.files import AdapterFiles
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError, GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.lm import peft as lm_peft
+from visual_ground.lm.attachment import detach_orphans
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.lm.loading import load_lm
 from visual_ground.lm.spec import LMSpec, read_spec
-from visual_ground.lm.virtual_tokens import is_attached
 from visual_ground.storage.hub import HubOptions, cached_commit
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.loading import load_vision
@@ -71,8 +71,10 @@ def load_components(
         raise GroundingTypeError(f"config must be a GroundingConfig, got {type(config).__name__}.")
     named, hub = named or {}, hub or {}
     lm, tokenizer, provenance = _load_language_model(lm, tokenizer, named, hub)
-    if is_attached(lm):
-        raise GroundingStateError("This LM is grounded already. Call unground() on its GroundedModel first.")
+    if detach_orphans(lm):
+        raise GroundingStateError(
+            "This LM is grounded already. Call unground() on its GroundedModel first, or visual_ground.unground(lm)."
+        )
     check_ret_token(tokenizer, config)
     vision, commit = load_encoder(vision_encoder, image_processor, config, named, hub)
     provenance |= {"vision_encoder": vision.name, "vision_revision": commit}
@@ -181,7 +183,7 @@ def components_beside(
     check_ret_token(tokenizer, config)
     named = None if files is None else files.provenance
     vision, commit = load_encoder(vision_encoder, image_processor, config, named)
-    with frozen_lm.disabled():
+    with frozen_lm.bare():
         spec = read_spec(frozen_lm.lm, tokenizer, config.text_layers)
     if files is not None:
         check_fits(files, spec, vision, active.provenance.get("base_model_name_or_path"))

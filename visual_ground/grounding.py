@@ -1,4 +1,4 @@
-"""`ground`: attach a new adapter between a language model and a vision encoder."""
+"""`ground` and `unground`: attach an adapter between a language model and a vision encoder, and take it off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 from visual_ground.adapter.initialization import initialize_from_lm
 from visual_ground.components import load_components
 from visual_ground.config import GroundingConfig
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
+from visual_ground.lm.attachment import virtual_tokens_of
 from visual_ground.model import GroundedModel
 
 
@@ -48,6 +49,25 @@ def ground(
     if config is not None:
         raise GroundingValueError("A saved adapter has its own settings; pass config or adapter, not both.")
     return GroundedModel.from_pretrained(lm, adapter, vision_encoder, tokenizer, image_processor, is_trainable=True)
+
+
+def unground(lm: nn.Module) -> nn.Module:
+    """Take everything off a grounded LM and hand it back, bit for bit what it was, also where its model is lost.
+
+    Args:
+        lm: the LM; may be a `PeftModel`.
+
+    Raises:
+        GroundingStateError: it is not grounded.
+
+    Example:
+        >>> lm = unground(ground("gpt2", "openai/clip-vit-base-patch32").lm)  # doctest: +SKIP
+    """
+    tokens = virtual_tokens_of(lm)
+    if tokens is None:
+        raise GroundingStateError(f"This {type(lm).__name__} is not grounded, so there is nothing to take off.")
+    tokens.detach()
+    return lm
 
 
 def _with_new_adapter(

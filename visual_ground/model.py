@@ -115,14 +115,14 @@ class GroundedModel(nn.Module):
         return log_likelihood(self.frozen_lm, self.active, prompts, continuations)
 
     def generate(
-        self, prompts: Prompts, index: RetrievalIndex | None = None, max_new_tokens: int = 64, **options: Any
+        self, prompts: Prompts, index: RetrievalIndex | None = None, max_new_tokens: int | None = None, **options: Any
     ) -> list[InterleavedOutput]:
         """Answer prompts with text and retrieved images.
 
         Args:
             prompts: as in `prepare`.
             index: where `[RET]`'s images are searched; with None the parts say that an image was meant.
-            max_new_tokens: at most so many, `[RET]`s included.
+            max_new_tokens: at most so many, `[RET]`s included; else as the generation config says, else 64.
             options: the fields of `RetrievalSettings` (`images_per_ret`, `max_images`, `ret_bias` and others), and any
                 argument of transformers' `generate`.
 
@@ -134,7 +134,7 @@ class GroundedModel(nn.Module):
 
     def stream(self, prompts: Prompts, index: RetrievalIndex | None = None, **options: Any) -> Iterator[Part]:
         """Answer one prompt; yield texts and images when they are said. The arguments are those of `generate`."""
-        return stream(self.frozen_lm, self.active, self.prepare(prompts), index, {"max_new_tokens": 64, **options})
+        return stream(self.frozen_lm, self.active, self.prepare(prompts), index, options)
 
     def add_adapter(
         self, adapter_name: str, config: GroundingConfig | None = None, vision_encoder: Any = None, **given: Any

@@ -1,4 +1,8 @@
+import itertools
+
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.index.image_index import ImageIndex
@@ -25,6 +29,28 @@ def test_processor_bias_minimum_and_maximum():
     apart = RetLogitsProcessor(RET, 2, RetrievalSettings(min_new_tokens_between_rets=2))
     near, far = torch.tensor([[0, 0, RET, 1]]), torch.tensor([[0, 0, RET, 1, 1]])
     assert [float(apart(ids, torch.ones(1, 10))[0, RET]) for ids in (near, far)] == [float("-inf"), 1.0]
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(0, 12), st.none() | st.integers(0, 6))
+def test_however_much_ret_is_wanted_the_gap_and_the_maximum_hold(words, gap, most):
+    """An LM that wants nothing but `[RET]`, and words where it may not have it or where `words` says so."""
+    settings = RetrievalSettings(ret_bias=1e6, min_new_tokens_between_rets=gap, max_images=most)
+    process, ids = RetLogitsProcessor(RET, 1, settings), torch.zeros(1, 1, dtype=torch.long)
+    for word in words:
+        scores = process(ids, torch.zeros(1, 10))
+        scores[0, RET] -= 2e6 * word
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=-1)
+    places = (ids[0] == RET).nonzero()[:, 0].tolist()
+    assert most is None or len(places) <= most
+    assert all(later - earlier > gap for earlier, later in itertools.pairwise(places))
+    if not any(words):
+        wanted = -(-len(words) // (gap + 1))
+        assert len(places) == (wanted if most is None else min(most, wanted))
+
+
+def test_by_default_an_answer_has_a_few_images_with_words_between_them():
+    settings = RetrievalSettings()
+    assert settings.min_new_tokens_between_rets > 0 and 1 < settings.max_images < 10 and not settings.allow_repeats
 
 
 def test_no_image_twice_unless_asked_and_small_indexes_give_what_they_have():

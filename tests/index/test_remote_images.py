@@ -16,6 +16,7 @@ from tests.tiny import picture
 from visual_ground import GroundingError, ImageIndex, InterleavedOutput, RetrievedImage
 from visual_ground.errors import GroundingFileError
 from visual_ground.index.remote_images import ImageLink, LinkRules
+from visual_ground.vision.images import to_rgb
 
 
 def png():
@@ -93,10 +94,10 @@ def test_what_cannot_be_fetched_is_named_and_shown_as_its_address(caplog):
             ("/to/file:///etc/passwd", "not allowed"),
         ]:
             with pytest.raises(GroundingError, match=words):
-                rules.fetch(url + path)
+                to_rgb(url + path, rules)
             index = ImageIndex(torch.eye(1), images=[url + path], rules=rules)
             assert index.entry(0)[1] == ImageLink(url + path)
-        assert rules.fetch(f"{url}/to/{url}/a.png").size == (8, 8)
+        assert to_rgb(f"{url}/to/{url}/a.png", rules).size == (8, 8)
     assert "shown as its address" in caplog.text
 
 

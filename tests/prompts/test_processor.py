@@ -40,7 +40,7 @@ def test_interleaving_keeps_order_and_ret():
 def test_a_path_is_an_image_only_where_the_file_is(tmp_path):
     PICTURE.save(tmp_path / "x.png")
     assert len(make().encode(str(tmp_path / "x.png")).images) == 1
-    assert len(make().encode("missing.png").images) == 0
+    assert len(make().encode("What is missing.png").images) == 0
 
 
 def test_chat_goes_through_the_template():

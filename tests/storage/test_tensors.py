@@ -154,7 +154,7 @@ def test_a_stop_while_a_reader_finishes_a_commit_loses_nothing(tmp_path, monkeyp
     for n in itertools.count(1):
         folder = tmp_path / str(n)
         write_filled(folder, 1)
-        with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        with monkeypatch.context() as patch, pytest.raises(GroundingFileError, match="the machine stops"):
             patch.setattr(os, "replace", _only_within_staging(os.replace))
             write_filled(folder, 2)
         stopped = until_stopped(n, lambda folder=folder: read_filled(folder))

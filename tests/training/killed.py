@@ -23,7 +23,8 @@ from tests.tiny import grounded, picture
 from visual_ground import GroundingTrainer, GroundingTrainingArguments
 from visual_ground.storage import append_only
 from visual_ground.storage import tensors as saving
-from visual_ground.training import checkpoints, validation
+from visual_ground.training import validation
+from visual_ground.training.saving import checkpoints
 
 ROWS, STEPS = 12, 8
 

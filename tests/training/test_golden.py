@@ -317,7 +317,8 @@ def test_generation(golden, factor, least):
     assert text.tolist() == golden.tensors["gen.prompt_text_ids"][0].tolist()
     from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings
 
-    steer = RetLogitsProcessor(RET, batch["input_ids"].shape[1], RetrievalSettings(min_new_tokens_before_ret=least))
+    official = RetrievalSettings(max_images=None, min_new_tokens_before_ret=least, min_new_tokens_between_rets=0)
+    steer = RetLogitsProcessor(RET, batch["input_ids"].shape[1], official)
     with model.frozen_lm.bind(model.active.image_tokens(batch["pixel_values"])):
         ids = model.lm.generate(
             input_ids=batch["input_ids"],
@@ -335,7 +336,14 @@ def test_interleaving(golden):
     """The same images at the same [RET]s, none twice; they cut the text at a newline or full stop, we keep it."""
     model, wanted = golden.model, golden.values["gfit.interleaved"]
     index = ImageIndex(golden.tensors["ret.emb_matrix"])
-    options = dict(images_per_ret=2, max_images=3, max_new_tokens=16, do_sample=False, eos_token_id=None)
+    options = dict(
+        images_per_ret=2,
+        max_images=3,
+        min_new_tokens_between_rets=0,
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+    )
     answer = model.generate([prompt_of(golden)], index, logits_processor=[Multiply(1.3)], **options)[0]
     shown = [part for part in wanted["outputs"] if isinstance(part, list)]
     assert [image.id for image in answer.images] == [i for pair in shown for i in pair][: len(answer.images)]

@@ -13,8 +13,8 @@ from tests.tiny import build, grounded, tokenizer
 from tests.training.killed import POINTS, train
 from visual_ground import GroundedModel, GroundingTrainer
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.training import checkpoints
-from visual_ground.training.adapter_checkpoints import check_base
+from visual_ground.training.saving import checkpoints
+from visual_ground.training.saving.adapter_checkpoints import check_base
 
 
 def run(folder, *points):

@@ -14,13 +14,13 @@ from tests.training.runs import ROWS, TEMPLATE, arguments, examples
 from visual_ground import GroundedModel, GroundingError, GroundingTrainer
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.evaluation import CaptionPairEvaluator, EvaluationPairs, RetrievalEvaluator
-from visual_ground.training.checkpoints import complete_checkpoints
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.compute_plan import choose_prefix_cache
 from visual_ground.training.losses.contrastive import contrast
 from visual_ground.training.losses.objective import GroundingLoss, GroundingObjective
 from visual_ground.training.losses.retrieval import plain_retrieval
+from visual_ground.training.saving.checkpoints import complete_checkpoints
 
 # Features are the vectors, and the temperature is 1.
 PLAIN = SimpleNamespace(embed_images=lambda features: features, logit_scale=torch.tensor(0.0))

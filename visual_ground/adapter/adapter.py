@@ -98,6 +98,20 @@ class Adapter(nn.Module):
         self.register_buffer("feature_std", torch.ones(feature_dim))
         self.register_buffer("ret_norms", torch.zeros(2))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Move to another device, and stay in float32: `model.half()` and `.to(bfloat16)` are about the frozen parts.
+
+        In half precision, a step of the optimizer is often too small to change a weight at all.
+        """
+
+        def keeping_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            narrower = changed.is_floating_point() and changed.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(changed.device) if narrower else changed
+
+        super()._apply(keeping_dtype, recurse)  # type: ignore[no-untyped-call]  # torch's is untyped
+        return self
+
     @_in_float32
     def image_tokens(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to image tokens, input embeddings (n * k, d)."""

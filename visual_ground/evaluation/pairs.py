@@ -67,7 +67,8 @@ def _caption(pair: Mapping[str, Any]) -> str:
     if not isinstance(caption, str):
         raise GroundingTypeError(
             f"A pair to evaluate on has a string as `caption`, got {caption!r} in {sorted(pair)}. For other columns, "
-            "or lists of captions, give visual_ground.training.ExampleDataset(rows, sample=False, columns=...)."
+            "or lists of captions, give "
+            "visual_ground.training.data.examples.ExampleDataset(rows, sample=False, columns=...)."
         )
     return caption
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchFeature, LogitsProcessorList, StoppingCriteriaList
+from transformers import BatchFeature, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener, OnToken
+from visual_ground.generation.options import complete_options
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.index.base import RetrievalIndex
@@ -43,18 +45,40 @@ def generate(
     """
     check_index(index, attached)
     image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
-    per_prompt = options.get("num_return_sequences") or 1
-    listener = listen(frozen_lm, attached, batch, image_tokens, per_prompt=per_prompt)
-    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
+    image_tokens, options = with_padding(attached, image_tokens, options)
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
-    vectors = listener.vectors_of(sequences)
-    if vectors is None:
-        mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
-        vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
-    return [
-        _interleave(attached, ids[start:].tolist(), queries, index, settings)
-        for ids, queries in zip(sequences, vectors, strict=True)
-    ]
+    with frozen_lm.bind():  # Both are one call: where the adapter is disabled elsewhere meanwhile, neither heeds it.
+        listener = listen(frozen_lm, attached, batch, image_tokens, per_prompt=options.get("num_return_sequences") or 1)
+        sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
+        vectors = listener.vectors_of(sequences)
+        if vectors is None:
+            mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
+            vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
+    silent = silent_ids(frozen_lm, attached)
+    answers = [[i for i in ids if i not in silent] for ids in sequences[:, start:].tolist()]
+    return [_interleave(attached, ids, queries, index, settings) for ids, queries in zip(answers, vectors, strict=True)]
+
+
+def with_padding(
+    attached: AttachedAdapter, image_tokens: Tensor | None, options: Mapping[str, Any]
+) -> tuple[Tensor | None, Mapping[str, Any]]:
+    """Return image tokens and options under which no word fills up the shorter answers of a batch.
+
+    Where the tokenizer names neither PAD nor EOS, any token that fills up an answer would be read as a word of it. One
+    more virtual image token does this then: it is never generated, and never text.
+
+    Args:
+        attached: the active adapter.
+        image_tokens: (n * k, d), of the prompts' images.
+        options: for transformers' `generate`; a `pad_token_id` in them holds.
+    """
+    processor = attached.processor
+    if processor.names_padding or options.get("pad_token_id") is not None:
+        return image_tokens, options
+    filler = attached.adapter.ret_input.detach().reshape(1, -1)
+    count = 0 if image_tokens is None else len(image_tokens)
+    tokens = filler if image_tokens is None else torch.cat([image_tokens, filler.to(image_tokens)])
+    return tokens, {**options, "pad_token_id": processor.vocabulary.first_image_id + count}
 
 
 def listen(
@@ -88,13 +112,17 @@ def generate_ids(
     options: Mapping[str, Any],
 ) -> Tensor:
     """Run transformers' `generate`; return ids (b * num_return_sequences, s), which begin with the prompts'."""
-    options, processor = dict(options), attached.processor
-    ret_processor = RetLogitsProcessor(processor.ret_token_id, batch["input_ids"].shape[1], settings)
-    options["logits_processor"] = LogitsProcessorList([ret_processor, *(options.pop("logits_processor", None) or [])])
-    if "stop_strings" in options:  # transformers needs the tokenizer for these.
-        options.setdefault("tokenizer", processor.tokenizer)
-    options.setdefault("pad_token_id", processor.pad_token_id)
-    return frozen_lm.generate(batch["input_ids"], image_tokens, attention_mask=batch["attention_mask"], **options)
+    processor, ids = attached.processor, batch["input_ids"]
+    count = 0 if image_tokens is None else len(image_tokens)
+    options = complete_options(
+        frozen_lm,
+        processor,
+        options,
+        ids,
+        RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings),
+        ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
+    )
+    return frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
 
 
 def ret_vectors(
@@ -148,6 +176,18 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
             f"The index holds vectors of width {index.dim}, this model's retrieval space has width "
             f"{attached.config.retrieval_dim}. Build the index with this model."
         )
+
+
+def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
+    """Return ids that end or fill up answers and are no text, though a tokenizer may decode them as text.
+
+    It does so with a PAD that was named after it was loaded, and with the LM's EOS where it names none itself.
+    """
+    tokenizer = attached.processor.tokenizer
+    own = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
+    stops = own if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    ids = [tokenizer.pad_token_id, *(stops if isinstance(stops, (list, tuple)) else [stops])]
+    return {i for i in ids if i is not None}
 
 
 def _interleave(

@@ -21,10 +21,10 @@ class RetrievalSettings:
 
     Args:
         images_per_ret: images shown at each `[RET]`, at least 1.
-        max_images: the most `[RET]`s in an answer; None for any number, 0 for none.
+        max_images: the most `[RET]`s in an answer, a few by default; None for any number, 0 for none.
         ret_bias: added to `[RET]`'s logit; larger values give more images.
         min_new_tokens_before_ret: the fewest tokens before an answer's first `[RET]`.
-        min_new_tokens_between_rets: the fewest tokens between two `[RET]`s.
+        min_new_tokens_between_rets: the fewest tokens between two `[RET]`s; 0 lets one follow another at once.
         allow_repeats: whether one answer may show an image twice.
 
     Raises:
@@ -32,10 +32,11 @@ class RetrievalSettings:
     """
 
     images_per_ret: int = 1
-    max_images: int | None = None
+    # With any number of them at any place, a bias that is too large would give one picture after another and no word.
+    max_images: int | None = 4
     ret_bias: float = 0.0
     min_new_tokens_before_ret: int = 0
-    min_new_tokens_between_rets: int = 0
+    min_new_tokens_between_rets: int = 8
     allow_repeats: bool = False
 
     def __post_init__(self) -> None:
@@ -65,7 +66,12 @@ class RetLogitsProcessor(LogitsProcessor):
         self.ret_token_id, self.prompt_length, self.settings = ret_token_id, prompt_length, settings
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come."""
+        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come.
+
+        Scores without a column for `[RET]`, as of an LM whose adapter is disabled, stay as they are.
+        """
+        if scores.shape[-1] <= self.ret_token_id:
+            return scores
         new = input_ids[:, self.prompt_length :]
         column = scores[:, self.ret_token_id] + self.settings.ret_bias
         if new.shape[1] < self.settings.min_new_tokens_before_ret:

@@ -22,7 +22,7 @@ from visual_ground.index.exact import ExactIndex
 from visual_ground.index.files import FILES, IndexContents, index_card, publishable, read_index, write_index
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
 from visual_ground.storage.hub import CARD_FILE, HubOptions, PushOptions, fetch_folder, push_folder
-from visual_ground.vision.images import ImageLike
+from visual_ground.vision.images import ImageLike, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class ImageIndex:
             return image
         if self.rules.allow_host(address):
             try:
-                return self.rules.fetch(address)
+                return to_rgb(address, self.rules)
             except (GroundingFileError, GroundingValueError) as error:
                 logger.warning("An image of the index is shown as its address: %s", error)
         return ImageLink(address)

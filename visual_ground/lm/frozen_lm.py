@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from visual_ground.errors import GroundingStateError
 from visual_ground.lm.freezing import FreezeGuard
 from visual_ground.lm.hook_context import HookContext
 from visual_ground.lm.peft import base_model_of, tuner_layers
-from visual_ground.lm.reading import LMReading
+from visual_ground.lm.reading import LMReading, states_at
 from visual_ground.lm.spec import LMSpec
 from visual_ground.lm.virtual_tokens import VirtualTokens
 from visual_ground.lm.weights import EmbeddingStatistics, embedding_device, embedding_vectors, head_vectors
@@ -49,16 +50,21 @@ class FrozenLM:
     ) -> None:
         self.lm, self.spec, self.vocabulary = lm, spec, spec.vocabulary
         tuned = tuner_layers(lm) if train_lm_adapter else []
-        self._freeze_guard = FreezeGuard(lm)
+        frozen = FreezeGuard(lm)
         for layer in tuned:
             layer.set_adapter(layer.active_adapters)
-        core = base_model_of(lm)
-        parameters = inspect.signature(core.forward).parameters
+        parameters = inspect.signature((core := base_model_of(lm)).forward).parameters
         self.takes_positions = "position_ids" in parameters
         # transformers 5.24 renamed the argument past_key_values.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, mask_spare_columns)
-        self.virtual_tokens.attach()
+        self.virtual_tokens.attach(frozen)
+        self.virtual_tokens.holder = weakref.ref(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy the holder of its hooks, which are copies too."""
+        self.__dict__.update(state)
+        self.virtual_tokens.holder = weakref.ref(self)
 
     @property
     def device(self) -> torch.device:
@@ -78,16 +84,17 @@ class FrozenLM:
 
     # Attached or not.
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside the block, the LM behaves as if nothing were attached."""
-        with self.virtual_tokens.bind(enabled=False):
-            yield
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which the LM behaves as if nothing were attached, in all threads until it ends."""
+        return self.virtual_tokens.off()
+
+    def bare(self) -> contextlib.AbstractContextManager[HookContext]:
+        """Return a block in which this thread's calls do without the hooks, and those of other threads do not."""
+        return self.virtual_tokens.bind(enabled=False)
 
     def release(self) -> nn.Module:
         """Take the hooks off the LM and return it, bit for bit as it was."""
         self.virtual_tokens.detach()
-        self._freeze_guard.restore()
         return self.lm
 
     # Running it.
@@ -171,19 +178,12 @@ class FrozenLM:
             has_virtual: as in `HookContext`.
             options: for `run`.
         """
-        settings: dict[str, Any] = {"positions": positions, "max_logits": max_logits, "has_virtual": has_virtual}
         options = {"use_cache": False, "output_hidden_states": any(layer != -1 for layer in layers), **options}
-        with self.bind(image_tokens, **settings) as context:
+        with self.bind(image_tokens, positions=positions, max_logits=max_logits, has_virtual=has_virtual) as context:
             output = self.run(input_ids, attention_mask, **options)
         assert context.head_input is not None, "the head ran"
-        head_input = context.head_input[0]
-        states = [
-            head_input
-            if layer == -1
-            else (hidden := output.hidden_states[layer]).flatten(0, 1).index_select(0, positions.to(hidden.device))
-            for layer in layers
-        ]
-        return LMReading(head_input, states, output.logits[0], output)
+        states = states_at(output, context.head_input[0], layers, positions)
+        return LMReading(context.head_input[0], states, output.logits[0], output)
 
     def hidden_states(
         self,
@@ -209,8 +209,8 @@ class FrozenLM:
             image_tokens: (n * k, d).
         """
         width = input_ids.shape[1]
-        scored_flat = [i * width + j for i, n in enumerate(lengths) for j in range(width - n, width)]
-        scored = torch.tensor(scored_flat, device=input_ids.device)
+        ends = [i * width + j for i, n in enumerate(lengths) for j in range(width - n, width)]
+        scored = torch.tensor(ends, device=input_ids.device)
         logits = self.read(input_ids, attention_mask, scored - 1, image_tokens).logits
         targets = input_ids.flatten()[scored].to(logits.device)
         values = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
@@ -237,14 +237,14 @@ class FrozenLM:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Return the LM's own input embeddings (..., d) of its own ids (...)."""
-        with self.disabled():
+        with self.bare():
             embeddings: Tensor = self.lm.get_input_embeddings()(ids.reshape(1, -1).to(self.device))
         return embeddings[0].view(*ids.shape, -1)
 
     def statistics(self) -> tuple[EmbeddingStatistics, EmbeddingStatistics | None]:
         """Return the statistics of the input embeddings, and of the output embeddings where they are not tied."""
         count = min(self.vocabulary.num_rows, self.vocabulary.num_tokens)
-        with self.disabled():
+        with self.bare():
             inputs = EmbeddingStatistics.of(embedding_vectors(self.lm, count))
             head = None if self.spec.tied else head_vectors(self.lm, count, self.spec.head_dim)
             return inputs, None if head is None else EmbeddingStatistics.of(head)

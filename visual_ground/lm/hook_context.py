@@ -1,9 +1,11 @@
-"""`HookContext`: what one call of the LM binds for the hooks, in a context variable, so that threads stay apart."""
+"""What the hooks look up: what one call of the LM binds (`HookContext`), and whether they are off (`Switch`)."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.nn.functional import pad
 
 @dataclass(eq=False)
 class HookContext:
-    """What one call binds for the hooks, and what they return to it.
+    """What one call binds for the hooks, and what they return to it; in a context variable, so threads stay apart.
 
     Args:
         owner: the hooks that this context is meant for.
@@ -20,6 +22,7 @@ class HookContext:
         positions: (r,) long, positions of the flattened (b, s) ids; where given, the output head runs only there and
             logits are (1, r, v + 1).
         enabled: False makes the LM behave as if nothing were attached.
+        suspending: blocks inside this call that turn the hooks off until they end; see `Switch`.
         max_logits: the output head runs at the first so many of the positions only; `head_input` has all of them.
         has_virtual: whether there are virtual ids, where the caller knows; None looks into the ids, which waits for the
             GPU.
@@ -39,6 +42,7 @@ class HookContext:
     image_tokens: Tensor | None = None
     positions: Tensor | None = None
     enabled: bool = True
+    suspending: set[object] = field(default_factory=set)
     max_logits: int | None = None
     has_virtual: bool | None = None
     unbound: bool = False
@@ -53,9 +57,20 @@ class HookContext:
     cache: object = None
     packed: int = 0
 
+    @property
+    def active(self) -> bool:
+        """Whether the hooks do anything in this context."""
+        return self.enabled and not self.suspending
+
     def start_forward(self) -> None:
         """Clear what the previous forward left."""
         self.virtual, self.embedded, self.head_input, self.packed = None, False, None, 0
+
+    def end_forward(self, output: object) -> None:
+        """Note what the LM kept, and forget which ids were virtual."""
+        # transformers 5.24 renamed what older ones call past_key_values.
+        self.cache = getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
+        self.virtual = None
 
     def locate(self, seen: Tensor) -> tuple[Tensor, Tensor] | None:
         """Find the virtual ids in the ids that the embedding was given: as they are, transposed, fewer, or more.
@@ -98,3 +113,38 @@ def context_of(owner: object) -> HookContext | None:
     while context is not None and context.owner is not owner:
         context = context.outer
     return context
+
+
+class Switch:
+    """On, but for the time of the blocks that hold it off.
+
+    A context variable would not do: threads that start inside the block do not see it, and a generator that holds the
+    block open may be continued in another context. Each block is an object in a set, whose changes are atomic; so
+    blocks may overlap and end in any order.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: set[object] = set()
+
+    @property
+    def is_off(self) -> bool:
+        """Whether any block holds it off."""
+        return bool(self._blocks)
+
+    @contextlib.contextmanager
+    def off(self, call: HookContext | None) -> Iterator[None]:
+        """Hold it off until the block ends.
+
+        Args:
+            call: the call that the block runs in, such as in a logits processor, if any. Calls elsewhere that began
+                before the block go on as they began.
+        """
+        block = object()
+        held = [self._blocks] if call is None else [self._blocks, call.suspending]
+        for blocks in held:
+            blocks.add(block)
+        try:
+            yield
+        finally:
+            for blocks in held:
+                blocks.discard(block)

@@ -39,6 +39,12 @@ def tuner_layers(lm: nn.Module) -> list[Any]:
     return layers
 
 
+def trained_parameters(lm: Any) -> list[nn.Parameter]:
+    """Return the parameters of the LM's active PEFT adapter: those that `writers` writes."""
+    written = {tensor.data_ptr() for tensor in _tensors(lm, _active(lm)).values()}
+    return [parameter for parameter in lm.parameters() if parameter.data_ptr() in written]
+
+
 def writers(lm: Any) -> dict[str, Callable[[Path], object]]:
     """Return, for each file of the LM's active PEFT adapter, a function that writes it."""
     name = _active(lm)

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError
-from visual_ground.lm.hook_context import HookContext, context_of, current
+from visual_ground.lm.freezing import FreezeGuard
+from visual_ground.lm.hook_context import HookContext, Switch, context_of, current
 from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.weights import LMEnds
 
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
@@ -51,27 +53,37 @@ class VirtualTokens:
         self.mask_spare_columns = mask_spare_columns
         self._parameters = list(inspect.signature(lm.forward).parameters)
         self._handles: list[RemovableHandle] = []
+        self._frozen: FreezeGuard | None = None
+        # Who takes these hooks off in the end, as a weak reference; see `visual_ground.lm.attachment`.
+        self.holder: Callable[[], Any] = lambda: None
+        self._switch, self._ends = Switch(), LMEnds(lm)
         # Whether -inf in the logits survives the rest of the LM, which may cap or scale them.
         self._keeps_infinity: bool | None = None
 
-    def attach(self) -> None:
-        """Put the hooks on the LM."""
+    def attach(self, frozen: FreezeGuard | None = None) -> None:
+        """Put the hooks on the LM.
+
+        Args:
+            frozen: restored when the hooks are taken off.
+        """
         if self._handles:
             raise GroundingStateError("The hooks are attached already; call detach() first.")
-        embedding, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        self._ends, self._frozen = LMEnds(self.lm), frozen
         self._handles = [
             self.lm.register_forward_pre_hook(self._swap_ids, with_kwargs=True, prepend=True),
             self.lm.register_forward_hook(self._finish, always_call=True),
-            embedding.register_forward_hook(self._write_embeddings, with_kwargs=True),
-            head.register_forward_pre_hook(self._select_positions),
-            head.register_forward_hook(self._add_columns),
+            self._ends.embedding.register_forward_hook(self._write_embeddings, with_kwargs=True),
+            self._ends.head.register_forward_pre_hook(self._select_positions),
+            self._ends.head.register_forward_hook(self._add_columns),
         ]
 
     def detach(self) -> None:
         """Take the hooks off; the LM is as it was."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        if self._frozen is not None:
+            self._frozen.restore()
+        self._handles, self._frozen = [], None
 
     @property
     def attached(self) -> bool:
@@ -80,9 +92,13 @@ class VirtualTokens:
 
     @property
     def disabled(self) -> bool:
-        """Whether this runs inside a context with `enabled=False`."""
+        """Whether a call that begins here does without the hooks; within another call, it does as that one."""
         context = context_of(self)
-        return context is not None and not context.enabled
+        return self._switch.is_off if context is None else not context.active
+
+    def off(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which the LM behaves as if nothing were attached, in all threads; see `Switch`."""
+        return self._switch.off(context_of(self))
 
     @contextlib.contextmanager
     def bind(self, **settings: Any) -> Iterator[HookContext]:
@@ -100,14 +116,15 @@ class VirtualTokens:
 
     def _active(self) -> HookContext | None:
         context = context_of(self)
-        return context if context is not None and context.enabled else None
+        return context if context is not None and context.active else None
 
     # Ids in.
 
     def _swap_ids(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        bound = context_of(self)
-        if bound is not None and not bound.enabled:
+        if self.disabled:
             return None
+        self._ends.check(self.lm)
+        bound = context_of(self)
         context = bound or HookContext(self, unbound=True, outer=current.get())
         context.start_forward()
         if context.unbound:
@@ -206,9 +223,7 @@ class VirtualTokens:
                 f"{type(self.lm).__name__} did not pass its input ids to the module that get_input_embeddings() "
                 "returns, so the embeddings of images and [RET] could not be written. Please report this architecture."
             )
-        context.virtual = None
-        # transformers 5.24 renamed what older ones call past_key_values.
-        context.cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+        context.end_forward(output)
         if context.packed and hasattr(output, "logits"):
             logits, column = output.logits[:, : -context.packed], output.logits[:, -context.packed :].flatten(1)
             output.logits = self._widen(logits, column[:, : logits.shape[1]], context)
@@ -221,25 +236,13 @@ class VirtualTokens:
         """Set columns of ids that must not be generated to -inf again, where the LM capped or scaled its logits."""
         if not hasattr(output, "logits"):
             return None
-        logits = output.logits
-        columns = self.vocabulary.forbidden_columns(self.mask_spare_columns)
-        columns = [part for part in columns if logits[..., part].numel()]
         # Looking waits for a GPU, so a caller that knows its ids (in training) takes what was found the last time.
-        if columns and (self._keeps_infinity is None or context.has_virtual is None):
-            self._keeps_infinity = all(bool(logits[0, 0, part][0] == float("-inf")) for part in columns)
-        if not columns or self._keeps_infinity:
+        if self._keeps_infinity is None or context.has_virtual is None:
+            self._keeps_infinity = self.vocabulary.forbids(output.logits, self.mask_spare_columns)
+        if self._keeps_infinity:
             return None
-        logits = logits.clone() if logits.requires_grad else logits
-        for part in columns:
-            logits[..., part] = float("-inf")
-        output.logits = logits
+        output.logits = self.vocabulary.forbid(output.logits, self.mask_spare_columns)
         return output
-
-
-def is_attached(lm: nn.Module) -> bool:
-    """Return whether some `VirtualTokens` is on this LM's input embedding."""
-    hooks = lm.get_input_embeddings()._forward_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), VirtualTokens) for hook in hooks)
 
 
 def _at(values: Tensor, positions: Tensor) -> Tensor:

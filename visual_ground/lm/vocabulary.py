@@ -78,10 +78,20 @@ class VirtualVocabulary:
 
     def forbidden_columns(self, mask_spare: bool) -> list[slice]:
         """Return the columns that `add_columns` sets to -inf, some of which may be empty."""
-        columns = [slice(self.first_image_id, None)]
-        if mask_spare:
-            columns.append(slice(self.ret_token_id + 1 if self.ret_is_spare else self.num_tokens, self.num_columns))
-        return columns
+        start = min(self.num_tokens, self.num_columns) if mask_spare else self.num_columns
+        return [slice(start, self.ret_token_id), slice(max(start, self.ret_token_id + 1), None)]
+
+    def forbids(self, logits: Tensor, mask_spare: bool) -> bool:
+        """Return whether the forbidden columns of logits (b, s, columns) are -inf, going by its first position."""
+        columns = (logits[0, 0, part] for part in self.forbidden_columns(mask_spare))
+        return all(not column.numel() or bool(column[0] == float("-inf")) for column in columns)
+
+    def forbid(self, logits: Tensor, mask_spare: bool) -> Tensor:
+        """Return logits (..., columns) whose forbidden columns are -inf; written in place where nothing is trained."""
+        logits = logits.clone() if logits.requires_grad else logits
+        for part in self.forbidden_columns(mask_spare):
+            logits[..., part] = float("-inf")
+        return logits
 
 
 def _forbidden(logits: Tensor, count: int) -> Tensor:

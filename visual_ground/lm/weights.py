@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visual_ground.errors import GroundingTypeError
+from visual_ground.errors import GroundingStateError, GroundingTypeError
 
 CHUNK = 512  # Embeddings read at once, so that no second copy of a whole vocabulary is made.
 # A head that must be run to be read gives only a sample of its rows, which is enough for their statistics.
@@ -143,3 +143,31 @@ class EmbeddingStatistics:
             norms += float(wide.norm(dim=-1).sum())
         mean = total / count
         return cls(mean.float(), (squares / count - mean.square()).clamp_min(0).sqrt().float(), norms / count)
+
+
+class LMEnds:
+    """A causal LM's input embedding and output head, as they are now.
+
+    Args:
+        lm: the LM.
+    """
+
+    def __init__(self, lm: nn.Module) -> None:
+        self.embedding: nn.Module = lm.get_input_embeddings()
+        self.head: nn.Module = lm.get_output_embeddings()
+        self._sizes = self._read_sizes()
+
+    def _read_sizes(self) -> tuple[object, object]:
+        # transformers resizes an embedding in place and replaces the head. Modules without these attributes (of
+        # quantisation libraries) cannot be resized in place.
+        return getattr(self.embedding, "num_embeddings", None), getattr(self.head, "out_features", None)
+
+    def check(self, lm: nn.Module) -> None:
+        """Raise GroundingStateError where these are not the LM's ends any more, or have other sizes."""
+        replaced = lm.get_input_embeddings() is not self.embedding or lm.get_output_embeddings() is not self.head
+        if replaced or self._read_sizes() != self._sizes:
+            raise GroundingStateError(
+                f"The input embedding or output head of {type(lm).__name__} was resized or replaced after it was "
+                "grounded, as resize_token_embeddings and PEFT do, so images and [RET] have lost their ids. Call "
+                "unground(), change the LM, and ground it again."
+            )

@@ -1,15 +1,15 @@
-"""Chat messages: made of texts and images, and rendered by the tokenizer's chat template."""
+"""Chat messages: read in the forms that people write them in, and rendered by the tokenizer's chat template."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from jinja2 import TemplateError
-
-from visual_ground.errors import GroundingValueError
-from visual_ground.prompts.types import ChatMessage, PromptPart, is_image_file
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.prompts.parts import Parts, read_content, read_part
+from visual_ground.prompts.template import render_template
+from visual_ground.prompts.types import ChatMessage, PromptPart, Prompts
+from visual_ground.vision.images import is_single
 
 
 def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
@@ -17,31 +17,31 @@ def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
 
     Args:
         role: "user", "assistant" or "system".
-        parts: texts, PIL images and paths of images, in order.
+        parts: texts and images, in order; a string is an image where `is_image_string` says so.
 
     Example:
         >>> chat_message("user", ["What is it?"])
         {'role': 'user', 'content': [{'type': 'text', 'text': 'What is it?'}]}
     """
+    read = [one for part in parts for one in read_part(part)]
     content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str) and not is_image_file(part)
-        else {"type": "image", "image": part}
-        for part in parts
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.image}
+        for part in read
     ]
     return {"role": role, "content": content}
 
 
-def is_chat(prompt: Any) -> TypeGuard[Sequence[ChatMessage]]:
-    """Return whether a prompt is a list of chat messages, `{"role": ..., "content": ...}`."""
-    return (
-        isinstance(prompt, (list, tuple))
-        and bool(prompt)
-        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
-    )
+def is_chat(prompt: Any) -> TypeGuard[Sequence[Any]]:
+    """Return whether a prompt is a list of chat messages, `{"role": ..., "content": ...}` or objects with these."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(map(is_message, prompt))
 
 
-def render_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[Any]:
+def is_message(value: Any) -> bool:
+    """Return whether an object is one chat message."""
+    return "role" in value if isinstance(value, Mapping) else hasattr(value, "role") and hasattr(value, "content")
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Any]) -> Parts:
     """Return the texts and images of chat messages, in the order in which the tokenizer's chat template puts them.
 
     Args:
@@ -49,42 +49,43 @@ def render_chat(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[Any]:
         messages: `{"role": ..., "content": ...}`; a content is a text or a list of parts.
 
     Raises:
-        GroundingValueError: the tokenizer has no template, or one that refuses these messages.
+        GroundingTypeError: a part that is neither text nor image.
+        GroundingValueError: the tokenizer has no template, or one that refuses these messages or loses their images.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise GroundingValueError(
             "These chat messages need a chat template, and the tokenizer has none. Set tokenizer.chat_template, "
             "or write the prompt as a list of text and images."
         )
-    # Templates know only text, so each image is a marker in it. It is random, so that no text can contain it.
-    marker, images = f"<{uuid.uuid4().hex}>", []
-    plain_messages = []
-    for message in messages:
-        content = message["content"]
-        text = ""
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part.get("type") == "image":
-                images.append(_image_of(part))
-                text += marker
-            else:
-                text += part["text"]
-        plain_messages.append({**message, "content": text})
-    # After an assistant's message, which the prompt lets the LM continue, no new turn is opened.
-    opens_turn = messages[-1]["role"] != "assistant"
-    try:
-        rendered = tokenizer.apply_chat_template(plain_messages, tokenize=False, add_generation_prompt=opens_turn)
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise GroundingValueError(f"The chat template refuses messages of the roles {roles}: {error}") from error
-    parts: list[Any] = []
-    for i, text in enumerate(rendered.split(marker)):
-        parts += [images[i - 1]] if i else []
-        parts += [text] if text else []
-    return parts
+    mappings = [_as_mapping(message) for message in messages]
+    return render_template(tokenizer, mappings, [_read(message) for message in mappings])
 
 
-def _image_of(part: Mapping[str, Any]) -> Any:
-    image = next((part[key] for key in ("image", "path", "url") if key in part), None)
-    if image is None:
-        raise GroundingValueError(f'An image part needs "image" or "path", got the keys {sorted(part)}.')
-    return image
+def _as_mapping(message: Any) -> ChatMessage:
+    """Return a message as a mapping: agents and clients have objects, with roles that may be enums."""
+    if not isinstance(message, Mapping):
+        names = ("role", "content", "tool_calls", "tool_call_id", "name")
+        message = {name: getattr(message, name, None) for name in names}
+        message = {name: value for name, value in message.items() if value is not None or name == "content"}
+    return {**message, "role": str(getattr(message["role"], "value", message["role"]))}
+
+
+def _read(message: ChatMessage) -> Parts:
+    content, role = message.get("content"), message["role"]
+    # Beside a call of a tool, there may be no words.
+    if content is None and not any(value for name, value in message.items() if name not in ("role", "content")):
+        raise GroundingTypeError(f"A message of {role!r} has no content. Give it a text, or leave the message out.")
+    return read_content(content, role)
+
+
+def as_batch(prompts: Prompts) -> list[Any]:
+    """Return a list of prompts: one string, image, path or chat alone is a batch of one.
+
+    Raises:
+        GroundingTypeError: neither a prompt nor a list of prompts.
+    """
+    if is_single(prompts) or is_message(prompts) or is_chat(prompts):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise GroundingTypeError(f"Prompts must be a list of prompts, or one alone, got {type(prompts).__name__}.")
+    return list(prompts)

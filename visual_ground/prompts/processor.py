@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,10 +13,13 @@ from transformers import BatchFeature
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.lm.vocabulary import VirtualVocabulary
-from visual_ground.prompts.chat import is_chat, render_chat
+from visual_ground.prompts.chat import as_batch, is_chat, render_chat
+from visual_ground.prompts.checks import check_ids, check_tokenizer
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
-from visual_ground.prompts.types import Prompt, Prompts, is_image_file
+from visual_ground.prompts.parts import read_part
+from visual_ground.prompts.types import Prompt, Prompts
 from visual_ground.vision.images import to_rgb
+from visual_ground.vision.link_rules import LinkRules
 
 
 class GroundingProcessor:
@@ -29,6 +31,9 @@ class GroundingProcessor:
         vocabulary: which ids are the LM's and which are virtual.
         preprocess: maps a list of images to pixels (n, c, h, w).
         max_length: how many ids the LM's context holds; None where that is unknown.
+
+    Attributes:
+        link_rules: which hosts the images of prompts may be fetched from; none, unless the user sets other rules.
     """
 
     def __init__(
@@ -41,6 +46,8 @@ class GroundingProcessor:
     ) -> None:
         self.tokenizer, self.config, self.vocabulary = tokenizer, config, vocabulary
         self.preprocess, self.max_length = preprocess, max_length
+        self._num_tokens = len(tokenizer)
+        self.link_rules = LinkRules()
 
     def __call__(self, prompts: Prompts, padding_side: str = "left") -> BatchFeature:
         """Turn prompts into a batch on the CPU; see `GroundedModel.prepare`."""
@@ -64,19 +71,10 @@ class GroundingProcessor:
         return batch
 
     def check_ids(self, encoded: Sequence[EncodedPrompt]) -> None:
-        """Raise GroundingValueError where ids exceed the LM's context, or are tokens without an embedding in the LM."""
-        length = max((len(prompt.ids) for prompt in encoded), default=0)
-        if self.max_length is not None and self.max_length < length:
-            raise GroundingValueError(
-                f"A prompt has {length} ids, and the LM's context holds {self.max_length}. Shorten it."
-            )
-        size = self.vocabulary.num_rows
-        if unknown := sorted({i for prompt in encoded for i in prompt.ids if i >= size and i != self.ret_token_id}):
-            raise GroundingValueError(
-                f"The tokens {self.tokenizer.convert_ids_to_tokens(unknown)} have ids {unknown}, and the LM's "
-                f"embedding has {size} rows. They were added to the tokenizer and not to the LM; leave them out of the "
-                "prompts, or load the LM's own tokenizer."
-            )
+        """Raise where the LM cannot read these ids, or the tokenizer has grown; see `checks`."""
+        if len(self.tokenizer) != self._num_tokens:  # Reading a whole vocabulary at each call would take long.
+            check_tokenizer(self.tokenizer, self.vocabulary, self.config.ret_token)
+        check_ids(encoded, self.tokenizer, self.vocabulary, self.max_length)
 
     @property
     def ret_token_id(self) -> int:
@@ -86,43 +84,46 @@ class GroundingProcessor:
     @property
     def pad_token_id(self) -> int:
         """The id that fills up a batch: the tokenizer's PAD or EOS, else any that the LM has, as it is masked."""
+        return next(iter(self._named_padding), self.vocabulary.safe_id)
+
+    @property
+    def names_padding(self) -> bool:
+        """Whether the tokenizer has a PAD or EOS that the LM knows; else a word of the LM's has to fill up batches."""
+        return bool(self._named_padding)
+
+    @property
+    def _named_padding(self) -> list[int]:
         candidates = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        in_lm = (i for i in candidates if i is not None and i < self.vocabulary.num_rows)
-        return next(in_lm, self.vocabulary.safe_id)
+        return [i for i in candidates if i is not None and i < self.vocabulary.num_rows]
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Encode one prompt.
 
         Args:
-            prompt: a string, a PIL image, a path to an image, a list mixing them, or a list of chat messages.
+            prompt: a string, an image, a list mixing them, or a list of chat messages; see `read_part`.
 
         Raises:
             GroundingTypeError: a part that is none of these.
-            GroundingValueError: chat messages without a chat template, an unreadable image, or nothing at all.
+            GroundingValueError: chat messages without a chat template or with one that loses them, an unreadable image,
+                or nothing at all.
         """
-        parts: Sequence[Any] = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-        chat = is_chat(prompt)  # A chat template writes the opening ids itself.
-        if chat:
-            parts = render_chat(self.tokenizer, parts)
+        given: Sequence[Any] = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+        chat = is_chat(given)  # A chat template writes the opening ids itself.
+        parts = render_chat(self.tokenizer, given) if chat else [one for part in given for one in read_part(part)]
         ids: list[int] = []
         images: list[Image.Image] = []
         has_text = False
         for part in parts:
-            if isinstance(part, str) and not is_image_file(part):
+            if isinstance(part, str):
                 opens = not (chat or has_text) and (self.config.image_first or not images)
                 ids += self._opening if opens else ()
                 ids += self.continue_text(part) if ids else self.encode_text(part)
                 has_text = True
-            elif isinstance(part, (str, os.PathLike, Image.Image)):
+            else:
                 # An LM's first position is its attention sink, which an image must not become.
                 sink = () if chat or ids or self.config.image_first else self.sink
                 ids += [*sink, *self._marks(len(images))]
-                images.append(to_rgb(part))
-            else:
-                raise GroundingTypeError(
-                    "A prompt is a string, a PIL image, a path, a list mixing them, or a list of chat messages; "
-                    f"got a part of type {type(part).__name__}."
-                )
+                images.append(self._open(part.image))
         if not ids:
             raise GroundingValueError("The prompt is empty: it has neither text nor images. Give at least one token.")
         return EncodedPrompt(tuple(ids), tuple(images))
@@ -198,6 +199,15 @@ class GroundingProcessor:
         marks = self._marks(0) if image else []
         return [*sink, *self.encode_text(before), *marks, *self.continue_text(after)]
 
+    def _open(self, image: Any) -> Image.Image:
+        try:
+            return to_rgb(image, self.link_rules)
+        except GroundingValueError as error:
+            if not isinstance(image, str):
+                raise
+            advice = 'To say a path in words, write {"type": "text", "text": ...}.'
+            raise GroundingValueError(f"{error} {advice}") from error
+
     def _marks(self, image: int) -> list[int]:
         return [-1 - image] * self.config.num_visual_tokens
 
@@ -222,16 +232,3 @@ class GroundingProcessor:
             return tuple(self.tokenizer(self.config.sink_token, add_special_tokens=False)["input_ids"])
         candidates = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         return self._opening or tuple(token for token in candidates if token is not None)[:1]
-
-
-def as_batch(prompts: Prompts) -> list[Any]:
-    """Return a list of prompts: one string, image, path or chat alone is a batch of one.
-
-    Raises:
-        GroundingTypeError: neither a prompt nor a list of prompts.
-    """
-    if isinstance(prompts, (str, os.PathLike, Image.Image)) or is_chat(prompts):
-        return [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        raise GroundingTypeError(f"Prompts must be a list of prompts, or one alone, got {type(prompts).__name__}.")
-    return list(prompts)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from visual_ground.errors import GroundingError
+from visual_ground.generation.generate import silent_ids
 from visual_ground.generation.output import Part, RetrievedImage
 from visual_ground.generation.stream import GrowingAnswer
 from visual_ground.prompts.chat import render_chat
@@ -71,13 +72,14 @@ class Chat:
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        silent = silent_ids(engine.model.frozen_lm, engine.model.active)
         deadline = time.monotonic() + engine.limits.timeout
         self.jobs = [
             Job(
                 prompt,
                 sampling,
                 request.max_tokens,
-                GrowingAnswer(engine.model.active, pictures.index, sampling.retrieval),
+                GrowingAnswer(engine.model.active, pictures.index, sampling.retrieval, silent),
                 StopText(request.stop),
                 lambda event, i=i: self._hear(i, event),  # type: ignore[misc]
                 deadline,

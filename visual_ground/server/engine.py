@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from visual_ground.errors import GroundingStateError
-from visual_ground.generation.generate import generate_ids, heard_by, listen
+from visual_ground.generation.forbidden import ForbiddenColumns
+from visual_ground.generation.generate import generate_ids, heard_by, listen, with_padding
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.model import GroundedModel
 from visual_ground.server.failures import busy
@@ -123,6 +124,9 @@ class Engine:
         def hear(row: int, token: int, vector: Any) -> bool:
             return jobs[row].hear(token, vector, token in ends)
 
+        image_tokens, padding = with_padding(attached, image_tokens, {})
+        count = 0 if image_tokens is None else len(image_tokens)
+        forbidden = ForbiddenColumns(attached.processor.vocabulary, attached.config.mask_spare_columns, count)
         listener = listen(model.frozen_lm, attached, batch, image_tokens, hear)
         rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], [job.sampling for job in jobs])
         options = {
@@ -130,7 +134,8 @@ class Engine:
             "do_sample": False,
             "num_beams": 1,
             "max_new_tokens": max(job.max_tokens for job in jobs),
-            "logits_processor": [rows],
+            "logits_processor": [forbidden, rows],
+            **padding,
         }
         settings = RetrievalSettings()
         generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))

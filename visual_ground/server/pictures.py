@@ -18,7 +18,8 @@ from visual_ground.generation.output import RetrievedImage
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.server.failures import RequestFailure
-from visual_ground.vision.images import decode_file, read_file, to_rgb
+from visual_ground.vision.decoding import decode_file
+from visual_ground.vision.images import read_file, to_rgb
 
 MAX_PIXELS = 40_000_000
 THUMBNAIL = 256
@@ -39,7 +40,7 @@ def read_address(address: Any, rules: LinkRules) -> Image.Image:
         if address.startswith("data:"):
             return _decode(_data_of(address))
         if rules.allow_host(address):
-            return rules.fetch(address)
+            return _decode(rules.fetch(address))
     except GroundingError as error:
         raise RequestFailure(400, f"The image cannot be read: {error}", code="invalid_image") from error
     message = "This server fetches no images from that address. Send the image itself as a data URL."

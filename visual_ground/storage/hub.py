@@ -143,6 +143,22 @@ class PushOptions:
             )
 
 
+def make_repository(repo_id: str, options: PushOptions, kind: str = "model") -> str:
+    """Make a repository where it does not exist; return its full name, with the user's where `repo_id` had none.
+
+    Raises:
+        GroundingFileError: the Hub did not take it.
+    """
+    from huggingface_hub import HfApi
+
+    def make() -> str:
+        api = HfApi(token=options.token)
+        return str(api.create_repo(repo_id, private=options.private, repo_type=kind, exist_ok=True).repo_id)
+
+    with _file_errors(f"{repo_id!r} cannot be pushed to: the Hub did not take it"):
+        return _retry(make)
+
+
 def push_folder(
     save: Callable[[Path], None], repo_id: str, options: PushOptions, owned: Sequence[str], kind: str = "model"
 ) -> str:

@@ -10,6 +10,17 @@ from transformers import TrainingArguments
 
 from visual_ground.errors import GroundingValueError
 
+# Settings of transformers that would be ignored, or would change what is computed behind the losses' back: the value
+# that does nothing, and why.
+REFUSED: dict[str, tuple[object, str]] = {
+    "neftune_noise_alpha": (0, "the LM's embeddings are frozen, and what is computed from them is kept"),
+    "label_smoothing_factor": (0, "the losses are not transformers'; pass a loss= of your own to smooth labels"),
+    "fp16_full_eval": (False, "load the LM in float16 instead; the adapter stays in float32"),
+    "bf16_full_eval": (False, "load the LM in bfloat16 instead; the adapter stays in float32"),
+    "include_num_input_tokens_seen": ("no", "tokens_per_second is logged"),
+    "use_liger_kernel": (False, "the losses run the LM's head at labels only"),
+}
+
 
 @dataclass
 class GroundingTrainingArguments(TrainingArguments):
@@ -87,6 +98,7 @@ class GroundingTrainingArguments(TrainingArguments):
     num_logged_examples: int = field(default=4)
 
     def __post_init__(self) -> None:
+        self.remove_unused_columns = False  # Nothing that is not used is read in the first place.
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' is untyped
         for name in ("concat_captions_prob", "captioning_fraction", "max_skipped"):
             if not 0 <= getattr(self, name) <= 1:
@@ -100,6 +112,27 @@ class GroundingTrainingArguments(TrainingArguments):
         for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "num_logged_examples"):
             if getattr(self, name) < 0:
                 raise GroundingValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        self._refuse_what_has_no_meaning()
+
+    def _refuse_what_has_no_meaning(self) -> None:
+        for name, (nothing, reason) in REFUSED.items():
+            if (value := getattr(self, name)) not in (None, nothing):
+                raise GroundingValueError(f"{name}={value!r} has no meaning here: {reason}. Leave it out.")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise GroundingValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} has no meaning here: captions of similar "
+                "length are put together within each batch. Use 'random' or 'sequential'."
+            )
+        if getattr(self.accelerator_config, "dispatch_batches", False):
+            raise GroundingValueError(
+                "dispatch_batches=True would send batches as tensors from the first process, and they are lists of "
+                "unpadded sequences. Leave it out: every process reads its own part."
+            )
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether this process shows progress bars."""
+        return not self.disable_tqdm and self.local_process_index == 0
 
     @property
     def sampling_seed(self) -> int:

@@ -44,8 +44,8 @@ def set_compute_plan(
 @torch.no_grad()
 def refill_prefix_cache(
     cache: PrefixCache | None,
-    loader: DataLoader[Any],
-    sampler: EpochSampler,
+    loader_of: Callable[[], DataLoader[Any]],
+    sampler: EpochSampler | None,
     batches: int,
     on_device: Callable[[dict[str, Any]], Mapping[str, Any]],
 ) -> None:
@@ -55,14 +55,14 @@ def refill_prefix_cache(
 
     Args:
         cache: the empty cache; None where the LM has no such fast path.
-        loader: the batches of an epoch.
-        sampler: the loader's.
+        loader_of: returns the batches of an epoch.
+        sampler: the loader's; a stream has none, and its cache starts empty.
         batches: how many the killed run had trained on.
         on_device: moves a batch to the run's device.
     """
-    if cache is None:
+    if cache is None or cache.limit_bytes == 0 or sampler is None or batches == 0:
         return
-    epoch = 0
+    epoch, loader = 0, loader_of()
     while batches > 0:
         held_before = cache.held_bytes
         sampler.set_epoch(epoch)

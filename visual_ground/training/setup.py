@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -36,24 +35,6 @@ MAX_UNCACHED_STATISTICS = 1024
 FEATURES_FOLDER = "features"
 # Examples on which the fast paths are compared with the plain computation: enough for captions of several lengths.
 PLAN_EXAMPLES = 8
-# The arguments that an adapter's card shows: those that decide what is learnt, and so what a reader needs to train
-# another adapter alike. Folders, logging and the layout in memory are the machine's business.
-RECORDED_ARGUMENTS = (
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "caption_loss_scale",
-    "retrieval_loss_scale",
-    "concat_captions_prob",
-    "captioning_fraction",
-    "max_caption_length",
-    "seed",
-)
 
 
 def build_objective(model: GroundedModel, args: GroundingTrainingArguments, loss: Loss | None) -> GroundingObjective:
@@ -73,7 +54,7 @@ def build_objective(model: GroundedModel, args: GroundingTrainingArguments, loss
     if not callable(loss):
         raise GroundingTypeError(
             f"loss= is called with the objective and a batch, and returns a GroundingLoss, got {type(loss).__name__}; "
-            "see visual_ground.training.Loss."
+            "see visual_ground.training.losses.objective.Loss."
         )
     parameters = loss.named_parameters() if isinstance(loss, nn.Module) else ()
     adapter = {id(parameter) for parameter in model.parameters()}
@@ -103,15 +84,22 @@ def data_preparation(model: GroundedModel, args: GroundingTrainingArguments) -> 
         model.vision.to(args.device)
     cache = args.feature_cache or os.path.join(args.output_dir or ".", FEATURES_FOLDER)
     return Preparing(
-        Columns(args.image_column, args.caption_column, args.image_folder),
+        Columns(args.image_column, args.caption_column, args.image_folder, forbidden_words(model)),
         FeatureCache(cache, model.vision) if args.cache_features else None,
         model.vision.feature_dim,
         args.max_skipped,
         args.per_device_eval_batch_size,
         args.dataloader_num_workers,
-        not args.disable_tqdm,
+        args.shows_progress,
         args.sampling_seed,
     )
+
+
+def forbidden_words(model: GroundedModel) -> tuple[str, ...]:
+    """Return what no caption may contain: `[RET]`, and tokens for which the LM has no embedding."""
+    added = model.tokenizer.get_added_vocab() if hasattr(model.tokenizer, "get_added_vocab") else {}
+    unknown = [token for token, number in added.items() if number >= model.frozen_lm.vocabulary.num_rows]
+    return (model.config.ret_token, *sorted(unknown))
 
 
 def training_examples(rows: Any, preparation: Preparing) -> ExampleDataset | ExampleStream:
@@ -119,8 +107,10 @@ def training_examples(rows: Any, preparation: Preparing) -> ExampleDataset | Exa
     return prepare_stream(rows, preparation) if is_stream(rows) else preparation.examples(rows, sample=True)
 
 
-def evaluation_examples(rows: Any, preparation: Preparing) -> ExampleDataset:
-    """Return the examples of a dataset, each with its first image and caption."""
+def evaluation_examples(rows: Any, preparation: Preparing) -> ExampleDataset | dict[str, ExampleDataset]:
+    """Return the examples of a dataset, or of several by name, each with its first image and caption."""
+    if isinstance(rows, dict):
+        return {str(name): preparation.examples(of_name, sample=False) for name, of_name in rows.items()}
     if is_stream(rows):
         raise GroundingTypeError("A stream has no end to evaluate at; give eval_dataset=list(stream.take(500)).")
     return preparation.examples(rows, sample=False)
@@ -221,19 +211,6 @@ def initialize(
         # A resumed run does it too, though its checkpoint has other values: the prefix cache is then as it was.
         initialize_from_data(objective, examples, collate)
     broadcast_adapter(objective.model.adapter, args.world_size)
-
-
-def record_settings(model: GroundedModel, args: GroundingTrainingArguments, examples: Any) -> None:
-    """Note on the adapter's card that it is trained here, and how.
-
-    Args:
-        model: the grounded model.
-        args: the settings.
-        examples: the training examples; a stream has no length, and its pairs are not counted.
-    """
-    pairs = {"pairs": len(examples)} if hasattr(examples, "__len__") else {}
-    settings = {name: getattr(args, name) for name in RECORDED_ARGUMENTS}
-    model.active.record_training({**pairs, "library_version": version("visual-ground"), **settings})
 
 
 def set_projector_learning_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> None:

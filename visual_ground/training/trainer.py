@@ -6,35 +6,32 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.evaluation.base import Evaluator, as_evaluators, run_evaluators
+from visual_ground.errors import GroundingValueError
+from visual_ground.evaluation.base import Evaluator, as_evaluators
 from visual_ground.model import GroundedModel
-from visual_ground.training import checkpoints, setup
-from visual_ground.training.adapter_checkpoints import AdapterCheckpoints
+from visual_ground.storage.hub import CARD_FILE
+from visual_ground.training import checks, setup
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.callback import GroundingCallback
-from visual_ground.training.contact_sheet import log_sheet, sheet_entries
 from visual_ground.training.data.columns import Skipped
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.streams import ExampleStream
-from visual_ground.training.distributed import (
-    gathered_outside_layers,
-    optimizer_unsharded,
-    shard_base_only,
-    stream_loader,
-)
-from visual_ground.training.fast_paths import prefixes_not_kept, refill_prefix_cache
+from visual_ground.training.distributed import optimizer_unsharded, shard_base_only, stream_loader
+from visual_ground.training.evaluating import Examples, RunEvaluation
+from visual_ground.training.fast_paths import refill_prefix_cache
 from visual_ground.training.finite_check import FiniteCheck
 from visual_ground.training.losses.objective import GroundingLoss, GroundingObjective, Loss
 from visual_ground.training.meters import Meters, set_tensorboard_folder
-from visual_ground.training.validation import Validation
+from visual_ground.training.saving import checkpoints
+from visual_ground.training.saving.adapter_checkpoints import AdapterCheckpoints
+from visual_ground.training.saving.card_settings import record_settings
+from visual_ground.training.saving.publishing import Publisher
 
 
 class GroundingTrainer(Trainer):
@@ -48,12 +45,12 @@ class GroundingTrainer(Trainer):
         model: the grounded model; its adapter is trained in place.
         args: the settings.
         train_dataset: rows with images and captions: a sequence, or a `datasets.IterableDataset`.
-        eval_dataset: a sequence of such rows, for the loss, recalls, and a contact sheet.
+        eval_dataset: a sequence of such rows, for the loss, recalls, and a contact sheet; or several by name.
         evaluator: one `visual_ground.evaluation.Evaluator` or several, run at each evaluation. Their metrics are logged
             as `eval_<name>_<metric>`, and `metric_for_best_model="<name>"` stands for an evaluator's primary metric.
-        loss: a `visual_ground.training.Loss`, called with the objective and a batch; `FromageLoss` with the scales of
+        loss: a `losses.objective.Loss`, called with the objective and a batch; `FromageLoss` with the scales of
             `args` where None. It has no trainable parameters of its own.
-        options: `callbacks`, `optimizers` and other arguments of `Trainer`.
+        options: `callbacks`, `optimizers` and `optimizer_cls_and_kwargs`, as for `Trainer`.
 
     Raises:
         GroundingTypeError: not a `GroundedModel`, a dataset, an evaluator or a loss; or captions that are no strings.
@@ -66,11 +63,10 @@ class GroundingTrainer(Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    # Narrower than Trainer's own types.
     args: GroundingTrainingArguments
     model: GroundingObjective
     train_dataset: ExampleDataset | ExampleStream | None
-    eval_dataset: ExampleDataset | None
+    eval_dataset: Examples
 
     def __init__(
         self,
@@ -82,11 +78,8 @@ class GroundingTrainer(Trainer):
         loss: Loss | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(model, GroundedModel):
-            raise GroundingTypeError(f"GroundingTrainer trains a GroundedModel, got {type(model).__name__}.")
-        if not any(parameter.requires_grad for parameter in model.adapter.parameters()):
-            raise GroundingStateError("The adapter is frozen; load it with is_trainable=True to train it further.")
-        args = GroundingTrainingArguments() if args is None else args
+        checks.check_model(model)
+        args = checks.check_arguments(args, options)
         self.grounded, self.evaluators = model, as_evaluators(evaluator)
         objective = setup.build_objective(model, args, loss)
         self._preparation = setup.data_preparation(model, args)
@@ -96,6 +89,7 @@ class GroundingTrainer(Trainer):
         self._sampler = setup.build_sampler(train, args)
         self.meters, self.skipped = Meters(model.adapter), Skipped(args.max_skipped)
         self._finite_check, self._checkpoints = FiniteCheck(), AdapterCheckpoints(model, args)
+        self._publisher = Publisher(model, args)
         # Trainer refuses to evaluate without a dataset, but an evaluator brings its own.
         placeholder: Any = () if self.evaluators and evaluated is None else evaluated
         super().__init__(objective, args, setup.build_collator(model, args), train, placeholder, **options)
@@ -107,10 +101,10 @@ class GroundingTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Return the optimizer; the layer from image features to image tokens may have its own learning rate."""
-        is_new = self.optimizer is None
-        optimizer: Optimizer = super().create_optimizer(model)
+        is_new, optimizer = self.optimizer is None, super().create_optimizer(model)
         if is_new:
             setup.set_projector_learning_rate(optimizer, self.grounded.adapter, self.args.projector_learning_rate)
+        checks.check_optimizer(optimizer, self.grounded)
         return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -127,11 +121,8 @@ class GroundingTrainer(Trainer):
     ) -> TrainOutput:
         """Train, as `Trainer.train` does; a new adapter first gets start values from the training pairs.
 
-        Args:
-            resume_from_checkpoint: a complete checkpoint; True takes the run's last complete one, and starts from the
-                beginning where there is none, so that the same command both starts and resumes a run.
-            trial: as in `Trainer.train`.
-            ignore_keys_for_eval: not used.
+        `resume_from_checkpoint=True` takes the run's last complete checkpoint, and starts from the beginning where
+        there is none, so that the same command both starts and resumes a run.
 
         Raises:
             GroundingFileError: the checkpoint is not complete, or none could be written.
@@ -139,16 +130,22 @@ class GroundingTrainer(Trainer):
         """
         checkpoint = self._checkpoints.find(resume_from_checkpoint)
         steps_done = 0 if checkpoint is None else checkpoints.global_step(checkpoint)
+        batches = steps_done * self.args.gradient_accumulation_steps
+        checks.freeze_others(self.grounded)
         if checkpoint is not None and 0 < self.args.max_steps <= steps_done:
             self._checkpoints.load_adapter(checkpoint)
-            return TrainOutput(steps_done, 0.0, {})
-        if self.train_dataset is not None:
-            setup.initialize(self.model, self.train_dataset, self.args, self._collated, self.is_fsdp_enabled)
-            if self._sampler is not None and steps_done and self.args.prefix_cache_gb > 0:
-                batches, loader = steps_done * self.args.gradient_accumulation_steps, self.get_train_dataloader()
-                refill_prefix_cache(self.model.prefixes, loader, self._sampler, batches, self._prepare_inputs)
-        setup.record_settings(self.grounded, self.args, self.train_dataset)
-        return super().train(None if checkpoint is None else os.fspath(checkpoint), trial, ignore_keys_for_eval)
+            output = TrainOutput(steps_done, 0.0, {})
+        else:
+            if self.train_dataset is not None:
+                setup.initialize(self.model, self.train_dataset, self.args, self._collated, self.is_fsdp_enabled)
+                loader_of, on_device = self.get_train_dataloader, self._prepare_inputs
+                refill_prefix_cache(self.model.prefixes, loader_of, self._sampler, batches, on_device)
+            record_settings(self.grounded, self.args, self.train_dataset)
+            resumed = None if checkpoint is None else os.fspath(checkpoint)
+            output = super().train(resumed, trial, ignore_keys_for_eval)
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return output
 
     def _collated(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return a batch on the run's device."""
@@ -178,53 +175,48 @@ class GroundingTrainer(Trainer):
             logs |= self.meters.read()
         super().log(logs, *args, **options)
 
-    @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Run the evaluators; on a dataset, compute loss, recalls and `[RET]` rate, and draw a contact sheet.
-
-        Args:
-            eval_dataset: rows; the trainer's own where None.
-            ignore_keys: not used.
-            metric_key_prefix: put before the name of each metric.
-
-        Raises:
-            GroundingValueError: neither a dataset nor an evaluator; or a loss that is not finite.
-        """
+        """Run the evaluators; on datasets, compute loss, recalls and `[RET]` rate, and draw a contact sheet."""
         examples = self.eval_dataset
         if eval_dataset is not None:
             examples = setup.evaluation_examples(eval_dataset, self._preparation)
         if examples is None and not self.evaluators:
             raise GroundingValueError("There is nothing to evaluate on; pass eval_dataset= or evaluator=.")
-        self.model.eval()
-        results: dict[str, float] = {}
-        if examples is not None:
-            results |= self._validate(examples, metric_key_prefix)
-        with gathered_outside_layers(self.model):
-            results |= run_evaluators(self.grounded, self.evaluators)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in results.items()}
+        parts = self.grounded, self.evaluators, self.args, self.accelerator, self.callback_handler
+        evaluation = RunEvaluation(*parts, lambda batch: self.compute_loss(self.model, self._collated(batch)))
+        metrics = evaluation.run(self.model, examples, metric_key_prefix, self.state.global_step)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.meters.start()
         return metrics
 
-    def _validate(self, examples: ExampleDataset, name: str) -> dict[str, float]:
-        validation = Validation(self.grounded, examples, self.args.per_device_eval_batch_size, self.accelerator)
-        with gathered_outside_layers(self.model):
-            results = validation.recalls()
-            # One process writes the contact sheet, but all processes of a sharded LM must run it.
-            if self.args.num_logged_examples and (self.args.should_save or self.is_fsdp_enabled):
-                entries = sheet_entries(self.grounded, examples, self.args.num_logged_examples)
-                if self.args.should_save:
-                    log_sheet(entries, str(self.args.output_dir), name, self.state.global_step, self.callback_handler)
-        with prefixes_not_kept(self.model):
-            results["loss"] = validation.loss(lambda batch: self.compute_loss(self.model, self._collated(batch)))
-        return results
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; every process has all of it, so nothing is gathered."""
+        """Write the adapter, and push it where `push_to_hub` is set; every process has all of it."""
         self._checkpoints.save_adapter(output_dir)
+        if self.args.push_to_hub and not _internal_call and self.is_world_process_zero():
+            self._publisher.push("Model save")
+
+    def push_to_hub(  # type: ignore[override]  # Trainer's returns huggingface_hub's description of the commit
+        self, commit_message: str | None = "End of training", blocking: bool = True, **options: Any
+    ) -> str | None:
+        """Commit what `GroundedModel.push_to_hub` commits, as blocking as that; `options` are as in `Trainer`."""
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        return self._publisher.push(commit_message, **options)
+
+    def create_model_card(self, **card: Any) -> None:  # type: ignore[override]  # by keyword only
+        """Write the adapter's card into the output folder; `card` is as in `Trainer.create_model_card`."""
+        if self.is_world_process_zero():
+            self._publisher.write_card(self._checkpoints.folder / CARD_FILE, **card)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository of `hub_model_id`, or of the output folder's name, where it does not exist."""
+        if self.is_world_process_zero():
+            self._publisher.open(token, private)
 
     # The following are private methods of Trainer, which has no public ones for what they do.
 
@@ -235,9 +227,15 @@ class GroundingTrainer(Trainer):
         # A checkpoint is many files, and counts once all are on disk; callbacks hear of it only where nothing failed.
         with self._checkpoints.writing(self.state, self.accelerator.wait_for_everyone), optimizer_unsharded(self):
             super()._save_checkpoint(model, trial)
+        self._publisher.push_checkpoint(self.state.global_step)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        pass  # Trainer would upload the output folder; `_save_checkpoint` pushes the adapter, once it is sealed.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Trainer would load what `_save_checkpoint` wrote without FSDP as a state that FSDP had sharded.
+        if checkpoint is not None and self.optimizer is not None:
+            checks.check_resumed_optimizer(self.optimizer, checkpoint)
         with optimizer_unsharded(self):
             super()._load_optimizer_and_scheduler(checkpoint)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.metrics import recall_at
@@ -25,13 +26,19 @@ class Validation:
         examples: image-caption pairs.
         batch_size: examples run at once by each process.
         accelerator: knows which process this is, and gathers what the others computed.
+        progress: show progress bars.
     """
 
     def __init__(
-        self, model: GroundedModel, examples: ExampleDataset, batch_size: int, accelerator: Accelerator
+        self,
+        model: GroundedModel,
+        examples: ExampleDataset,
+        batch_size: int,
+        accelerator: Accelerator,
+        progress: bool = False,
     ) -> None:
         self.model, self.examples, self.accelerator = model, examples, accelerator
-        self.batch_size = min(batch_size, len(examples))
+        self.batch_size, self.progress = min(batch_size, len(examples)), progress
 
     def _share(self, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """Return this process's batches; the first batches are repeated until every process has equally many."""
@@ -55,7 +62,7 @@ class Validation:
         # The last batch is filled up from the start of the dataset, so that all processes gather equal shapes.
         shares = self._share([[i % count for i in range(start, start + batch_size)] for start in starts])
         texts, images, predicts_ret = [], [], []
-        for numbers in shares:
+        for numbers in tqdm(shares, desc="evaluation: recall", unit="batch", disable=not self.progress, leave=False):
             batch = [self.examples[i] for i in numbers]
             vectors, hits = embed_captions(self.model, [example["caption"] for example in batch])
             texts.append(vectors)
@@ -77,8 +84,10 @@ class Validation:
         """
         size, count = self.batch_size, max(1, len(self.examples) // self.batch_size)
         batches = [range(i * size, (i + 1) * size) for i in range(count)]
-        shares = [[self.examples[i] for i in numbers] for numbers in self._share(batches)]
-        losses = self._gathered([loss_of(share).detach().float()[None] for share in shares], count)
+        hidden = not self.progress
+        shares = tqdm(self._share(batches), desc="evaluation: loss", unit="batch", disable=hidden, leave=False)
+        values = [loss_of([self.examples[i] for i in numbers]).detach().float()[None] for numbers in shares]
+        losses = self._gathered(values, count)
         if not bool(losses.isfinite().all()):
             number = int(losses.isfinite().long().argmin())
             raise GroundingValueError(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
 from visual_ground.vision.entry_point import entry_of, has_method, parameter_names
-from visual_ground.vision.images import ImageLike, Images
+from visual_ground.vision.images import ImageLike, Images, is_single
 from visual_ground.vision.pooling import patches, pool
 from visual_ground.vision.preprocessing import Preprocessing
 
@@ -81,14 +80,14 @@ class VisionEncoder(nn.Module):
         return pooled if parts is None else torch.cat([pooled, parts.flatten(1).to(pooled)], dim=1)
 
     def preprocess(self, images: Sequence[ImageLike]) -> Tensor:
-        """Turn PIL images or paths into pixels (n, c, h, w)."""
+        """Turn images into pixels (n, c, h, w)."""
         return self.preprocessing(images)
 
     def encode(self, images: Images, batch_size: int = 32) -> Tensor:
         """Turn images into features, batch by batch.
 
         Args:
-            images: n PIL images or paths, or one alone; an iterator is read batch by batch too.
+            images: n images in any form that `to_rgb` reads, or one alone; an iterator is read batch by batch too.
             batch_size: images that are decoded and run at once.
 
         Returns:
@@ -96,13 +95,12 @@ class VisionEncoder(nn.Module):
 
         Raises:
             GroundingValueError: no images, batch_size below 1, or an image that cannot be read.
-            GroundingTypeError: an entry that is neither an image nor a path.
+            GroundingTypeError: an entry that is no image in any form.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image, Mapping)):
-            images = [images]
         if batch_size < 1:
             raise GroundingValueError(f"batch_size must be at least 1, got {batch_size}.")
-        iterator = iter(images)
+        several: Any = [images] if is_single(images) else images
+        iterator: Iterator[Any] = iter(several)
         batches = iter(lambda: list(islice(iterator, batch_size)), [])
         features = [self(self.preprocess(batch)) for batch in batches]
         if not features:

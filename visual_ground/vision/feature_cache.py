@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from visual_ground.errors import GroundingError, GroundingValueError
+from visual_ground.vision.decoding import decode_file
 from visual_ground.vision.encoder import VisionEncoder, evaluating
 from visual_ground.vision.feature_store import FEATURES_FILE, STORED, FeatureFile
 from visual_ground.vision.identity import encoder_fingerprint, file_key, image_key
-from visual_ground.vision.images import ImageLike, decode_file, image_name, read_file
+from visual_ground.vision.images import ImageLike, has_pixels, image_name, read_file
 
 UNREADABLE = -1  # The row number of an image that cannot be read.
 
@@ -201,7 +201,7 @@ class _Reader:
         if isinstance(image, GroundingError):
             return _ReadImage(error=image)
         try:
-            if isinstance(image, Image.Image):
+            if has_pixels(image):
                 key = image_key(image)
                 return _ReadImage(key, "an image", None if key in self.known else self.preprocess([image])[0])
             data, name = read_file(image), image_name(image)

@@ -9,16 +9,17 @@ import torch
 from PIL import Image
 
 from visual_ground.vision.encoder import VisionEncoder
-from visual_ground.vision.images import ImageLike, read_file, to_rgb
+from visual_ground.vision.images import ImageLike, has_pixels, read_file, to_rgb
 
 
 def image_key(image: ImageLike) -> str:
-    """Return the key of an image's content: the SHA-256 of its file, or of a PIL image's size and RGB bytes.
+    """Return the key of an image's content: the SHA-256 of its file, or of size and RGB bytes
+    where it is a PIL image or an array.
 
     A file has a key without being decoded. The same picture as a file and as a PIL image has two keys.
 
     Args:
-        image: a PIL image, a path, or `{"bytes": ..., "path": ...}`.
+        image: as in `visual_ground.vision.images.to_rgb`.
 
     Raises:
         GroundingError: as in `visual_ground.vision.images.to_rgb`.
@@ -29,7 +30,7 @@ def image_key(image: ImageLike) -> str:
         >>> image_key(Image.new("L", (2, 2))) == image_key(Image.new("L", (4, 1)))
         False
     """
-    if isinstance(image, Image.Image):
+    if has_pixels(image):
         rgb = to_rgb(image)
         return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
     return file_key(read_file(image))

@@ -16,6 +16,11 @@ from visual_ground.vision.images import ImageLike, to_rgb
 # Where a processor keeps an image's own shape, images are made squares of at least this side first, so that they can
 # be batched. Larger than the input of most encoders, so that little detail is lost.
 SQUARE_SIDE = 512
+# Processors that scale the short side to a few hundred pixels make gigabytes of an image of 5000 x 1. Panoramas are
+# within this ratio of the long side to the short one; what is thinner is stretched, and shrunk, to it.
+MAX_RATIO = 8
+# Sides of 1 and 3 pixels are taken for colour channels by processors that look for these.
+MIN_SIDE = 4
 
 
 class Preprocessing:
@@ -90,10 +95,28 @@ class Preprocessing:
         return name != self.pixels_key and not torch.equal(wide[name], tall[name])
 
     def _process(self, images: list[Image.Image]) -> Any:
-        if self.square_side is not None:
-            size = self.square_side, self.square_side
-            images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
+        images = [self._resized(image) for image in images]
         return self.image_processor(images, return_tensors="pt")
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        size = bounded_size(*image.size) if self.square_side is None else (self.square_side, self.square_side)
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def bounded_size(width: int, height: int) -> tuple[int, int]:
+    """Return the size at which an image reaches its processor: its own, unless it is very thin.
+
+    The short side is stretched, but to no more than `SQUARE_SIDE`, and the long side is then shrunk, until their ratio
+    is at most `MAX_RATIO`; no side is left below `MIN_SIDE`. So the picture is squeezed, and none of it cut away.
+
+    Example:
+        >>> bounded_size(640, 480), bounded_size(5000, 1), bounded_size(1, 20), bounded_size(90_000, 600)
+        ((640, 480), (4096, 512), (4, 20), (4800, 600))
+    """
+    short, long = sorted((width, height))
+    short = max(short, min(-(-long // MAX_RATIO), SQUARE_SIDE), MIN_SIDE)
+    long = max(min(long, short * MAX_RATIO), MIN_SIDE)
+    return (long, short) if width >= height else (short, long)
 
 
 class TransformProcessor:

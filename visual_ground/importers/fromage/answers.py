@@ -113,7 +113,9 @@ def _ret_vectors(
 
 def _generate(model: GroundedModel, batch: Any, image_tokens: Tensor | None, decoding: PublishedDecoding) -> Tensor:
     """Return the prompt's ids and `num_words` greedy ones, (1, s)."""
-    settings = RetrievalSettings(min_new_tokens_before_ret=decoding.min_word_tokens)
+    settings = RetrievalSettings(
+        max_images=None, min_new_tokens_before_ret=decoding.min_word_tokens, min_new_tokens_between_rets=0
+    )
     delay_ret = RetLogitsProcessor(model.ret_token_id, batch["input_ids"].shape[1], settings)
     scale_ret = ScaleRet(model.ret_token_id, decoding.ret_scale_factor)
     return model.frozen_lm.generate(

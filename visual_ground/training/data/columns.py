@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.training.data.rows import check_not_empty, has_images, is_missing, rows_by_number
+from visual_ground.vision.images import is_address
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class Columns:
         image: the column with an image, or a list of them.
         caption: the column with a caption, or a list of them.
         folder: what relative paths in the image column are relative to.
+        forbidden: words that no text may contain, `[RET]` among them.
 
     Example:
         >>> Columns("jpg", "txt").captions({"jpg": None, "txt": ["a cat", " "]})
@@ -38,17 +41,45 @@ class Columns:
     image: str = "image"
     caption: str = "caption"
     folder: str | None = None
+    forbidden: tuple[str, ...] = field(default=(), repr=False)
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """Return a row's images as they are: PIL images, paths, or `{"bytes": ..., "path": ...}`."""
-        return [self._resolve(image) for image in _as_list(row[self.image])]
+        return [self._resolve(image) for image in _as_list(row[self.image]) if not is_missing(image)]
 
     def captions(self, row: Mapping[str, Any]) -> list[str]:
-        """Return a row's captions that are not empty."""
-        return [caption for caption in _as_list(row[self.caption]) if not _is_empty(caption)]
+        """Return a row's captions that can be used."""
+        return [caption for caption in _as_list(row[self.caption]) if self.problem(caption) is None]
+
+    def texts(self, row: Mapping[str, Any], name: str) -> list[str]:
+        """Return the texts of an optional column that can be used."""
+        return [text for text in _as_list(row.get(name)) if self.problem(text) is None]
+
+    def problem(self, text: Any) -> str | None:
+        """Return why a caption or another text cannot be used; None where it can."""
+        if is_missing(text):
+            return "is empty"
+        if not isinstance(text, str):
+            return f"is a {type(text).__name__} and no text"
+        if "\ufffd" in text or not _is_unicode(text):
+            return "has characters that could not be read as UTF-8"
+        found = next((word for word in self.forbidden if word in text), None)
+        return None if found is None else f"contains {found}, which must not stand in a text"
+
+    def problem_of(self, row: Mapping[str, Any]) -> str | None:
+        """Return why a row's texts cannot be used; None where one of each kind can."""
+        texts = _as_list(row[self.caption])
+        problems = [self.problem(text) for text in texts]
+        if None not in problems:
+            return f"its caption {problems[0] if problems else 'is empty'}"
+        for name in ("request", "question"):
+            given = [text for text in _as_list(row.get(name)) if not is_missing(text)]
+            if given and not self.texts(row, name):
+                return f"its {name} {self.problem(given[0])}"
+        return None
 
     def _resolve(self, image: Any) -> Any:
-        if self.folder is not None and isinstance(image, (str, os.PathLike)):
+        if self.folder is not None and isinstance(image, (str, os.PathLike)) and not is_address(image):
             return os.path.join(self.folder, image)
         return image
 
@@ -68,8 +99,12 @@ class Skipped:
         self.limit, self.total, self.seen = limit, total, 0
         self.names: list[str] = []
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, check: bool = True) -> None:
         """Skip one, with its reason.
+
+        Args:
+            name: what is skipped, and why.
+            check: whether to raise where it is one too many.
 
         Raises:
             GroundingValueError: too many by now.
@@ -77,7 +112,8 @@ class Skipped:
         self.names.append(name)
         if len(self.names) <= NUM_SHOWN:
             logger.warning("Skipped %s", self.names[-1])
-        self.check(self.total or max(self.seen, MIN_ROWS_TO_JUDGE))
+        if check:
+            self.check(self.total or max(self.seen, MIN_ROWS_TO_JUDGE))
 
     def check(self, total: int) -> None:
         """Raise GroundingValueError where more than the allowed part of `total` was skipped."""
@@ -109,13 +145,8 @@ def open_rows(rows: Any, columns: Columns) -> Any:
         GroundingTypeError: neither of these, or a stream with a caption among its first that is no string.
         GroundingValueError: no rows, or columns missing.
     """
-    if not is_stream(rows) and not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        raise GroundingTypeError(
-            f"A dataset must have len() and rows by index, or be a datasets.IterableDataset, got {type(rows).__name__}."
-        )
-    first = next(iter(_undecoded(rows, columns)), None)
-    if first is None:
-        raise GroundingValueError("The dataset is empty; give at least two rows with image and caption.")
+    rows = rows_by_number(rows)
+    first = check_not_empty(_undecoded(rows, columns))
     required = [columns.caption] if "image_features" in first else [columns.image, columns.caption]
     if missing := [name for name in required if name not in first]:
         raise GroundingValueError(
@@ -124,23 +155,36 @@ def open_rows(rows: Any, columns: Columns) -> Any:
         )
     rows = _undecoded(rows, columns)
     if is_stream(rows):
-        _have_captions(islice(rows, NUM_CHECKED), columns)
+        first_rows = enumerate(islice(rows, NUM_CHECKED))
+        if not any([_has_caption(row, number, columns) for number, row in first_rows]):
+            raise _no_captions(columns)
     return rows
 
 
 def usable_rows(rows: Any, columns: Columns, skipped: Skipped) -> list[int]:
-    """Return the indices of the rows that have a caption.
+    """Return the indices of the rows that have an image and a caption.
 
     Raises:
         GroundingTypeError: a caption that is no string.
-        GroundingValueError: all captions are empty, or too many.
+        GroundingValueError: all captions are empty, or too many rows cannot be used.
     """
-    captions_only = rows.select_columns([columns.caption]) if hasattr(rows, "select_columns") else rows
-    usable = _have_captions(captions_only, columns)
-    for number, has_caption in enumerate(usable):
-        if not has_caption:
-            skipped.add(f"row {number}: its caption is empty")
-    return [number for number, has_caption in enumerate(usable) if has_caption]
+    texts = without_images(rows, columns)
+    shown = has_images(rows, columns.image) if texts is not rows else None
+    usable, captioned = [], False
+    for number, row in enumerate(texts):
+        captioned |= _has_caption(row, number, columns)
+        problem = columns.problem_of(row)
+        has_image = "image_features" in row or (shown[number] if shown else bool(columns.images(row)))
+        if problem is None and not has_image:
+            problem = "it has no image"
+        if problem is None:
+            usable.append(number)
+        else:
+            skipped.add(f"row {number}: {problem}", check=captioned)
+    if not captioned:
+        raise _no_captions(columns)
+    skipped.check(len(texts))
+    return usable
 
 
 def without_images(rows: Any, columns: Columns) -> Any:
@@ -164,19 +208,20 @@ def is_stream(rows: Any) -> bool:
     return isinstance(rows, IterableDataset)
 
 
-def _have_captions(rows: Iterable[Mapping[str, Any]], columns: Columns) -> list[bool]:
-    usable = []
-    for number, row in enumerate(rows):
-        for caption in _as_list(row[columns.caption]):
-            if caption is not None and not isinstance(caption, str):
-                raise GroundingTypeError(
-                    f"Row {number} has the caption {caption!r}, a {type(caption).__name__}; a caption must be a "
-                    f"string, or a list of strings. Choose another column than {columns.caption!r}."
-                )
-        usable.append(bool(columns.captions(row)))
-    if not any(usable):
-        raise GroundingValueError(f"All captions in the column {columns.caption!r} are empty. Choose another column.")
-    return usable
+def _has_caption(row: Mapping[str, Any], number: int, columns: Columns) -> bool:
+    """Return whether a row has a caption at all; raise GroundingTypeError where it is no string."""
+    captions = [caption for caption in _as_list(row[columns.caption]) if not is_missing(caption)]
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise GroundingTypeError(
+                f"Row {number} has the caption {caption!r}, a {type(caption).__name__}; a caption must be a "
+                f"string, or a list of strings. Choose another column than {columns.caption!r}."
+            )
+    return bool(captions)
+
+
+def _no_captions(columns: Columns) -> GroundingValueError:
+    return GroundingValueError(f"All captions in the column {columns.caption!r} are empty. Choose another column.")
 
 
 def _undecoded(rows: Any, columns: Columns) -> Any:
@@ -197,5 +242,9 @@ def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _is_empty(caption: Any) -> bool:
-    return caption is None or not caption.strip()
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Half of a pair of surrogates, which no tokenizer takes.
+        return False
+    return True

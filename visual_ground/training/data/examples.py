@@ -103,8 +103,8 @@ def example_of(row: Mapping[str, Any], columns: Columns, choose: Callable[[Seque
     """Return a row's texts, one of each kind."""
     example = {"caption": choose(columns.captions(row) or [""])}
     for name in ("request", "question"):
-        if texts := row.get(name):
-            example[name] = choose([texts] if isinstance(texts, str) else texts)
+        if texts := columns.texts(row, name):
+            example[name] = choose(texts)
     return example
 
 
@@ -158,9 +158,10 @@ class ExampleCollator:
         return ids[: self.max_caption_length - 1]
 
     def _chat(self, parts: Sequence[Any]) -> list[int]:
-        if not self.processor.tokenizer.chat_template:
-            return list(self.processor.encode([*parts, "\n"]).ids)
+        # Typed, because a request that reads like a path is words.
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+        if not self.processor.tokenizer.chat_template:
+            return list(self.processor.encode([*content, "\n"]).ids)
         return list(self.processor.encode([{"role": "user", "content": content}]).ids)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -86,11 +86,14 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
 
     def _example(self, row: Mapping[str, Any], draw: int, skipped: list[str]) -> dict[str, Any] | None:
         """Return an example, or None where the row cannot be used."""
-        if not self.columns.captions(row):
+        images, problem = self.columns.images(row), self.columns.problem_of(row)
+        if problem is not None or not images:
+            if self.features is None:  # Else it was reported when the features were cached.
+                skipped.append(f"a row of the stream: {problem or 'it has no image'}")
             return None
         choose = picker(self.seed, draw)
         example = {**example_of(row, self.columns, choose), "row": draw, "draw": draw}
-        image = choose(self.columns.images(row))
+        image = choose(images)
         try:
             key = image_key(image)
         except GroundingError as error:
@@ -113,10 +116,11 @@ class _StreamImages:
 
     def __iter__(self) -> Iterator[Any]:
         for row in self.rows:
-            if self.columns.captions(row):
-                yield from self.columns.images(row)
+            images, problem = self.columns.images(row), self.columns.problem_of(row)
+            if problem is None and images:
+                yield from images
             else:
-                yield GroundingValueError("its caption is empty")
+                yield GroundingValueError(problem or "it has no image")
 
 
 def prepare_stream(rows: Rows, preparing: Preparing) -> ExampleStream:

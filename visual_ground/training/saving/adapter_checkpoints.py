@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -16,8 +17,7 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.storage.atomic import resolve
 from visual_ground.storage.tensors import WEIGHTS_FILE, read_adapter_config
-from visual_ground.training import checkpoints
-from visual_ground.training.arguments import GroundingTrainingArguments
+from visual_ground.training.saving import checkpoints
 
 # The LM is recognised by statistics of its embedding, and these are compared with some tolerance: the same LM in
 # another dtype, or quantised, gives slightly different ones, and another LM very different ones.
@@ -33,7 +33,7 @@ class AdapterCheckpoints:
         args: the run's settings: `output_dir`, `save_total_limit`, and whether this process writes.
     """
 
-    def __init__(self, model: GroundedModel, args: GroundingTrainingArguments) -> None:
+    def __init__(self, model: GroundedModel, args: TrainingArguments) -> None:
         self.model, self.args = model, args
 
     @property

@@ -1,0 +1,144 @@
+"""Messages as transformers, OpenAI, Anthropic, gradio and agents write them; what is typed an image is opened."""
+
+import base64
+import io
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import pytest
+
+from tests.tiny import grounded, picture
+from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
+from visual_ground.prompts.parts import read_content, read_part
+from visual_ground.prompts.types import ImagePart, is_image_string
+from visual_ground.vision.images import to_rgb
+
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+PICTURE = picture(1)
+
+
+def png(image=PICTURE):
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+BASE64 = base64.b64encode(png()).decode()
+URL = f"data:image/png;base64,{BASE64}"
+IMAGES = {
+    "transformers": {"type": "image", "image": PICTURE},
+    "transformers url": {"type": "image", "url": URL},
+    "transformers base64": {"type": "image", "base64": BASE64},
+    "openai": {"type": "image_url", "image_url": {"url": URL, "detail": "low"}},
+    "openai as a string": {"type": "image_url", "image_url": URL},
+    "openai responses": {"type": "input_image", "image_url": URL},
+    "anthropic": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BASE64}},
+    "mcp": {"type": "image", "data": BASE64, "mimeType": "image/png"},
+    "gradio 6": {"type": "file", "file": {"path": URL, "mime_type": "image/png"}},
+    "gradio file": {"path": URL, "alt_text": "w4"},
+    "gradio component": {"component": "image", "value": URL},
+    "datasets": {"bytes": png(), "path": "x.png"},
+    "bytes": png(),
+    "a file": io.BytesIO(png()),
+    "raw base64": {"type": "image", "image": BASE64},
+}
+
+
+@pytest.mark.parametrize("part", IMAGES.values(), ids=IMAGES)
+def test_every_way_to_write_an_image_is_that_image(part):
+    for read in (read_part(part), read_content([part])):
+        assert to_rgb(read[0].image).tobytes() == PICTURE.tobytes() and len(read) == 1
+
+
+def test_every_way_to_write_a_text_is_that_text():
+    texts = [{"type": kind, "text": "w4.png"} for kind in ("text", "input_text", "output_text")]
+    texts += [
+        {"type": "text", "text": {"value": "w4.png", "annotations": []}},
+        {"type": "refusal", "refusal": "w4.png"},
+    ]
+    assert read_content(texts) == ["w4.png"] * 5
+    assert read_content("w4.png") == ["w4.png"] and read_content(["w4", "w5"]) == ["w4", "w5"]
+    assert read_content(None) == []
+    assert read_content(("cat.png",)) == [ImagePart("cat.png")]
+    assert read_content({"text": "w4", "files": [{"path": "cat.png"}]}) == [ImagePart("cat.png"), "w4"]
+
+
+@pytest.mark.parametrize("kind", ["video", "audio", "input_audio", "video_url", "tool_use", "tool_result", "thinking"])
+def test_other_parts_are_named(kind):
+    with pytest.raises(GroundingTypeError, match=rf"content\[1\] of a message of 'user'.*{kind}"):
+        read_content([{"type": "text", "text": "w4"}, {"type": kind, kind: "x"}], "user")
+
+
+@pytest.mark.parametrize("bad", [{"type": "image"}, {"type": "image_url", "image_url": {}}, {"type": "text"}, 3, {}])
+def test_parts_without_what_their_type_says_are_errors(bad):
+    with pytest.raises(GroundingError):
+        read_content([bad])
+    with pytest.raises(GroundingTypeError, match="video/mp4"):
+        read_content([{"type": "file", "file": {"path": "a.mp4", "mime_type": "video/mp4"}}])
+
+
+class Role(Enum):
+    USER = "user"
+
+
+@dataclass
+class Message:
+    role: Any
+    content: Any
+
+
+def test_a_whole_chat_of_objects_and_tool_calls_is_read():
+    model = grounded()
+    model.tokenizer.chat_template = TEMPLATE
+    mixed = [
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w4", "arguments": {}}}]},
+        {"role": "tool", "content": "w5", "tool_call_id": "1"},
+        Message(Role.USER, [IMAGES["openai"], {"type": "input_text", "text": " w6"}]),
+    ]
+    batch = model.prepare(mixed)
+    assert len(batch["pixel_values"]) == 1 and 6 in batch["input_ids"]
+    assert model.prepare({"role": "user", "content": "w4"})["input_ids"].shape[0] == 1
+    with pytest.raises(GroundingTypeError, match="'user' has no content"):
+        model.prepare([{"role": "user", "content": None}])
+
+
+# What a bare list holds.
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jfif", "png", ""])
+def test_a_typed_image_is_opened_or_raises_and_is_never_words(suffix):
+    model = grounded()
+    model.tokenizer.chat_template = TEMPLATE
+    for key in ("image", "url", "path"):
+        for value in (f"missing.{suffix}", "~/missing", "file:///missing", "data:image/png;base64,", "ftp://a.org/x"):
+            with pytest.raises(GroundingValueError):
+                model.prepare([{"role": "user", "content": [{"type": "image", key: value}]}])
+        with pytest.raises(GroundingValueError, match=r"LinkRules\(hosts="):
+            model.prepare([{"role": "user", "content": [{"type": "image", key: "https://a.org/x"}]}])
+
+
+def test_a_bare_string_is_an_image_by_its_content_and_a_path_is_never_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("upload", "cat.avif", "my cat.jfif"):
+        PICTURE.save(name, format="AVIF" if "avif" in name else "PNG")
+    (tmp_path / "notes").write_text("no image")
+    (tmp_path / "broken.png").write_text("no image")
+    model = grounded()
+    for path in ("upload", "cat.avif", "my cat.jfif", "~/upload", (tmp_path / "upload").as_uri(), URL):
+        assert len(model.prepare([["w4", path]])["pixel_values"]) == 1
+    for words in ("notes", "w4 cat.png", "https://example.org", "w4\ncat.png", "\0", "a" * 5000):
+        assert not is_image_string(words)
+    for path in ("missing.png", "./my missing.png", "broken.png", "cat.heic", "https://a.org/x.png?a=b"):
+        with pytest.raises(GroundingValueError, match='"type": "text"'):
+            model.prepare([["w4", path]])
+    assert "pixel_values" not in model.prepare([["w4", {"type": "text", "text": "missing.png"}]])
+
+
+def test_a_chats_words_are_never_a_path(tmp_path):
+    PICTURE.save(tmp_path / "x.png")
+    model = grounded()
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for content in (str(tmp_path / "x.png"), [{"type": "text", "text": str(tmp_path / "x.png")}]):
+        assert "pixel_values" not in model.prepare([{"role": "user", "content": content}])

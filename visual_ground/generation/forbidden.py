@@ -1,0 +1,34 @@
+"""`ForbiddenColumns`: the last word on ids that are never generated, whatever other logits processors make of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from visual_ground.lm.vocabulary import VirtualVocabulary
+
+
+class ForbiddenColumns(LogitsProcessor):
+    """Sets the columns of ids that must not be generated to -inf.
+
+    They are -inf in the logits already, but a processor may make something else of that: classifier-free guidance
+    subtracts -inf from -inf, which is NaN and wins every argmax; others replace infinite values by finite ones.
+
+    Args:
+        vocabulary: which ids are virtual.
+        mask_spare_columns: as in `GroundingConfig`.
+        num_image_tokens: n * k of the call.
+    """
+
+    def __init__(self, vocabulary: VirtualVocabulary, mask_spare_columns: bool, num_image_tokens: int) -> None:
+        self.vocabulary, self.mask_spare_columns = vocabulary, mask_spare_columns
+        self.width = vocabulary.first_image_id + num_image_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores (b, >= v), at least as wide as the ids of the prompt need.
+
+        Prompt lookup shows processors made-up scores of the LM's own width, and looks up in them ids of the prompt.
+        """
+        scores = torch.nn.functional.pad(scores, (0, max(0, self.width - scores.shape[-1])), value=float("-inf"))
+        return self.vocabulary.forbid(scores.clone(), self.mask_spare_columns)

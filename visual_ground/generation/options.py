@@ -1,0 +1,112 @@
+"""Options for transformers' `generate`, with what a grounded model has to add to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.lm.peft import base_model_of
+from visual_ground.prompts.processor import GroundingProcessor
+
+MAX_NEW_TOKENS = 64  # Where neither the caller nor the LM's own generation config says anything of the length.
+
+
+def complete_options(
+    frozen_lm: FrozenLM,
+    processor: GroundingProcessor,
+    options: Mapping[str, Any],
+    prompts: Tensor,
+    first: LogitsProcessor,
+    last: LogitsProcessor,
+) -> dict[str, Any]:
+    """Return the options of one call of transformers' `generate`.
+
+    Args:
+        frozen_lm: the LM.
+        processor: of the active adapter.
+        options: the caller's.
+        prompts: (b, s), the prompts' ids.
+        first: a logits processor that comes before the caller's.
+        last: one that comes after the caller's.
+
+    Raises:
+        GroundingTypeError: a generation config that is none.
+        GroundingValueError: assisted generation that cannot work here, or a length that leaves no room for an answer.
+    """
+    options = dict(options)
+    configs = [options.get("generation_config"), getattr(base_model_of(frozen_lm.lm), "generation_config", None)]
+    if configs[0] is not None and not isinstance(configs[0], GenerationConfig):
+        raise GroundingTypeError(
+            f"generation_config must be a transformers GenerationConfig, got {type(configs[0]).__name__}."
+        )
+    sources = [options, *(vars(config) for config in configs if config is not None)]
+    _check_assistance(sources, len(prompts))
+    given = options.pop("logits_processor", None) or ()
+    length = _max_new_tokens(sources, prompts.shape[1])
+    options.pop("max_length", None)
+    if any(source.get("stop_strings") for source in sources):  # transformers needs the tokenizer for these.
+        options.setdefault("tokenizer", processor.tokenizer)
+    options["logits_processor"] = LogitsProcessorList([first, *given, last])
+    if configs[0] is None:
+        return {"pad_token_id": processor.pad_token_id, **options, "max_new_tokens": length}
+    options.pop("max_new_tokens", None)
+    return {**options, "generation_config": _filled(configs[0], length, processor.pad_token_id)}
+
+
+def _filled(config: GenerationConfig, length: int, pad_token_id: int) -> GenerationConfig:
+    """Return a copy of the caller's generation config that says what a call needs to know.
+
+    transformers does not like a config and options beside it.
+    """
+    config = copy.deepcopy(config)
+    config.max_new_tokens, config.max_length = length, _unsaid_length()
+    if config.pad_token_id is None:
+        config.pad_token_id = pad_token_id
+    return config
+
+
+def _unsaid_length() -> int | None:
+    """Return the `max_length` of a generation config that says nothing; older transformers have a number there."""
+    unsaid: int | None = GenerationConfig().max_length  # type: ignore[no-untyped-call]
+    return unsaid
+
+
+def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
+    """Return the most tokens of an answer: as the first source says that says anything, be it with the prompt or not.
+
+    Args:
+        sources: the caller's options, the caller's generation config, the LM's own.
+        prompt_length: ids of the prompts, which `max_length` counts too.
+    """
+    for source in sources:
+        if (most := source.get("max_new_tokens")) is not None:
+            return int(most)
+        whole = source.get("max_length")
+        if whole is not None and whole != _unsaid_length():
+            if whole <= prompt_length:
+                raise GroundingValueError(
+                    f"max_length={whole} counts the prompt too, which has {prompt_length} ids, and leaves no room for "
+                    "an answer. Pass max_new_tokens, which counts the answer only."
+                )
+            return int(whole) - prompt_length
+    return MAX_NEW_TOKENS
+
+
+def _check_assistance(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
+    """Raise where another model, or part of this one, is to draft the answer."""
+    for name in ("assistant_model", "assistant_early_exit", "use_mtp"):
+        if any(source.get(name) for source in sources):
+            raise GroundingValueError(
+                f"{name} cannot be used: the draft would have to read this model's images and [RET], which only the "
+                "grounded language model can. prompt_lookup_num_tokens works, and needs no second model."
+            )
+    if batch_size > 1 and any(source.get("prompt_lookup_num_tokens") for source in sources):
+        raise GroundingValueError(
+            f"prompt_lookup_num_tokens takes one prompt at a time, got {batch_size}. Call generate once for each."
+        )

@@ -1,0 +1,164 @@
+"""Rows by number: one way to read whatever a dataset is, and to see what is missing in it."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from visual_ground.errors import GroundingTypeError, GroundingValueError
+
+# What tables of other packages than `datasets` offer to become a list of rows: pandas, polars, pyarrow.
+TO_ROWS = (("iloc", "to_dict", ("records",)), ("iter_rows", "to_dicts", ()), ("to_pylist", "to_pylist", ()))
+
+
+class RowsByNumber(Sequence[Any]):
+    """Some rows of anything with rows by number; each is read when it is needed, and none is kept.
+
+    A torch dataset need not raise IndexError where it ends, and one over a dictionary counts from 0 all the same, so
+    rows are asked for by number and never iterated over.
+
+    Args:
+        source: gives a row for each number.
+        picked: the numbers of the rows; all where None.
+
+    Example:
+        >>> list(RowsByNumber(["a", "b", "c"]).select([2, 0]))
+        ['c', 'a']
+    """
+
+    def __init__(self, source: Any, picked: Sequence[int] | None = None) -> None:
+        self.source = source
+        self.picked: Sequence[int] = range(len(source)) if picked is None else picked
+
+    def __len__(self) -> int:
+        return len(self.picked)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.source[self.picked[number]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.source[number] for number in self.picked)
+
+    def select(self, indices: Sequence[int]) -> RowsByNumber:
+        """Return the rows at these indices."""
+        return RowsByNumber(self.source, [self.picked[i] for i in indices])
+
+
+def rows_by_number(rows: Any) -> Any:
+    """Return a dataset as rows by number; a `datasets` dataset without a transform stays as it is.
+
+    Raises:
+        GroundingTypeError: several datasets, or no dataset at all.
+        GroundingValueError: no rows.
+    """
+    import datasets
+
+    if isinstance(rows, (datasets.IterableDataset, RowsByNumber)):
+        return rows
+    if isinstance(rows, datasets.Dataset):
+        return _formatted(rows)
+    if isinstance(rows, Mapping):
+        raise GroundingTypeError(
+            f"A dataset is a sequence of rows, got a {type(rows).__name__} with {list(rows)[:5]}. Pass one of its "
+            "splits, such as ds['train']; make one of columns with datasets.Dataset.from_dict(...)."
+        )
+    for mark, method, options in TO_ROWS:
+        if hasattr(rows, mark):
+            rows = getattr(rows, method)(*options)
+    if isinstance(rows, (str, bytes)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise GroundingTypeError(
+            "A dataset must have len() and rows by number, or be a datasets.IterableDataset, got "
+            f"{type(rows).__name__}. Files and folders are read by datasets.load_dataset."
+        )
+    if len(rows) and not isinstance(rows[0], Mapping):
+        raise GroundingTypeError(
+            f"Row 0 of the dataset is a {type(rows[0]).__name__}; a row must be a dictionary with an image and a "
+            "caption."
+        )
+    return RowsByNumber(rows)
+
+
+def _formatted(rows: Any) -> Any:
+    """Return the rows of a `datasets.Dataset` with the columns and the transform that its format has."""
+    wanted = rows.format
+    if wanted["type"] == "custom":
+        return RowsByNumber(rows)  # The transform gives the row as it is to be used.
+    rows = rows.with_format(None)
+    hidden = set(rows.column_names) - set(wanted["columns"])
+    return rows.remove_columns(sorted(hidden)) if hidden and not wanted["output_all_columns"] else rows
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a cell of a table is empty: None, NaN, pandas' NA, an empty text, or a file that is nowhere.
+
+    Example:
+        >>> [is_missing(value) for value in (None, float("nan"), " ", {"bytes": None, "path": None}, "a.png", 0)]
+        [True, True, True, True, False, False]
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, Mapping):
+        return value.get("bytes") is None and not value.get("path")
+    if isinstance(value, numbers.Real):
+        return bool(value != value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
+
+
+def has_images(rows: Any, column: str) -> list[bool]:
+    """Return for each row of a `datasets.Dataset` whether it has an image, without reading the images.
+
+    Args:
+        rows: the dataset.
+        column: with an image, or a list of them.
+    """
+    found: list[bool] = []
+    tables = rows.select_columns([column]).with_format("arrow")
+    for start in range(0, len(rows), BATCH_ROWS):
+        found += _present(tables[start : start + BATCH_ROWS][column].combine_chunks()).to_pylist()
+    return found
+
+
+# Rows whose columns are looked at together: the images stay on the disk.
+BATCH_ROWS = 1000
+
+
+def _present(values: Any) -> Any:
+    """Return for each entry of an Arrow array whether it is there, as an Arrow array of booleans."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    kind, valid = values.type, values.is_valid()
+    if pa.types.is_struct(kind):
+        parts = [_present(compute.struct_field(values, [i])) for i in range(kind.num_fields)]
+        return compute.and_(valid, _any(parts)) if parts else valid
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        owners = compute.list_parent_indices(values).filter(_present(compute.list_flatten(values)))
+        return compute.is_in(pa.array(range(len(values)), owners.type), owners)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        filled = compute.not_equal(compute.utf8_trim_whitespace(values), "")
+        return compute.and_(valid, compute.fill_null(filled, False))
+    if pa.types.is_floating(kind):
+        return compute.and_(valid, compute.fill_null(compute.invert(compute.is_nan(values)), False))
+    return valid
+
+
+def _any(masks: list[Any]) -> Any:
+    from pyarrow import compute
+
+    joined = masks[0]
+    for mask in masks[1:]:
+        joined = compute.or_(joined, mask)
+    return joined
+
+
+def check_not_empty(rows: Any) -> Mapping[str, Any]:
+    """Return a dataset's first row.
+
+    Raises:
+        GroundingValueError: there is none.
+    """
+    for row in rows:
+        found: Mapping[str, Any] = row
+        return found
+    raise GroundingValueError("The dataset is empty; give at least two rows with image and caption.")
