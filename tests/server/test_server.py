@@ -204,8 +204,8 @@ def test_a_path_in_a_text_opens_no_file(running):
     between = [{"type": "image_url", "image_url": {"url": data_url(picture(0))}}, {"type": "text", "text": secret}]
     before = len(running.model.active.recent_features)
     running.ask(messages=[{"role": "user", "content": secret}])
-    status, *_ = running.post(chat_body(messages=[{"role": "user", "content": [*between, between[0]]}]))
-    assert status in (200, 400) and len(running.model.active.recent_features) <= before + 1
+    running.ask(messages=[{"role": "user", "content": [*between, between[0]]}])
+    assert len(running.model.active.recent_features) <= before + 1, "only the picture of the request is encoded"
 
 
 def test_pictures_that_are_not_there(running):

@@ -44,11 +44,11 @@ def generate(
         GroundingValueError: an index of vectors of another width.
     """
     check_index(index, attached)
-    image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
-    image_tokens, options = with_padding(attached, image_tokens, options)
+    image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
+    per_prompt = options.get("num_return_sequences") or 1
+    listener = listen(frozen_lm, attached, batch, image_tokens, per_prompt=per_prompt)
     with frozen_lm.bind():  # Both are one call: where the adapter is disabled elsewhere meanwhile, neither heeds it.
-        listener = listen(frozen_lm, attached, batch, image_tokens, per_prompt=options.get("num_return_sequences") or 1)
         sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
         vectors = listener.vectors_of(sequences)
         if vectors is None:

@@ -118,8 +118,6 @@ class VirtualTokens:
         context = context_of(self)
         return context if context is not None and context.active else None
 
-    # Ids in.
-
     def _swap_ids(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if self.disabled:
             return None
@@ -176,8 +174,6 @@ class VirtualTokens:
             table = torch.cat([table, context.image_tokens.to(table)])
         embeddings = table.to(output.device, output.dtype)[index.to(output.device)]
         return torch.where(virtual.to(output.device).unsqueeze(-1), embeddings, output)
-
-    # Logits out.
 
     def _select_positions(self, module: nn.Module, args: Args) -> Args | None:
         context = self._active()

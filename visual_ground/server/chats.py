@@ -13,13 +13,12 @@ from visual_ground.errors import GroundingError
 from visual_ground.generation.generate import silent_ids
 from visual_ground.generation.output import Part, RetrievedImage
 from visual_ground.generation.stream import GrowingAnswer
-from visual_ground.prompts.chat import render_chat
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.server.engine import Engine
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.jobs import Finished, Job, StopText
 from visual_ground.server.pictures import Pictures
-from visual_ground.server.requests import ChatRequest, check_no_path
+from visual_ground.server.requests import ChatRequest
 
 Event = tuple[int, Part | Finished]
 
@@ -31,15 +30,10 @@ def encode(engine: Engine, request: ChatRequest) -> EncodedPrompt:
         RequestFailure: a prompt that the LM cannot read, or has no room to answer.
     """
     processor = engine.model.processor
-    has_template = bool(engine.model.tokenizer.chat_template)
+    parts = [part for message in request.messages for part in message["content"]]
     try:
-        if has_template:
-            check_no_path(render_chat(engine.model.tokenizer, request.messages))
-            prompt = processor.encode(request.messages)
-        else:
-            parts = [p.get("text", p.get("image")) for message in request.messages for p in message["content"]]
-            check_no_path(parts)
-            prompt = processor.encode(parts)
+        # Each part says whether it is a text, so that none is taken for the path of a file on this machine.
+        prompt = processor.encode(request.messages if engine.model.tokenizer.chat_template else parts)
         processor.check_ids([prompt])
     except GroundingError as error:
         raise RequestFailure(400, str(error)) from error

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.index.remote_images import LinkRules
-from visual_ground.prompts.types import IMAGE_SUFFIXES
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.pictures import Pictures, read_address
 from visual_ground.server.sampling import Sampling
@@ -122,7 +120,7 @@ def _message(message: Any, pictures: Pictures, rules: LinkRules) -> dict[str, An
 
 
 def _content(role: str, parts: Sequence[Any]) -> dict[str, Any]:
-    """Return a chat message in which no text is ever taken for the path of a file on this machine."""
+    """Return a chat message in which each part says what it is."""
     return {
         "role": role,
         "content": [
@@ -130,13 +128,3 @@ def _content(role: str, parts: Sequence[Any]) -> dict[str, Any]:
             for part in parts
         ],
     }
-
-
-def check_no_path(parts: Sequence[Any]) -> None:
-    """Raise where a text of a rendered prompt may be read as the name of an image file of this machine.
-
-    Whether there is such a file makes no difference, so nothing can be learnt from the answer.
-    """
-    for part in parts:
-        if isinstance(part, str) and os.path.splitext(part)[1].lower() in IMAGE_SUFFIXES and "\n" not in part:
-            raise RequestFailure(400, "A text ends with the name of an image file. Send the image itself, or go on.")
