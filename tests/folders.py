@@ -23,6 +23,7 @@ ORDER = (
     "prompts",
     "adapter",
     "index",
+    "indexing",
     "generation",
     "components",
     "model",

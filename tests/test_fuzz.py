@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from tests.test_model import assert_same_state, state_of
 from tests.tiny import Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, GroundingError, ImageIndex
-from visual_ground.index.files import ENTRIES_FILE, VECTORS_FILE
+from visual_ground.index.files import ENTRIES_FILE, TABLE_FILE, VECTORS_FILE
 from visual_ground.storage.tensors import CONFIG_FILE, WEIGHTS_FILE
 
 SCALARS = st.one_of(
@@ -103,9 +103,10 @@ def changed(draw, files):
     """A set of files of which one is changed, missing or empty."""
     name = draw(st.sampled_from(sorted(files)))
     ways = [changed_bytes(files[name]), st.sampled_from([None, b"", b"{}", b"null"])]
-    ways += (
-        [changed_json(json.loads(files[name]))] * 3 if name.endswith(".json") else [changed_tensors(files[name])] * 2
-    )
+    if name.endswith(".json"):
+        ways += [changed_json(json.loads(files[name]))] * 3
+    elif name.endswith(".safetensors"):
+        ways += [changed_tensors(files[name])] * 2
     return {**files, name: draw(st.one_of(ways))}
 
 
@@ -119,7 +120,7 @@ ADAPTER = saved_files(grounded("llama_untied", text_layers=(-1, 1)).save_pretrai
 INDEX = saved_files(
     ImageIndex(torch.eye(3), ["a", "b", 3], [picture(0), "x.png", "http://127.0.0.1:9/x.png"], [{"m": 1}] * 3)
     .save_pretrained,
-    (ENTRIES_FILE, VECTORS_FILE),
+    (ENTRIES_FILE, VECTORS_FILE, TABLE_FILE),
 )  # fmt: skip
 LM, EYE, WORDS = build("llama_untied"), Eye(), tokenizer()
 LM(torch.tensor([[4, 5]]), output_hidden_states=True)  # transformers leaves hooks of its own at the first of these
@@ -174,11 +175,11 @@ def load_index(files):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name", ["images", "metadata"])
-@pytest.mark.parametrize("value", ["false", "0", '""', "{}"])
-def test_what_is_false_is_no_missing_list(name, value):
-    entries = {**json.loads(INDEX["index.json"]), name: json.loads(value)}
-    assert not load_index({**INDEX, "index.json": json.dumps(entries).encode()})
+@pytest.mark.parametrize("name", ["has_images", "has_metadata"])
+@pytest.mark.parametrize("value", ["null", "0", '""', "{}"])
+def test_what_is_false_is_no_boolean(name, value):
+    about = {**json.loads(INDEX["index.json"]), name: json.loads(value)}
+    assert not load_index({**INDEX, "index.json": json.dumps(about).encode()})
 
 
 CALM = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -12,7 +12,7 @@ from visual_ground import GroundedModel, GroundingConfig, ImageIndex
 from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.errors import GroundingValueError
 from visual_ground.storage import tensors
-from visual_ground.storage.tensors import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+from visual_ground.storage.tensors import CONFIG_FILE, WEIGHTS_FILE
 
 
 def saved(folder):
@@ -59,6 +59,6 @@ def test_folders_of_format_version_1_are_refused_with_what_to_do(tmp_path):
         lambda: GroundingConfig.from_pretrained(tmp_path / "adapter"),
         lambda: ImageIndex.from_pretrained(tmp_path / "index"),
     ):
-        words = f"format version 1; this visual_ground reads version {FORMAT_VERSION}. Install .* or make .* again"
+        words = "format version 1; this visual_ground reads version [0-9]+. Install .* or make .* again"
         with pytest.raises(GroundingValueError, match=words):
             read()

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +22,8 @@ def test_train_index_chat_eval(tmp_path, capsys):
     lm, vision, table = saved_parts(tmp_path)
     out = str(tmp_path / "adapter")
     assert main(["train", lm, vision, table, "--output", out, "--steps", "2", "--batch-size", "4"]) == 0
-    assert main(["index", lm, out, str(tmp_path), "--output", str(tmp_path / "index")]) == 0
-    capsys.readouterr()
+    assert main(["index", "build", lm, out, str(tmp_path), "--output", str(tmp_path / "index")]) == 0
+    assert "8 images in" in capsys.readouterr().out
     options = [
         "--index",
         str(tmp_path / "index"),
@@ -52,7 +53,7 @@ def test_bad_input_is_said(tmp_path, capsys):
     for arguments, words in [
         (["train", lm, vision, table, "--output", str(tmp_path), "--caption-column", "text"], "['text']"),
         (["train", lm, vision, str(tmp_path / "none.csv"), "--output", str(tmp_path)], "cannot be loaded"),
-        (["index", lm, str(tmp_path / "none"), table, "--output", str(tmp_path)], "none"),
+        (["index", "build", lm, str(tmp_path / "none"), table, "--output", str(tmp_path)], "none"),
     ]:
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
@@ -78,6 +79,25 @@ def test_push(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
     ]
     for folder in (tmp_path / "none", tmp_path):
         assert main(["push", str(folder), "me/adapter"]) == 2
+
+
+def test_an_index_is_changed_from_the_command_line(tmp_path, capsys):
+    folder, table = str(tmp_path / "index"), str(tmp_path / "table.npy")
+    np.save(table, np.eye(4, dtype=np.float32))
+    index = ImageIndex(torch.eye(4), ["a", "b", "3", 4], metadata=[{"n": i} for i in range(4)])
+    index.save_pretrained(folder)
+    for arguments, words in (
+        (["remove", folder, "a", "4"], "2 entries removed, 2 left"),
+        (["info", folder], '"entries": 2'),
+        (["remove", folder, "--filter", '{"n": {"ge": 2}}'], "1 entries removed, 1 left"),
+        (["convert", table, "--output", str(tmp_path / "converted")], "4 entries of width 4"),
+    ):
+        assert main(["index", *arguments]) == 0
+        assert words in capsys.readouterr().out
+    assert ImageIndex.from_pretrained(folder).ids == ["b"]
+    for arguments in (["remove", folder, "gone"], ["remove", folder], ["remove", folder, "--filter", "{n}"]):
+        assert main(["index", *arguments]) == 2
+    assert ImageIndex.from_pretrained(folder).ids == ["b"]
 
 
 @pytest.mark.parametrize(

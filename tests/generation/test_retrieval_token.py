@@ -59,4 +59,5 @@ def test_no_image_twice_unless_asked_and_small_indexes_give_what_they_have():
     assert ids(RetrievalSettings()) == [["a"], ["b"], ["c"]]
     assert ids(RetrievalSettings(images_per_ret=2)) == [["a", "b"], ["c"], []]
     assert ids(RetrievalSettings(allow_repeats=True)) == [["a"], ["a"], ["a"]]
+    assert ids(RetrievalSettings(filter={"id": ["b", "c"]})) == [["b"], ["c"], []]
     assert retrieve(states, None, RetrievalSettings())[0][0].id is None

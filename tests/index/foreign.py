@@ -9,19 +9,22 @@ class ListEngine:
     """A `VectorIndex` that keeps its vectors in a Python list, and compares one by one."""
 
     def __init__(self, vectors, dim):
-        self.dim, self.rows = dim, [row.tolist() for row in vectors]
+        self.dim, self.rows = dim, dict(enumerate(row.tolist() for row in vectors))
+        self.end = len(self.rows)
 
     def __len__(self):
         return len(self.rows)
 
     def add(self, vectors):
-        self.rows += [row.tolist() for row in vectors]
+        self.rows.update(enumerate((row.tolist() for row in vectors), self.end))
+        self.end += len(vectors)
 
     def remove(self, positions):
-        self.rows = [row for i, row in enumerate(self.rows) if i not in set(positions)]
+        for position in positions:
+            del self.rows[position]
 
     def search(self, vectors, k, filter=None):
-        allowed = [i for i in range(len(self)) if filter is None or bool(filter[i])]
+        allowed = [i for i in self.rows if filter is None or bool(filter[i])]
         positions, scores = [], []
         for query in vectors.tolist():
             score = {i: sum(a * b for a, b in zip(query, self.rows[i], strict=True)) for i in allowed}
@@ -30,7 +33,7 @@ class ListEngine:
         return SearchResult(torch.tensor(positions), torch.tensor(scores))
 
     def save(self, path):
-        torch.save(self.rows, path)
+        torch.save(list(self.rows.values()), path)
 
     @classmethod
     def load(cls, path):

@@ -1,6 +1,8 @@
 import itertools
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.storage.test_tensors import until_stopped
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
-from visual_ground.index.files import ENTRIES_FILE, VECTORS_FILE
+from visual_ground.index.files import ENTRIES_FILE, TABLE_FILE, VECTORS_FILE
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.vision.images import to_rgb
@@ -71,7 +73,7 @@ def test_pil_images_are_saved_beside_the_index_and_paths_are_kept(tmp_path):
     again.save_pretrained(tmp_path)
     assert ImageIndex.from_pretrained(tmp_path).images == places
     (tmp_path / "moved").mkdir()
-    for name in (VECTORS_FILE, ENTRIES_FILE, "images"):
+    for name in (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, "images"):
         (tmp_path / name).rename(tmp_path / "moved" / name)
     assert ImageIndex.from_pretrained(tmp_path / "moved").images[1] == str(tmp_path / "moved/images/00000001.png")
 
@@ -105,29 +107,61 @@ def test_a_stop_at_any_point_leaves_the_old_or_the_new_index(tmp_path):
     assert seen == sorted(seen) and set(seen) == {1, 2}
 
 
-def test_damaged_folders(tmp_path):
-    def saved():
-        ImageIndex(torch.eye(2), images=["a.png", "b.png"]).save_pretrained(tmp_path)
-        return json.loads((tmp_path / ENTRIES_FILE).read_text())
+def saved_table(folder):
+    images = ["a.png", Image.new("RGB", (1, 1))]
+    ImageIndex(torch.eye(2), ["a", 1], images, [{"m": 1}, {"m": None}]).save_pretrained(folder)
+    return pq.read_table(folder / TABLE_FILE)
 
-    def refused(error, **changes):
-        entries = {**saved(), **changes}
-        (tmp_path / ENTRIES_FILE).write_text(json.dumps(entries))
-        with pytest.raises(error):
+
+@pytest.mark.parametrize("name", [ENTRIES_FILE, VECTORS_FILE, TABLE_FILE])
+def test_a_damaged_or_truncated_file_is_named(name, tmp_path):
+    saved_table(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for damage in (b"{", b"", b"\xff" * 20, whole[: len(whole) // 2], whole[:-2]):
+        (tmp_path / name).write_bytes(damage)
+        with pytest.raises(GroundingFileError, match=name):
             ImageIndex.from_pretrained(tmp_path)
 
-    for name in (ENTRIES_FILE, VECTORS_FILE):
-        for damage in (b"{", b"", b"\xff" * 20):
-            saved()
-            (tmp_path / name).write_bytes(damage)
-            with pytest.raises(GroundingFileError, match="damaged"):
-                ImageIndex.from_pretrained(tmp_path)
-    for changes in ({"ids": None}, {"ids": [[1], [2]]}, {"metadata": ["x", "y"]}, {"images": "ab"}, {"more": 1}):
-        refused(GroundingFileError, **changes)
-    for changes in ({"ids": [0]}, {"images": []}, {"metadata": [{}] * 3}, {"ids": [0, 0]}, {"format_version": 99}):
-        refused(GroundingValueError, **changes)
-    for name in ("../a.png", "/etc/a.png", "images/../../a.png", "C:a.png", "..\\a.png", 3):
-        refused(GroundingFileError, images=[{"file": name}, None])
+
+@pytest.mark.parametrize(
+    "changes", [{"dim": -1}, {"has_images": 1}, {"next_id": None}, {"more": 1}, {"num_entries": True}]
+)
+def test_a_damaged_description_is_refused(changes, tmp_path):
+    saved_table(tmp_path)
+    about = json.loads((tmp_path / ENTRIES_FILE).read_text())
+    (tmp_path / ENTRIES_FILE).write_text(json.dumps({**about, **changes}))
+    with pytest.raises(GroundingFileError, match="damaged"):
+        ImageIndex.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"dim": 3}, {"num_entries": 1}, {"format_version": 2}, {"format_version": 99}])
+def test_a_description_of_another_index_is_refused(changes, tmp_path):
+    saved_table(tmp_path)
+    about = json.loads((tmp_path / ENTRIES_FILE).read_text())
+    (tmp_path / ENTRIES_FILE).write_text(json.dumps({**about, **changes}))
+    with pytest.raises(GroundingValueError):
+        ImageIndex.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "column, values, error",
+    [
+        ("id", ["a", "b"], GroundingFileError),
+        ("id", [None, None], GroundingFileError),
+        ("id_number", [1, None], GroundingFileError),
+        ("file", [1, 2], GroundingFileError),
+        *(("file", [None, name], GroundingFileError) for name in ("../a.png", "/etc/a.png", "images/../../a.png")),
+        *(("file", [None, name], GroundingFileError) for name in ("C:a.png", "..\\a.png", "..")),
+        ("file", ["b.png", None], GroundingFileError),
+        ("m", [[1], [2]], GroundingFileError),
+    ],
+)
+def test_a_table_that_no_index_wrote_is_refused(column, values, error, tmp_path):
+    table = saved_table(tmp_path)
+    table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    pq.write_table(table, tmp_path / TABLE_FILE)
+    with pytest.raises(error):
+        ImageIndex.from_pretrained(tmp_path)
 
 
 def test_what_cannot_be_saved_leaves_the_old_index(tmp_path):

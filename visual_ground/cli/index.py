@@ -1,34 +1,179 @@
-"""`visual-ground index`: embed images so that they can be found."""
+"""`visual-ground index`: embed images so that they can be found, and change an index."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
+import json
 from typing import TYPE_CHECKING
 
 from visual_ground.cli.arguments import add_model_arguments, load_model
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
+    from visual_ground.indexing.build import BuildOptions
 
 
 def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
     parser = commands.add_parser("index", help="embed images so that they can be found")
-    add_model_arguments(parser)
-    parser.add_argument("images", nargs="+", help="image files, or folders of them")
-    parser.add_argument("--output", required=True, help="folder for the index")
-    parser.set_defaults(run=run)
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="make an index; after a stop, the same command continues it")
+    add_model_arguments(build)
+    build.add_argument("images", nargs="+", help="image files, folders of them, and tar shards")
+    build.add_argument("--output", required=True, help="folder for the index")
+    _add_build_options(build)
+    build.set_defaults(run=run_build)
+    add = actions.add_parser("add", help="add images, or the entries of another index")
+    add_model_arguments(add)
+    add.add_argument("index", help="folder of the index")
+    add.add_argument("images", nargs="+", help="as for build, or folders of indexes")
+    _add_build_options(add)
+    add.set_defaults(run=run_add)
+    remove = actions.add_parser("remove", help="remove entries")
+    remove.add_argument("index", help="folder of the index")
+    remove.add_argument("ids", nargs="*", help="their ids")
+    remove.add_argument("--filter", help='which entries, as JSON, such as {"licence": "unknown"}')
+    remove.set_defaults(run=run_remove)
+    search = actions.add_parser("search", help="print the entries nearest to a text or image, as JSON lines")
+    add_model_arguments(search)
+    search.add_argument("index", help="folder or Hub id of the index")
+    search.add_argument("query", help="a text, or the path of an image")
+    search.add_argument("-k", type=int, default=10, help="how many; 10")
+    search.add_argument("--filter", help='which entries may be found, as JSON, such as {"year": {"ge": 1990}}')
+    search.set_defaults(run=run_search)
+    info = actions.add_parser("info", help="print what an index holds, as JSON")
+    info.add_argument("index", help="folder or Hub id of the index")
+    info.set_defaults(run=run_info)
+    convert = actions.add_parser("convert", help="read the embeddings of clip-retrieval, or .npy and parquet files")
+    convert.add_argument("source", help="folder with img_emb/*.npy and metadata/*.parquet, or one .npy file")
+    convert.add_argument("--table", help="parquet file of the metadata, for one .npy file")
+    convert.add_argument("--output", required=True, help="folder for the index")
+    convert.set_defaults(run=run_convert)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Embed image files, and those in folders, into an index."""
+def _add_build_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, default=32, help="images that the encoder runs at once; 32")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images; 0 for none besides this")
+    parser.add_argument("--thumbnails", type=int, metavar="PIXELS", help="keep a thumbnail of each image")
+    parser.add_argument("--half", action="store_true", help="keep vectors as float16, half as large")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th image from the I-th on, from 0")
+
+
+def _build_options(options: argparse.Namespace) -> BuildOptions:
+    from visual_ground.errors import GroundingValueError
+    from visual_ground.indexing.build import BuildOptions
+
+    first, _, step = options.shard.partition("/")
+    if not first.isdigit() or not step.isdigit():
+        raise GroundingValueError(f"--shard must be two numbers such as 0/4, got {options.shard!r}.")
+    return BuildOptions(
+        options.batch_size, options.workers, options.thumbnails, options.half, shard=(int(first), int(step))
+    )
+
+
+def run_build(options: argparse.Namespace) -> None:
+    """Embed images into an index, and say how many."""
+    from visual_ground.indexing.build import build_index
+
+    report = build_index(load_model(options), options.images, options.output, _build_options(options))
+    print(
+        f"{report.num_images} images in {options.output}, {len(report.unreadable)} unreadable, "
+        f"{report.images_per_second:.1f} images/s"
+    )
+
+
+def run_add(options: argparse.Namespace) -> None:
+    """Add images and other indexes to an index."""
+    import tempfile
+    from pathlib import Path
+
     from visual_ground import ImageIndex
-    from visual_ground.prompts.types import IMAGE_SUFFIXES
+    from visual_ground.index.files import ENTRIES_FILE
+    from visual_ground.index.remote_images import LinkRules
+    from visual_ground.indexing.build import build_index
 
-    files: list[str] = []
+    index = ImageIndex.from_pretrained(options.index)
+    before = len(index)
+    # What is added here may be anywhere on this machine; the index keeps the paths, and opens none of them.
+    everywhere = LinkRules(folders=(Path(options.index).absolute().anchor,))
+    images = []
     for name in options.images:
-        inside = sorted(str(p) for p in Path(name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        files += inside if os.path.isdir(name) else [name]
-    ImageIndex.build(load_model(options), files, ids=files).save_pretrained(options.output)
+        if Path(name, ENTRIES_FILE).is_file():
+            index.merge(ImageIndex.from_pretrained(name, everywhere))
+        else:
+            images.append(name)
+    with tempfile.TemporaryDirectory() as folder:
+        if images:
+            build_index(load_model(options), images, folder, _build_options(options))
+            index.merge(ImageIndex.from_pretrained(folder, everywhere))
+        index.save_pretrained(options.index)
+    print(f"{len(index) - before} entries added, {len(index)} in all")
+
+
+def run_remove(options: argparse.Namespace) -> None:
+    """Remove entries from an index, by id or by filter."""
+    from visual_ground import ImageIndex
+    from visual_ground.errors import GroundingValueError
+
+    index = ImageIndex.from_pretrained(options.index)
+    ids: list[str | int] = [_known_id(index, one) for one in options.ids]
+    if options.filter is not None:
+        ids += index.select(_parsed(options.filter))
+    elif not ids:
+        raise GroundingValueError("Name the entries to remove by their ids, or by --filter.")
+    ids = list(dict.fromkeys(ids))
+    index.remove(ids)
+    index.save_pretrained(options.index)
+    print(f"{len(ids)} entries removed, {len(index)} left")
+
+
+def _known_id(index: object, text: str) -> str | int:
+    """Return the number that a word on the command line stands for, where that is the entry's id."""
+    from visual_ground import ImageIndex
+
+    if isinstance(index, ImageIndex) and text not in index and text.isdigit():
+        return int(text)
+    return text
+
+
+def _parsed(text: str) -> dict[str, object]:
+    from visual_ground.errors import GroundingValueError
+
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise GroundingValueError(f'--filter must be JSON such as {{"year": 1990}}, got {text!r}: {error}.') from error
+    if not isinstance(values, dict):
+        raise GroundingValueError(f'--filter must be a JSON object such as {{"year": 1990}}, got {text!r}.')
+    return values
+
+
+def run_search(options: argparse.Namespace) -> None:
+    """Print the entries nearest to a text or image."""
+    from visual_ground import ImageIndex
+    from visual_ground.prompts.types import is_image_file
+
+    model, index = load_model(options), ImageIndex.from_pretrained(options.index)
+    is_image = is_image_file(options.query)
+    query = model.embed_images([options.query]) if is_image else model.embed_text(options.query)
+    found = index.search(query.cpu(), options.k, None if options.filter is None else _parsed(options.filter))
+    for position, score in zip(found.positions[0].tolist(), found.scores[0].tolist(), strict=True):
+        id, image, metadata = index.entry(position)
+        line = {"id": id, "score": round(score, 4), "metadata": metadata}
+        print(json.dumps({**line, "image": str(image)} if isinstance(image, str) else line, ensure_ascii=False))
+
+
+def run_info(options: argparse.Namespace) -> None:
+    """Print what an index holds."""
+    from visual_ground import ImageIndex
+
+    print(json.dumps(ImageIndex.from_pretrained(options.index).info(), indent=2, ensure_ascii=False))
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """Read embeddings that other tools wrote."""
+    from visual_ground.indexing.foreign import read_embeddings
+
+    index = read_embeddings(options.source, options.table)
+    index.save_pretrained(options.output)
+    print(f"{len(index)} entries of width {index.dim} in {options.output}")

@@ -26,6 +26,7 @@ class RetrievalSettings:
         min_new_tokens_before_ret: the fewest tokens before an answer's first `[RET]`.
         min_new_tokens_between_rets: the fewest tokens between two `[RET]`s; 0 lets one follow another at once.
         allow_repeats: whether one answer may show an image twice.
+        filter: which entries of the index may be shown, as in `ImageIndex.search`; all where None.
 
     Raises:
         GroundingValueError: a number out of its range.
@@ -38,6 +39,7 @@ class RetrievalSettings:
     min_new_tokens_before_ret: int = 0
     min_new_tokens_between_rets: int = 8
     allow_repeats: bool = False
+    filter: Any = None
 
     def __post_init__(self) -> None:
         if self.images_per_ret < 1:
@@ -127,7 +129,8 @@ def retrieve(
     shown = set() if shown is None else shown
     # Enough for each [RET] even where all the ones before it have taken its best images.
     count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors))
-    results = index.search(vectors, count if settings.allow_repeats else count + len(shown))
+    options = {} if settings.filter is None else {"filter": settings.filter}
+    results = index.search(vectors, count if settings.allow_repeats else count + len(shown), **options)
     answers = []
     for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True):
         hits = [hit for hit in zip(positions, scores, strict=True) if settings.allow_repeats or hit[0] not in shown]

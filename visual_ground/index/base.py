@@ -32,7 +32,8 @@ class SearchResult:
 class VectorIndex(Protocol):
     """A search engine: vectors by position, with no knowledge of what they stand for.
 
-    `ImageIndex` puts ids, images and metadata beside one. `ExactIndex` is the engine that is built in.
+    `ImageIndex` puts ids, images and metadata beside one. `ExactIndex` is the engine that is built in. The first vector
+    has position 0, and each further one the next.
     """
 
     @property
@@ -42,10 +43,10 @@ class VectorIndex(Protocol):
     def __len__(self) -> int: ...
 
     def add(self, vectors: Tensor) -> None:
-        """Append vectors (m, q); they get the positions from `len(self)` on."""
+        """Append vectors (m, q); they get the next positions, and no position is ever given twice."""
 
     def remove(self, positions: Sequence[int]) -> None:
-        """Take vectors out; those after them move up, so that positions stay 0 to `len(self)` - 1."""
+        """Take vectors out; the others keep their positions."""
 
     def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
         """Return the k best entries for each query, fewer where fewer are allowed.
@@ -53,11 +54,11 @@ class VectorIndex(Protocol):
         Args:
             vectors: (queries, q).
             k: how many, at least 1.
-            filter: (n,) bool, True at the positions that may be found; all where None.
+            filter: bool, one for each position that was ever given, True where it may be found; all where None.
         """
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vectors to one file."""
+        """Write the vectors to one file; those that were removed are left out, and the rest move up."""
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -73,7 +74,10 @@ class RetrievalIndex(Protocol):
         """q, the width of its vectors."""
 
     def search(self, vectors: Tensor, k: int) -> SearchResult:
-        """Return the k best entries for each query (queries, q), fewer where the index is smaller."""
+        """Return the k best entries for each query (queries, q), fewer where the index is smaller.
+
+        Where `generate` was given a filter, it is passed on as `filter=`.
+        """
 
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
         """Return the id, image (or None) and metadata at a position."""

@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+import zlib
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-from visual_ground.errors import GroundingFileError
+import numpy as np
+
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
+from visual_ground.index.entries import Entries, Segment, make_entries
 from visual_ground.index.exact import ExactIndex
+from visual_ground.index.places import IMAGES_FOLDER, check_files, place_images, write_png
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
+from visual_ground.index.state import IndexState
+from visual_ground.index.table_file import read_table, write_table
 from visual_ground.storage.atomic import resolve, write_folder
-from visual_ground.storage.hub import CARD_FILE
+from visual_ground.storage.hub import CARD_FILE, PushOptions, push_folder
 from visual_ground.storage.readme import render_page
-from visual_ground.storage.tensors import FORMAT_VERSION, read_json, write_json
-from visual_ground.vision.images import ImageLike, to_rgb
+from visual_ground.storage.tensors import read_json, write_json
+from visual_ground.vision.images import to_rgb
 
 logger = logging.getLogger(__name__)
 
+# Of index folders. Version 2 held ids, images and metadata as JSON.
+INDEX_FORMAT_VERSION = 3
 VECTORS_FILE = "index.safetensors"
+TABLE_FILE = "entries.parquet"
 ENTRIES_FILE = "index.json"
-IMAGES_FOLDER = "images"
-FILES = (VECTORS_FILE, ENTRIES_FILE, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
-# Names of image files that mean the same on every system: no drives, no backslash, nothing too long.
-IMAGE_NAME = re.compile(r"[\w.-]{1,200}(?:/[\w.-]{1,200}){0,7}", re.ASCII)
-KEYS = {"format_version", "ids", "images", "metadata"}
+FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
+KEYS = {"format_version", "num_entries", "dim", "dtype", "has_images", "has_metadata", "next_id", "checksums"}
+TRIES, PAUSE = 50, 0.05  # How often, and after how many seconds, a reader tries again who met a writer.
 
 
-@dataclass(frozen=True)
-class IndexContents:
-    """What an index holds, as `ImageIndex` takes it."""
-
-    engine: ExactIndex
-    ids: list[str | int]
-    images: list[Any] | None
-    metadata: list[dict[str, Any]] | None
-
-
-def write_index(folder: str | os.PathLike[str], contents: IndexContents, card: str | None = None) -> None:
+def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str | None = None) -> None:
     """Write vectors, ids, images and metadata; paths and addresses stay as they are, PIL images become files.
 
     Args:
@@ -53,89 +49,139 @@ def write_index(folder: str | os.PathLike[str], contents: IndexContents, card: s
     Raises:
         GroundingValueError: a PIL image that cannot be read.
         GroundingTypeError: an image that is neither a PIL image nor a path or address.
+        GroundingFileError: the folder cannot be written, or the disk is full; what was there is whole.
     """
-    places, new_images = _place_images(contents.images or [], Path(folder))
-    entries = {
-        "format_version": FORMAT_VERSION,
-        "ids": contents.ids,
-        "images": None if contents.images is None else places,
-        "metadata": contents.metadata,
-    }
+    entries, engine = contents.entries, contents.exact
+    tables, new_images = place_images(entries, contents.folder, Path(folder))
+    checksums: dict[str, str] = {}
+
+    def checked(name: str, write: Callable[[Path], object]) -> Callable[[Path], object]:
+        def write_and_sum(path: Path) -> None:
+            write(path)
+            checksums[name] = _checksum(path)
+
+        return write_and_sum
+
     page = {} if card is None else {CARD_FILE: lambda path: path.write_bytes(card.encode("utf-8"))}
-    write_folder(
-        folder,
-        {
-            **{name: partial(_write_png, image) for name, image in new_images.items()},
-            **page,
-            VECTORS_FILE: contents.engine.save,
-            ENTRIES_FILE: lambda path: write_json(path, entries),
-        },
-    )
+    writers: dict[str, Callable[[Path], object]] = {
+        **{name: partial(write_png, image) for name, image in new_images.items()},
+        **page,
+        VECTORS_FILE: checked(VECTORS_FILE, engine.save),
+        TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
+        ENTRIES_FILE: lambda path: write_json(path, {**_about(contents), "checksums": checksums}),
+    }
+    try:
+        write_folder(folder, writers)
+    except GroundingError:
+        raise
+    except OSError as error:
+        raise GroundingFileError(
+            f"The index cannot be written to {str(folder)!r}: {error}. What was there before is whole."
+        ) from error
 
 
-def read_index(folder: str | os.PathLike[str], rules: LinkRules) -> IndexContents:
-    """Read what `write_index` wrote. The folder's own images come back as paths in it.
+def _about(contents: IndexState) -> dict[str, Any]:
+    """Return what `index.json` says, but for the checksums."""
+    return {
+        "format_version": INDEX_FORMAT_VERSION,
+        "num_entries": len(contents.entries),
+        "dim": contents.engine.dim,
+        "dtype": str(contents.exact.dtype).removeprefix("torch."),
+        "has_images": contents.entries.has_images,
+        "has_metadata": contents.entries.has_metadata,
+        "next_id": contents.entries.next_id,
+    }
 
-    Any other path that the rules do not allow comes back as an `ImageLink`, and is not opened.
 
-    Args:
-        folder: where from.
-        rules: which paths may lead out of the folder.
+def read_index(folder: str | os.PathLike[str], rules: LinkRules) -> IndexState:
+    """Open what `write_index` wrote; vectors are mapped into memory, and images are not looked at.
+
+    `rules` say what may be opened later. A reader who meets a writer gets the old index or the new one, never a mix.
 
     Raises:
         GroundingFileError: a file is missing or damaged, or a file of the folder's own is outside of it.
         GroundingValueError: another format version.
     """
     folder = Path(folder)
-    for name in (VECTORS_FILE, ENTRIES_FILE):
-        if not resolve(folder, name).is_file():
-            raise GroundingFileError(f"{str(folder)!r} is no image index: it has no {name}.")
-    entries = _read_entries(resolve(folder, ENTRIES_FILE))
-    images = entries["images"]
-    if images is not None:
-        images = [_find_image(place, folder, rules) for place in images]
-        if outside := [image.address for image in images if isinstance(image, ImageLink) and not image.is_remote]:
-            logger.warning(
-                "%d images of the index are outside its folder and are not opened, such as %r. Allow their folder with "
-                "LinkRules(folders=...), or on the command line with --images.",
-                len(outside),
-                outside[0],
-            )
-    return IndexContents(ExactIndex.load(folder / VECTORS_FILE), entries["ids"], images, entries["metadata"])
+    for _ in range(TRIES):
+        for name in (ENTRIES_FILE, VECTORS_FILE):
+            if not resolve(folder, name).is_file():
+                raise GroundingFileError(f"{str(folder)!r} is no image index: it has no {name}.")
+        about = _read_about(resolve(folder, ENTRIES_FILE))
+        try:
+            contents = _read_parts(folder, about, rules)
+        except GroundingError:
+            if _read_about(resolve(folder, ENTRIES_FILE)) == about:
+                raise
+        else:
+            if _read_about(resolve(folder, ENTRIES_FILE)) == about:
+                return contents
+        time.sleep(PAUSE)
+    raise GroundingFileError(f"{str(folder)!r} is written all the time; try again when its writers are done.")
 
 
-def publishable(contents: IndexContents, copy_images: bool) -> IndexContents:
+def _read_parts(folder: Path, about: dict[str, Any], rules: LinkRules) -> IndexState:
+    engine, table = ExactIndex.load(folder / VECTORS_FILE), read_table(folder / TABLE_FILE)
+    if not len(engine) == table.num_rows == about["num_entries"] or engine.dim != about["dim"]:
+        raise GroundingValueError(
+            f"{str(folder)!r} holds {len(engine)} vectors of width {engine.dim} and {table.num_rows} entries; its "
+            f"{ENTRIES_FILE} says {about['num_entries']} of width {about['dim']}. Save the index again."
+        )
+    check_files(table, folder)
+    removed = np.zeros(len(engine), dtype=bool)
+    segment = Segment(table)
+    entries = Entries((segment,), removed, about["has_images"], about["has_metadata"], about["next_id"])
+    return IndexState(engine, entries, folder, rules)
+
+
+def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) -> IndexState:
     """Return an index in which no path leads to this machine.
 
     Args:
         contents: an index.
+        images: its images, in order, as `ImageIndex.images` gives them.
         copy_images: True copies every image that is a path into the index; False leaves the image out, and keeps its
             id, vector and metadata.
     """
-    if contents.images is None:
+    if not contents.entries.has_images:
         return contents
-    images: list[Any] = []
+    published: list[Any] = []
     omitted = 0
-    for image in contents.images:
+    for image in images:
         is_path = isinstance(image, (str, os.PathLike)) and not is_url(os.fspath(image))
         # A link to a local path that the index's rules do not let us open.
         is_closed = isinstance(image, ImageLink) and not image.is_remote
         if is_closed or (is_path and not copy_images):
             omitted += 1
-            images.append(None)
+            published.append(None)
         else:
-            images.append(to_rgb(image) if is_path else image)
+            published.append(to_rgb(image) if is_path else image)
     if omitted:
         logger.warning("%d images are local files and are not published; copy_images=True publishes them.", omitted)
-    return IndexContents(contents.engine, contents.ids, images, contents.metadata)
+    entries, own = contents.entries, contents.entries.positions()
+    metadata = [entries.metadata(p) for p in own] if entries.has_metadata else None
+    made = make_entries([entries.id(p) for p in own], published, metadata, len(own), 0)
+    return IndexState(ExactIndex(contents.exact.vectors), made)
 
 
-def index_card(contents: IndexContents, repo_id: str, page: str | None) -> str:
+def push_index(contents: IndexState, repo_id: str, options: PushOptions) -> str:
+    """Commit an index that `publishable` returned to a dataset repository, and return the commit's address."""
+
+    def save(folder: Path) -> None:
+        page = folder / CARD_FILE
+        text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else None
+        write_index(folder, contents, index_card(contents, repo_id, text))
+
+    return push_folder(save, repo_id, options, FILES, kind="dataset")
+
+
+def index_card(contents: IndexState, repo_id: str, page: str | None) -> str:
     """Return the text of an index's README.md; what people wrote into an earlier `page` is kept."""
     opening = (
         f"# {repo_id.split('/')[-1]}\n\n"
         f"An image index of visual_ground: {len(contents.engine):,} vectors of width {contents.engine.dim}, with ids"
-        f"{', images or their addresses' if contents.images else ''}{' and metadata' if contents.metadata else ''}. It "
+        f"{', images or their addresses' if contents.entries.has_images else ''}"
+        f"{' and metadata' if contents.entries.has_metadata else ''}. It "
         "fits adapters whose image layer made these vectors, and those moved from them to other language models."
     )
     use = (
@@ -148,76 +194,22 @@ def index_card(contents: IndexContents, repo_id: str, page: str | None) -> str:
     return render_page(metadata, f"{opening}\n\n## Use\n\n{use}", page)
 
 
-def _place_images(images: Sequence[Any], folder: Path) -> tuple[list[Any], dict[str, Any]]:
-    """Return what `index.json` holds for each image, and the images to write, by file name.
-
-    A path stands for itself, and `{"file": NAME}` for a file inside the folder. An index that was loaded from this
-    folder holds paths into it: these files stay, and no new image is written over them.
-    """
-    places = [_place_of(image, folder) for image in images]
-    taken = {place["file"] for place in places if isinstance(place, dict)}
-    new_images = {}
-    for position, image in enumerate(images):
-        if image is not None and places[position] is None:
-            numbered = (f"{IMAGES_FOLDER}/{number:08d}.png" for number in count(position))
-            name = next(name for name in numbered if name not in taken)
-            taken.add(name)
-            new_images[name] = image
-            places[position] = {"file": name}
-    return places, new_images
-
-
-def _place_of(image: Any, folder: Path) -> str | dict[str, str] | None:
-    """Return what `index.json` holds for an image; None for a PIL image, which needs a file first."""
-    if isinstance(image, ImageLink):
-        return image.address
-    if not isinstance(image, (str, os.PathLike)):
-        return None
-    parent, name = Path(image).parent, Path(image).name
-    if re.fullmatch(r"\d{8,}\.png", name) and parent.resolve() == (folder / IMAGES_FOLDER).resolve():
-        return {"file": f"{IMAGES_FOLDER}/{name}"}
-    return os.fspath(image)
-
-
-def _write_png(image: ImageLike, path: Path) -> None:
-    to_rgb(image).save(path, format="PNG")
-
-
-def _find_image(place: Any, folder: Path, rules: LinkRules) -> str | ImageLink | None:
-    """Return the path that `index.json` gives an image, or a link where the rules do not allow to open it."""
-    if place is None:
-        return None
-    if isinstance(place, str):
-        return place if not is_url(place) and rules.allow_path(place, folder) else ImageLink(place)
-    name = place.get("file") if isinstance(place, dict) and len(place) == 1 else None
-    if not isinstance(name, str) or not IMAGE_NAME.fullmatch(name) or ".." in name.split("/"):
-        raise _outside(place, folder)
-    path = os.fspath(resolve(folder, name))
-    # In huggingface_hub's cache, a snapshot's files are symbolic links into the folder blobs beside it.
-    blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
-    if not LinkRules(folders=(*blobs,)).allow_path(path, folder):
-        raise _outside(place, folder)
-    return path
-
-
-def _outside(place: Any, folder: Path) -> GroundingFileError:
-    return GroundingFileError(
-        f"{ENTRIES_FILE} in {str(folder)!r} places an image at {place!r}, which is not inside the folder. "
-        "Do not use this index, or build it again."
-    )
-
-
-def _read_entries(path: Path) -> dict[str, Any]:
+def _read_about(path: Path) -> dict[str, Any]:
     """Read and check `index.json`."""
-    entries = read_json(path)
-    # An index without images or metadata has null there; any other value that is no list is damage.
-    optional = [[] if entries.get(name) is None else entries[name] for name in ("images", "metadata")]
-    lists: list[Any] = [entries.get("ids"), *optional]
+    about = read_json(path, INDEX_FORMAT_VERSION)
     if (
-        set(entries) != KEYS
-        or not all(isinstance(values, list) for values in lists)
-        or not all(isinstance(value, (str, int)) and not isinstance(value, bool) for value in lists[0])
-        or not all(isinstance(value, dict) for value in lists[2])
+        set(about) != KEYS
+        or not all(type(about[name]) is int and about[name] >= 0 for name in ("num_entries", "dim"))
+        or not all(type(about[name]) is bool for name in ("has_images", "has_metadata"))
+        or type(about["next_id"]) is not int
     ):
-        raise GroundingFileError(f"{path} is damaged: it does not hold the lists {sorted(KEYS)}. Save the index again.")
-    return entries
+        raise GroundingFileError(f"{path} is damaged: it does not hold {sorted(KEYS)}. Save the index again.")
+    return about
+
+
+def _checksum(path: Path) -> str:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from visual_ground.errors import (
-    GroundingFileError,
-    GroundingIndexError,
-    GroundingStateError,
-    GroundingTypeError,
-    GroundingValueError,
-)
+from visual_ground.errors import GroundingIndexError, GroundingTypeError, GroundingValueError
 from visual_ground.index.base import ImageEmbedder, SearchResult, VectorIndex
+from visual_ground.index.entries import make_entries
 from visual_ground.index.exact import ExactIndex
-from visual_ground.index.files import FILES, IndexContents, index_card, publishable, read_index, write_index
-from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
-from visual_ground.storage.hub import CARD_FILE, HubOptions, PushOptions, fetch_folder, push_folder
-from visual_ground.vision.images import ImageLike, to_rgb
-
-logger = logging.getLogger(__name__)
+from visual_ground.index.files import FILES, publishable, push_index, read_index, write_index
+from visual_ground.index.places import movable
+from visual_ground.index.remote_images import LinkRules
+from visual_ground.index.state import Filter, Ids, IndexState
+from visual_ground.storage.hub import HubOptions, PushOptions, fetch_folder
+from visual_ground.vision.images import ImageLike
 
 
 class ImageIndex:
     """Image vectors with what they stand for.
 
+    Entries can be added, removed and updated while others search: a search sees the index before a change or after it.
+    A position is given once: what a search found can be looked up even where it has been removed since.
+
     Args:
         vectors: (n, q) unit vectors, searched exactly; or a search engine that holds them.
         ids: n distinct names; 0 to n - 1 where None.
         images: n PIL images, paths or addresses on the network, or None.
-        metadata: n mappings, or None.
+        metadata: n mappings of JSON values, or None.
         rules: which images on the network may be fetched when they are shown; none where None.
 
     Raises:
         GroundingValueError: lengths differ, ids repeat, or vectors are not (n, q) and finite.
-        GroundingTypeError: vectors that are neither a tensor nor a search engine.
+        GroundingTypeError: vectors that are neither a tensor nor a search engine, or metadata that is no JSON.
+
+    Example:
+        >>> index = ImageIndex(torch.eye(3), ids=["a", "b", "c"], metadata=[{"year": y} for y in (1990, 2000, 2010)])
+        >>> index.remove(["c"])
+        >>> best = index.search(torch.tensor([[0.2, 0.1, 0.9]]), k=1, filter={"year": {"ge": 1995}})
+        >>> index.entry(int(best.positions))
+        ('b', None, {'year': 2000})
     """
 
     def __init__(
         self,
         vectors: Tensor | VectorIndex,
-        ids: Sequence[str | int] | None = None,
+        ids: Ids | None = None,
         images: Sequence[Any] | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         rules: LinkRules | None = None,
@@ -56,42 +61,37 @@ class ImageIndex:
                 f"vectors must be a tensor (n, q) or a VectorIndex, got {type(engine).__name__}; "
                 "visual_ground.index.base.VectorIndex lists what a search engine needs."
             )
-        self.engine: VectorIndex = engine
-        self.rules = LinkRules() if rules is None else rules
-        self.ids: list[str | int] = list(range(len(engine))) if ids is None else list(ids)
-        self.images = None if images is None else list(images)
-        self.metadata = None if metadata is None else [dict(entry) for entry in metadata]
-        for name in ("ids", "images", "metadata"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(engine):
-                raise GroundingValueError(f"{len(engine)} vectors need as many {name}, got {len(values)}.")
-        if len(set(self.ids)) != len(self.ids):
-            raise GroundingValueError("ids must be distinct; give each image its own.")
+        entries = make_entries(ids, images, metadata, len(engine), 0)
+        self._lock = threading.RLock()
+        self._state = IndexState(engine, entries, None, LinkRules() if rules is None else rules)
 
     @classmethod
     def build(
         cls,
         model: ImageEmbedder,
         images: Sequence[ImageLike],
-        ids: Sequence[str | int] | None = None,
+        ids: Ids | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         batch_size: int = 32,
     ) -> ImageIndex:
-        """Embed images and index them.
+        """Embed PIL images or paths with a grounded model, `batch_size` at once, and index them.
 
-        Args:
-            model: the grounded model, whose image layer gives the vectors.
-            images: PIL images or paths; paths are kept as paths.
-            ids: as in the class.
-            metadata: as in the class.
-            batch_size: images embedded at once.
-
-        Raises:
-            GroundingValueError: no images, or one that cannot be read.
+        The rest is as in the class. No image, or one that cannot be read, is a GroundingValueError.
         """
         if not len(images):
             raise GroundingValueError("An index needs at least one image, got none.")
+        make_entries(ids, images, metadata, len(images), 0)  # Embedding takes long: what is wrong is said before.
         return cls(model.embed_images(images, batch_size=batch_size), ids, images, metadata)
+
+    @property
+    def engine(self) -> VectorIndex:
+        """The search engine."""
+        return self._state.engine
+
+    @property
+    def rules(self) -> LinkRules:
+        """Which images elsewhere may be opened."""
+        return self._state.rules
 
     @property
     def dim(self) -> int:
@@ -99,79 +99,117 @@ class ImageIndex:
         return self.engine.dim
 
     @property
-    def vectors(self) -> Tensor:
-        """The vectors (n, q), float32 on the CPU.
-
-        Raises:
-            GroundingStateError: the search engine is not an `ExactIndex`, and so need not keep them as they are.
-        """
-        return self._exact.vectors
+    def ids(self) -> list[str | int]:
+        """The ids, in order."""
+        entries = self._state.entries
+        return [entries.id(position) for position in entries.positions()]
 
     @property
-    def _exact(self) -> ExactIndex:
-        if not isinstance(self.engine, ExactIndex):
-            raise GroundingStateError(
-                f"The vectors of this index are in a {type(self.engine).__name__}, and only an ExactIndex gives them "
-                "out and is saved with the images. Save the engine by its own save(), or build an index of vectors."
-            )
-        return self.engine
+    def images(self) -> list[Any] | None:
+        """The images as they are kept, in order: PIL images, paths, or an `ImageLink` for what may not be opened."""
+        state = self._state
+        return [state.image(p) for p in state.entries.positions()] if state.entries.has_images else None
+
+    @property
+    def metadata(self) -> list[dict[str, Any]] | None:
+        """The metadata, in order."""
+        entries = self._state.entries
+        return [entries.metadata(p) for p in entries.positions()] if entries.has_metadata else None
+
+    @property
+    def vectors(self) -> Tensor:
+        """The vectors (n, q) in order, on the CPU; a GroundingStateError where the engine is not an `ExactIndex`."""
+        return self._state.exact.vectors
 
     def __len__(self) -> int:
-        return len(self.engine)
+        return len(self._state.entries)
 
-    def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
-        """Return the k best entries for each query, fewer where the index is smaller.
+    def __contains__(self, id: str | int) -> bool:
+        return bool(self._state.entries.find([id]))
 
-        Args:
-            vectors: (queries, q).
-            k: how many, at least 1.
-            filter: (n,) bool, True at the positions that may be found; all where None.
+    def __iter__(self) -> Iterator[tuple[str | int, Any, Mapping[str, Any]]]:
+        state, entries = self._state, self._state.entries
+        return ((entries.id(p), state.image(p), entries.metadata(p)) for p in entries.positions())
 
-        Raises:
-            GroundingValueError: k below 1, or another width than the index has.
+    def search(self, vectors: Tensor, k: int, filter: Filter | None = None) -> SearchResult:
+        """Return the k >= 1 best entries for each query (queries, q), fewer where fewer are allowed.
+
+        `filter` says which entries may be found: a filter on metadata (see `visual_ground.index.filters`), a function
+        of an entry's metadata, or a mask over positions. A column that is not there is a GroundingValueError.
         """
-        return self.engine.search(vectors, k, filter)
+        state = self._state
+        if isinstance(state.engine, ExactIndex):
+            return state.engine.search(vectors, k, state.mask(filter))
+        with self._lock:  # Other engines are changed in place.
+            return self._state.engine.search(vectors, k, self._state.mask(filter))
+
+    def select(self, filter: Filter) -> list[str | int]:
+        """Return the ids of the entries that a filter allows, in order."""
+        return self._state.select(filter)
+
+    def info(self) -> dict[str, Any]:
+        """Return how many entries there are, their width, the engine, and the columns that a filter can compare."""
+        return self._state.info()
 
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
-        """Return the id, image (or None) and metadata at a position.
+        """Return the id, image (or None) and metadata at a position, also where it was removed after a search.
 
-        An image on the network is fetched where `rules` allow it, and is an `ImageLink` where not or where that fails.
+        An image elsewhere is shown by its thumbnail, if it has one. Without, one on the network is fetched where the
+        rules allow it, and is an `ImageLink` where not or where that fails.
         """
-        if not 0 <= position < len(self):
-            raise GroundingIndexError(f"Position {position} is outside this index of {len(self)} images.")
-        image = None if self.images is None else self.images[position]
-        return self.ids[position], self._follow(image), {} if self.metadata is None else self.metadata[position]
+        state = self._state
+        if not 0 <= position < state.entries.end:
+            raise GroundingIndexError(f"Position {position} is outside this index of {state.entries.end} positions.")
+        return state.entries.id(position), state.shown(position), state.entries.metadata(position)
 
-    def _follow(self, image: Any) -> Any:
-        address = image.address if isinstance(image, ImageLink) else image
-        if not isinstance(address, str) or not is_url(address):
-            return image
-        if self.rules.allow_host(address):
-            try:
-                return to_rgb(address, self.rules)
-            except (GroundingFileError, GroundingValueError) as error:
-                logger.warning("An image of the index is shown as its address: %s", error)
-        return ImageLink(address)
+    def add(
+        self,
+        vectors: Tensor,
+        ids: Ids | None = None,
+        images: Sequence[Any] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[str | int]:
+        """Add entries with vectors (m, q), whole or not at all, and return their ids.
 
-    @property
-    def _contents(self) -> IndexContents:
-        return IndexContents(self._exact, self.ids, self.images, self.metadata)
+        Where `ids` is None they are the numbers after the highest that ever was an id, so that no removed number comes
+        back. An id that is there already is a GroundingValueError.
+        """
+        with self._lock:
+            new = make_entries(ids, images, metadata, len(vectors), self._state.entries.next_id)
+            self._state = self._state.changed([], vectors, new)
+            return [new.id(row) for row in range(new.end)]
+
+    def remove(self, ids: Ids) -> None:
+        """Take entries out, all or none; an id that is not there is a GroundingIndexError."""
+        with self._lock:
+            positions, none = sorted(set(self._state.find(ids))), make_entries([], None, None, 0, 0)
+            self._state = self._state.changed(positions, torch.empty(0, self.dim), none)
+
+    def update(
+        self,
+        ids: Ids,
+        vectors: Tensor | None = None,
+        images: Sequence[Any] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Give entries other vectors, images or metadata, all or none; what is None stays, and so do their ids."""
+        with self._lock:
+            self._state = self._state.updated(ids, vectors, images, metadata)
+
+    def merge(self, other: ImageIndex) -> None:
+        """Add the entries of another index with their ids, all or none; an id in both is a GroundingValueError."""
+        more = other._state
+        with self._lock:
+            self._state = self._state.changed([], more.exact.vectors, movable(more.entries, more.folder, more.rules))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save vectors, ids, images and metadata, whole or not at all (see `storage.atomic.write_folder`).
+        """Save vectors, ids, images and metadata, whole or not at all; files of other names stay as they are.
 
         Paths and addresses are kept as given. PIL images are written beside the index as upright RGB,
-        `images/00000012.png`. The network is never used.
-
-        Args:
-            folder: where to. Files of other names in it stay as they are.
-
-        Raises:
-            GroundingValueError: a PIL image that cannot be read.
-            GroundingTypeError: an image that is neither a PIL image nor a path.
-            GroundingStateError: the search engine is not an `ExactIndex`.
+        `images/00000012.png`. A GroundingError says what cannot be saved, such as an engine that is no `ExactIndex`.
         """
-        write_index(folder, self._contents)
+        with self._lock:
+            write_index(folder, self._state)
 
     def push_to_hub(
         self,
@@ -183,55 +221,26 @@ class ImageIndex:
         create_pr: bool = False,
         copy_images: bool = False,
     ) -> str:
-        """Commit the index to a dataset repository of the Hub, at once or not at all.
+        """Commit the index to a dataset repository of the Hub, at once or not at all; return the commit's address.
 
-        Args:
-            repo_id: made where it does not exist.
-            private: whether a new repository is private.
-            revision: branch, made where it does not exist.
-            token: of the Hub; the one that was saved by logging in where None.
-            commit_message: its first line.
-            create_pr: open a pull request instead of committing.
-            copy_images: publish the images that are local files too. PIL images are published always; paths never.
-
-        Returns:
-            The address of the commit, or of the pull request.
-
-        Raises:
-            GroundingFileError: the Hub did not take it; the repository is as it was.
-            GroundingStateError: the search engine is not an `ExactIndex`.
+        `copy_images` publishes the images that are local files too. PIL images are published always; paths never. The
+        rest is as in `GroundedModel.push_to_hub`. After an error, the repository is as it was.
         """
-        contents = publishable(self._contents, copy_images)
-
-        def save(folder: Path) -> None:
-            page = folder / CARD_FILE
-            text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else None
-            write_index(folder, contents, index_card(contents, repo_id, text))
-
-        options = PushOptions(private, revision, token, commit_message, create_pr)
-        return push_folder(save, repo_id, options, FILES, kind="dataset")
+        contents = publishable(self._state, self.images or [], copy_images)
+        return push_index(contents, repo_id, PushOptions(private, revision, token, commit_message, create_pr))
 
     @classmethod
     def from_pretrained(
         cls, name: str | os.PathLike[str], rules: LinkRules | None = None, **hub_options: Any
     ) -> ImageIndex:
-        """Load an index; the folder's own images come back as paths in it.
+        """Open a local folder, or a dataset repository of the Hub. Vectors are mapped into memory, not read.
 
-        Nothing outside the folder is opened, and nothing on the network, but for what `rules` allow.
-
-        Args:
-            name: local folder, or the Hub id of a dataset repository.
-            rules: which hosts images may be fetched from, and which folders paths may lead into; none where None.
-            hub_options: revision, subfolder, token, cache_dir, local_files_only.
-
-        Raises:
-            GroundingFileError: no such index; a file is missing or damaged, or an image of its own is outside of it.
-            GroundingValueError: another format version, or not as many ids, images or metadata as vectors.
-
-        Example:
-            >>> index = ImageIndex.from_pretrained("me/index", LinkRules(hosts=["example.org"]))  # doctest: +SKIP
+        Nothing outside the folder is opened, and nothing on the network, but for what `rules` allow. `hub_options` are
+        revision, subfolder, token, cache_dir, local_files_only. An index that is missing, damaged or of another format
+        version is a GroundingError.
         """
-        rules = LinkRules() if rules is None else rules
         folder = fetch_folder(name, FILES, HubOptions.of(hub_options), kind="dataset")
-        saved = read_index(folder, rules)
-        return cls(saved.engine, saved.ids, saved.images, saved.metadata, rules)
+        state = read_index(folder, LinkRules() if rules is None else rules)
+        index = cls(state.exact.vectors[:0])
+        index._state = state
+        return index

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
+from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.vision.images import to_rgb
 from visual_ground.vision.link_rules import LinkRules, is_url
 
-__all__ = ["ImageLink", "LinkRules", "is_url"]
+__all__ = ["ImageLink", "LinkRules", "follow", "is_url"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,3 +32,19 @@ class ImageLink:
 
     def __str__(self) -> str:
         return self.address
+
+
+def follow(image: Any, rules: LinkRules) -> Any:
+    """Return an image that is an address on the network as a PIL image where the rules allow to fetch it.
+
+    It is an `ImageLink` where not, or where that fails; any other image is returned as it is.
+    """
+    address = image.address if isinstance(image, ImageLink) else image
+    if not isinstance(address, str) or not is_url(address):
+        return image
+    if rules.allow_host(address):
+        try:
+            return to_rgb(address, rules)
+        except (GroundingFileError, GroundingValueError) as error:
+            logger.warning("An image of the index is shown as its address: %s", error)
+    return ImageLink(address)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.storage.atomic import replacing, resolve, write_folder
 
-# Of adapter and index folders. Version 1 had other names for the adapter's tensors and settings.
+# Of adapter folders. Version 1 had other names for the adapter's tensors and settings.
 FORMAT_VERSION = 2
 # safetensors' names of the dtypes that this package saves.
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
@@ -32,8 +32,8 @@ def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object that carries this package's format version.
+def read_json(path: str | os.PathLike[str], expected_version: int = FORMAT_VERSION) -> dict[str, Any]:
+    """Read a JSON object that carries the format version that is expected.
 
     Raises:
         GroundingFileError: unreadable, or not JSON in UTF-8.
@@ -49,9 +49,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise GroundingFileError(f"{path} must hold a JSON object, got {type(values).__name__}. Save it again.")
     version = values.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version != expected_version:
         raise GroundingValueError(
-            f"{path} has format version {version!r}; this visual_ground reads version {FORMAT_VERSION}. Install the "
+            f"{path} has format version {version!r}; this visual_ground reads version {expected_version}. Install the "
             "visual_ground that wrote it, or make the adapter or index again with this one."
         )
     return values
@@ -65,6 +65,31 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -
     """Write safetensors, whole or not at all."""
     with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def write_rows(
+    path: str | os.PathLike[str], name: str, shape: tuple[int, int], dtype: torch.dtype, chunks: Iterable[Tensor]
+) -> None:
+    """Write safetensors of one tensor whose rows come in chunks, whole or not at all; it is never in memory whole."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    entry = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [0, size]}
+    header = json.dumps({name: entry}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for chunk in chunks:
+            file.write(chunk.detach().to("cpu", dtype).contiguous().numpy().data)
+
+
+def map_tensor(path: str | os.PathLike[str], name: str) -> Tensor:
+    """Return a tensor of a safetensors file that is mapped into memory, read where and when it is used.
+
+    Raises:
+        GroundingFileError: missing or damaged.
+    """
+    with _opened(path) as stored:
+        tensor: Tensor = stored.get_tensor(name)
+    return tensor
 
 
 def write_adapter(

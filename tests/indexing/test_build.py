@@ -1,0 +1,161 @@
+import io
+import json
+import tarfile
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import grounded, picture
+from visual_ground import GroundingError, ImageIndex
+from visual_ground.index.files import FILES
+from visual_ground.indexing.build import PARTS_FOLDER, BuildOptions, build_index
+
+MODEL = grounded("llama_untied").eval()
+OPTIONS = BuildOptions(batch_size=2, part_size=4, thumbnail_size=4, progress=False)
+
+
+def photos(folder, count):
+    folder.mkdir()
+    for i in range(count):
+        picture(i).save(folder / f"{i:02}.png")
+    return folder
+
+
+class StopsAt:
+    """A model that stops the process's work at the n-th batch."""
+
+    def __init__(self, batches):
+        self.left, self.vision = batches, MODEL.vision
+
+    def embed_images(self, *, image_features):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return MODEL.embed_images(image_features=image_features)
+
+
+def files_of(folder):
+    return {name: (folder / name).read_bytes() for name in FILES[:3]}
+
+
+def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):
+    source = photos(tmp_path / "photos", 11)
+    (source / "03.png").write_bytes(b"no image")
+    report = build_index(MODEL, source, tmp_path / "whole", OPTIONS)
+    assert report.num_images == 10 and [name for name, _ in report.unreadable] == [str(source / "03.png")]
+    index = ImageIndex.from_pretrained(tmp_path / "whole")
+    readable = [str(source / f"{i:02}.png") for i in range(11) if i != 3]
+    assert index.ids == readable and not (tmp_path / "whole" / PARTS_FOLDER).exists()
+    assert torch.allclose(index.vectors, MODEL.embed_images(readable), atol=1e-5)
+    for n in range(6):
+        folder = tmp_path / str(n)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(StopsAt(n), source, folder, OPTIONS)
+        assert build_index(MODEL, source, folder, OPTIONS).unreadable == report.unreadable
+        assert files_of(folder) == files_of(tmp_path / "whole")
+
+
+def test_a_build_that_is_repeated_replaces_the_index(tmp_path):
+    source = photos(tmp_path / "photos", 3)
+    build_index(MODEL, source, tmp_path / "index", OPTIONS)
+    before = files_of(tmp_path / "index")
+    with pytest.raises(KeyboardInterrupt):
+        build_index(StopsAt(0), source, tmp_path / "index", OPTIONS)
+    assert len(ImageIndex.from_pretrained(tmp_path / "index")) == 3
+    with pytest.raises(GroundingError, match="unfinished build"):
+        build_index(MODEL, source, tmp_path / "index", BuildOptions(half=True, progress=False))
+    build_index(MODEL, source, tmp_path / "index", OPTIONS)
+    assert files_of(tmp_path / "index") == before
+
+
+def test_shards_merge_to_the_whole(tmp_path):
+    source = photos(tmp_path / "photos", 5)
+    parts = []
+    for i in range(2):
+        build_index(MODEL, source, tmp_path / str(i), BuildOptions(shard=(i, 2), progress=False))
+        parts.append(ImageIndex.from_pretrained(tmp_path / str(i)))
+    parts[0].merge(parts[1])
+    assert sorted(parts[0].ids) == [str(source / f"{i:02}.png") for i in range(5)]
+
+
+def test_thumbnails_are_shown_where_the_images_cannot_be(tmp_path):
+    source = photos(tmp_path / "photos", 2)
+    build_index(MODEL, source, tmp_path / "index", OPTIONS)
+    index = ImageIndex.from_pretrained(tmp_path / "index")
+    assert index.entry(0)[1].size == (4, 4)
+    index.update([index.ids[0]], metadata=[{"new": 1}])
+    index.save_pretrained(tmp_path / "again")
+    again = ImageIndex.from_pretrained(tmp_path / "again")
+    assert [again.entry(i)[1].size for i in range(2)] == [(4, 4), (4, 4)]
+
+
+def png(i):
+    buffer = io.BytesIO()
+    picture(i).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_shards_of_webdataset_and_rows_of_datasets_are_read_with_their_metadata(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for i in range(3):
+            for suffix, data in (("png", png(i)), ("txt", b"a cat"), ("json", json.dumps({"n": i}).encode())):
+                member = tarfile.TarInfo(f"{i:03}.{suffix}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+    build_index(MODEL, tmp_path / "0.tar", tmp_path / "tar", OPTIONS)
+    index = ImageIndex.from_pretrained(tmp_path / "tar")
+    assert index.ids == ["0.tar/000", "0.tar/001", "0.tar/002"] and index.metadata[1] == {"caption": "a cat", "n": 1}
+    columns = {"image": [{"bytes": png(i), "path": None} for i in range(3)], "year": [1, 2, 3], "id": list("abc")}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    for number, source in enumerate((rows, rows.to_iterable_dataset())):
+        build_index(MODEL, source, tmp_path / f"rows{number}", OPTIONS)
+        again = ImageIndex.from_pretrained(tmp_path / f"rows{number}")
+        assert again.ids == list("abc") and again.metadata[2] == {"year": 3}
+        assert torch.allclose(again.vectors, index.vectors, atol=1e-6)
+
+
+def test_bad_input_is_said(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    (tmp_path / "x.tar").write_bytes(b"no shard")
+    twice = [{"image": picture(0), "id": "a"}] * 2
+    for source, words in (
+        (tmp_path / "none", "no file or folder"),
+        (tmp_path / "x.png", "no image that can be read"),
+        (tmp_path / "x.tar", "damaged"),
+        (3, "must be paths or rows"),
+        ([{"n": 3}], "needs an image"),
+        (twice, "distinct"),
+    ):
+        with pytest.raises(GroundingError, match=words):
+            build_index(MODEL, source, tmp_path / f"out{words[:4]}", OPTIONS)
+    for options in ({"batch_size": 0}, {"workers": -1}, {"shard": (2, 2)}):
+        with pytest.raises(GroundingError):
+            BuildOptions(**options)
+
+
+def test_processes_read_the_same(tmp_path):
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    from visual_ground.vision.encoder import VisionEncoder
+
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
+    )
+    vision = VisionEncoder(ViTModel(config).eval(), ViTImageProcessor(size={"height": 8, "width": 8}))
+
+    class Model:
+        def __init__(self):
+            self.vision = vision
+
+        def embed_images(self, *, image_features):
+            return torch.nn.functional.normalize(image_features, dim=-1)
+
+    source = photos(tmp_path / "photos", 5)
+    (source / "01.png").write_bytes(b"no image")
+    for workers in (0, 1):
+        options = BuildOptions(batch_size=2, workers=workers, progress=False)
+        build_index(Model(), source, tmp_path / str(workers), options)
+    assert files_of(tmp_path / "0") == files_of(tmp_path / "1")
+    Image.new("RGB", (2, 2)).save(source / "new.png")

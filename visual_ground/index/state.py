@@ -1,0 +1,159 @@
+"""`IndexState`: all that an image index holds at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from visual_ground.errors import GroundingIndexError, GroundingStateError, GroundingTypeError, GroundingValueError
+from visual_ground.index.base import VectorIndex
+from visual_ground.index.entries import Entries, make_entries
+from visual_ground.index.exact import ExactIndex
+from visual_ground.index.filters import parse_filter
+from visual_ground.index.places import find_image
+from visual_ground.index.remote_images import ImageLink, LinkRules, follow, is_url
+from visual_ground.index.rows import THUMBNAIL
+from visual_ground.vision.decoding import decode_file
+
+# A mask over positions, a filter as in `visual_ground.index.filters`, or a function of an entry's metadata.
+Filter: TypeAlias = Tensor | Mapping[str, Any] | Callable[[Mapping[str, Any]], Any]
+Ids: TypeAlias = Sequence[str | int]
+
+
+@dataclass(frozen=True)
+class IndexState:
+    """Vectors and entries of the same moment; a change makes another state, so that readers see one or the other.
+
+    Args:
+        engine: holds the vectors. An `ExactIndex` is not changed by `changed`; any other is.
+        entries: by the engine's positions.
+        folder: where the index was loaded from, in which its own images are; None where it was made here.
+        rules: which images elsewhere may be opened.
+    """
+
+    engine: VectorIndex
+    entries: Entries
+    folder: Path | None = None
+    rules: LinkRules = field(default_factory=LinkRules)
+
+    @property
+    def exact(self) -> ExactIndex:
+        """The engine, if it is one that keeps the vectors as they are.
+
+        Raises:
+            GroundingStateError: it is not.
+        """
+        if not isinstance(self.engine, ExactIndex):
+            raise GroundingStateError(
+                f"The vectors of this index are in a {type(self.engine).__name__}, and only an ExactIndex gives them "
+                "out and is saved with the images. Save the engine by its own save(), or build an index of vectors."
+            )
+        return self.engine
+
+    def image(self, position: int) -> Any:
+        """Return an image as it is kept: an object, a path, or an `ImageLink` for what may not be opened."""
+        image = self.entries.cell(position, "image")
+        if image is not None and not isinstance(image, str):
+            return image
+        return find_image(image, self.entries.cell(position, "file"), self.folder, self.rules)
+
+    def shown(self, position: int) -> Any:
+        """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere."""
+        image, thumbnail = self.image(position), self.entries.cell(position, THUMBNAIL)
+        away = image is None or isinstance(image, ImageLink) or (isinstance(image, str) and is_url(image))
+        if thumbnail is not None and away:
+            return decode_file(thumbnail, f"the thumbnail of {self.entries.id(position)!r}")
+        return follow(image, self.rules)
+
+    def mask(self, filter: Filter | None) -> Tensor | None:
+        """Return the positions that a filter allows, as a mask; None for all.
+
+        Raises:
+            GroundingTypeError: no filter.
+            GroundingValueError: a filter on a column that is not there.
+        """
+        if filter is None or isinstance(filter, Tensor):
+            return filter
+        if isinstance(filter, Mapping):
+            return torch.from_numpy(self.entries.mask(parse_filter(filter)))
+        if not callable(filter):
+            raise GroundingTypeError(
+                f"filter must be a mapping, a function of an entry's metadata, or a mask, got {type(filter).__name__}."
+            )
+        return torch.from_numpy(self.entries.chosen_by(filter))
+
+    def select(self, filter: Filter) -> list[str | int]:
+        """Return the ids of the entries that a filter allows, in order."""
+        mask = self.mask(filter)
+        return [self.entries.id(p) for p in self.entries.positions() if mask is None or bool(mask[p])]
+
+    def info(self) -> dict[str, Any]:
+        """Return what the index holds, in numbers and names."""
+        exact = self.engine if isinstance(self.engine, ExactIndex) else None
+        return {
+            "entries": len(self.entries),
+            "dim": self.engine.dim,
+            "dtype": None if exact is None else str(exact.dtype).removeprefix("torch."),
+            "engine": type(self.engine).__name__,
+            "columns": sorted(self.entries.columns()),
+            "next_id": self.entries.next_id,
+        }
+
+    def find(self, ids: Ids) -> list[int]:
+        """Return the positions of ids.
+
+        Raises:
+            GroundingIndexError: an id that is not there.
+        """
+        found = self.entries.find(ids)
+        if missing := [one for one in ids if one not in found]:
+            raise GroundingIndexError(
+                f"The index has no entries {missing[:5]}: {len(missing)} of the {len(ids)} that were asked for."
+            )
+        return [found[one] for one in ids]
+
+    def updated(
+        self,
+        ids: Ids,
+        vectors: Tensor | None,
+        images: Sequence[Any] | None,
+        metadata: Sequence[Mapping[str, Any]] | None,
+    ) -> IndexState:
+        """Return the state with other vectors, images or metadata of some entries; what is None stays."""
+        entries, positions = self.entries, self.find(ids)
+        thumbnails = [entries.cell(position, THUMBNAIL) if images is None else None for position in positions]
+        if images is None and entries.has_images:
+            images = [self.image(position) for position in positions]
+        if metadata is None and entries.has_metadata:
+            metadata = [entries.metadata(position) for position in positions]
+        new = make_entries(ids, images, metadata, len(positions), 0).with_thumbnails(thumbnails)
+        return self.changed(positions, self.exact.at(positions) if vectors is None else vectors, new)
+
+    def changed(self, positions: Sequence[int], vectors: Tensor, new: Entries) -> IndexState:
+        """Return the state without some positions, and with more vectors and their entries.
+
+        Raises:
+            GroundingValueError: vectors of another number, width or not finite, or ids that are there already.
+        """
+        engine, left = self.engine, self.entries.without(positions)
+        if vectors.shape != (new.end, engine.dim):
+            raise GroundingValueError(
+                f"{new.end} entries need vectors ({new.end}, {engine.dim}), got {tuple(vectors.shape)}."
+            )
+        if twice := list(left.find(new.id(row) for row in range(new.end))):
+            raise GroundingValueError(
+                f"The index already has entries {twice[:5]}, {len(twice)} in all. Give others; update() changes those."
+            )
+        if isinstance(engine, ExactIndex):
+            engine = engine.changed(positions, vectors)
+        else:
+            if len(vectors):
+                engine.add(vectors)
+            if len(positions):
+                engine.remove(positions)
+        return replace(self, engine=engine, entries=left.with_rows(new))

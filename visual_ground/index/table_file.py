@@ -1,0 +1,104 @@
+"""The parquet file of an index's entries."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.index.entries import Entries, Segment
+from visual_ground.index.rows import COLUMN_TYPES, FIXED, OTHERS, RESERVED, THUMBNAIL, parse_others
+from visual_ground.storage.atomic import replacing, resolve
+
+ROW_GROUP = 1 << 17
+
+
+def write_table(path: str | os.PathLike[str], tables: list[pa.Table]) -> None:
+    """Write tables one after another; a column that is of different types in them goes to OTHERS.
+
+    Args:
+        path: where to; whole or not at all.
+        tables: at least one, each as `rows.make_table` makes it.
+    """
+    types: dict[str, set[Any]] = {}
+    for table in tables:
+        for one in table.schema:
+            types.setdefault(one.name, set()).add(one.type)
+    mixed = {name for name, found in types.items() if len(found) > 1}
+    fields = [(name, next(iter(found))) for name, found in sorted(types.items()) if name not in mixed]
+    schema = pa.schema(fields)
+    # A checksum for each page: damage is an error and never a wrong entry.
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, write_page_checksum=True) as file:
+        for table in tables:
+            file.write_table(_fitted(table, schema, mixed), row_group_size=ROW_GROUP)
+
+
+def read_table(path: str | os.PathLike[str]) -> pa.Table:
+    """Read a parquet file of entries, strictly.
+
+    Raises:
+        GroundingFileError: missing or damaged, or its columns are others.
+        GroundingValueError: ids repeat.
+    """
+    path = resolve(Path(path).parent, Path(path).name)
+    if not path.is_file():
+        raise GroundingFileError(f"{path} is missing: the folder is half-written. Save it again.")
+    try:
+        table = pq.read_table(path, memory_map=True, page_checksum_verification=True, partitioning=None)
+        table = table.combine_chunks()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, MemoryError, KeyError) as error:
+        raise GroundingFileError(f"{path} is damaged: {error}. Save it again.") from error
+    allowed = {*COLUMN_TYPES.values()}
+    wrong = [name for name, kind in FIXED.items() if name not in table.column_names or table[name].type != kind]
+    wrong += [one.name for one in table.schema if one.name not in RESERVED and one.type not in allowed]
+    wrong += [one.name for one in table.schema if one.name == THUMBNAIL and one.type != pa.binary()]
+    if wrong or len(set(table.column_names)) != len(table.column_names):
+        raise GroundingFileError(f"{path} is damaged: its columns {wrong} are missing or of another type.")
+    both = pc.equal(pc.is_valid(table["id"]), pc.is_valid(table["id_number"]))
+    if pc.any(both).as_py():
+        raise GroundingFileError(f"{path} is damaged: an entry has no id, or two. Save it again.")
+    if any(
+        pc.count_distinct(table[name]).as_py() < len(table) - table[name].null_count for name in ("id", "id_number")
+    ):
+        raise GroundingValueError(f"{path} holds an id twice; ids must be distinct.")
+    return table
+
+
+def live_tables(entries: Entries) -> Iterator[tuple[Segment, pa.Table, list[int]]]:
+    """Yield each segment, its rows that were not removed, and their numbers in the segment."""
+    start = 0
+    for segment in entries.segments:
+        keep = ~entries.removed[start : start + len(segment)]
+        start += len(segment)
+        yield segment, segment.table if keep.all() else segment.table.filter(pa.array(keep)), _numbers(keep)
+
+
+def _numbers(keep: np.ndarray[Any, Any]) -> list[int]:
+    return np.flatnonzero(keep).tolist()
+
+
+def _fitted(table: pa.Table, schema: pa.Schema, mixed: set[str]) -> pa.Table:
+    """Return a table with the columns of a schema."""
+
+    moved = sorted(mixed & set(table.column_names))
+    if moved:
+        values = {name: table[name].to_pylist() for name in (*moved, OTHERS)}
+        others = []
+        for row in range(table.num_rows):
+            rest = {} if values[OTHERS][row] is None else parse_others(values[OTHERS][row])
+            rest |= {name: values[name][row] for name in moved if values[name][row] is not None}
+            others.append(json.dumps(rest, ensure_ascii=False, sort_keys=True) if rest else None)
+        table = table.set_column(table.column_names.index(OTHERS), OTHERS, pa.array(others, pa.string()))
+    columns = [
+        table[one.name] if one.name in table.column_names else pa.nulls(table.num_rows, one.type) for one in schema
+    ]
+    return pa.table(columns, schema=schema)

@@ -1,0 +1,148 @@
+"""Images are read and made into pixels by other processes, while this one runs the encoder."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visual_ground.errors import GroundingError, GroundingStateError, GroundingValueError
+from visual_ground.indexing.sources import SourceImage
+from visual_ground.vision.images import image_name, to_rgb
+from visual_ground.vision.preprocessing import Preprocessing
+
+AHEAD = 2  # Batches that each process has waiting, so that none of them waits for the encoder.
+JPEG_QUALITY = 85
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that were read.
+
+    Args:
+        items: those that could be read.
+        pixels: (b, c, h, w) of them.
+        thumbnails: JPEG files of them; None for each where none were asked for.
+        unreadable: names of the others, and why.
+        consumed: how many images of the source these were, the unreadable included.
+    """
+
+    items: list[SourceImage]
+    pixels: Tensor
+    thumbnails: list[bytes | None]
+    unreadable: list[tuple[str, str]]
+    consumed: int
+
+
+def read_batches(
+    items: Iterable[SourceImage],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    workers: int,
+    thumbnail_size: int | None,
+) -> Iterator[Batch]:
+    """Yield images as batches of pixels, in order.
+
+    Args:
+        items: what to read.
+        preprocessing: the encoder's.
+        batch_size: images in a batch, before those that cannot be read are left out.
+        workers: processes that read; 0 for this one.
+        thumbnail_size: the side of thumbnails in pixels; None for none.
+
+    Raises:
+        GroundingValueError: an image processor that cannot be sent to another process.
+        GroundingStateError: a process that was killed.
+    """
+    iterator = iter(items)
+    batches = iter(lambda: list(islice(iterator, batch_size)), [])
+    if not workers:
+        yield from (_read(batch, preprocessing, thumbnail_size) for batch in batches)
+        return
+    _check_sendable(preprocessing)
+    with ExitStack() as stack:
+        # Processes that are spawned share nothing with the threads of torch and of a GPU, which a fork would break.
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (preprocessing, thumbnail_size))
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        try:
+            yield from _in_order(pool, batches, workers * AHEAD)
+        except BrokenProcessPool as error:
+            raise GroundingStateError(
+                "A process that reads images was killed (out of memory?). Build again with fewer workers; what is done "
+                "is kept."
+            ) from error
+
+
+def _check_sendable(preprocessing: Preprocessing) -> None:
+    try:
+        pickle.dumps(preprocessing)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise GroundingValueError(
+            f"The image processor cannot be sent to another process ({error}). Use workers=0, or one that is a "
+            "function of a module or an object of a class."
+        ) from error
+
+
+def _in_order(pool: Executor, batches: Iterator[list[SourceImage]], ahead: int) -> Iterator[Batch]:
+    waiting: deque[Future[tuple[Any, ...]]] = deque()
+    for batch in batches:
+        waiting.append(pool.submit(_read_there, batch))
+        if len(waiting) > ahead:
+            yield _received(waiting.popleft())
+    while waiting:
+        yield _received(waiting.popleft())
+
+
+def _received(future: Future[tuple[Any, ...]]) -> Batch:
+    items, pixels, *rest = future.result()
+    return Batch(items, torch.from_numpy(pixels), *rest)
+
+
+_there: dict[str, Any] = {}  # What a reading process was started with.
+
+
+def _start(preprocessing: Preprocessing, thumbnail_size: int | None) -> None:
+    torch.set_num_threads(1)
+    _there.update(preprocessing=preprocessing, thumbnail_size=thumbnail_size)
+
+
+def _read_there(items: list[SourceImage]) -> tuple[Any, ...]:
+    batch = _read(items, _there["preprocessing"], _there["thumbnail_size"])
+    # An image has served its purpose; only what the index keeps travels back, and pixels as an array, not by handles.
+    kept = [SourceImage(item.id, "", item.address, item.metadata) for item in batch.items]
+    return kept, batch.pixels.numpy(), batch.thumbnails, batch.unreadable, batch.consumed
+
+
+def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_size: int | None) -> Batch:
+    read, pixels, thumbnails, unreadable = [], [], list[bytes | None](), []
+    for item in items:
+        try:
+            picture = to_rgb(item.image)
+            pixels.append(preprocessing([picture]))
+        except GroundingError as error:
+            unreadable.append((image_name(item.image) if item.id is None else str(item.id), str(error)))
+            continue
+        read.append(item)
+        thumbnails.append(None if thumbnail_size is None else _thumbnail(picture, thumbnail_size))
+    stacked = torch.cat(pixels) if pixels else torch.from_numpy(np.zeros((0, 3, 1, 1), dtype=np.float32))
+    return Batch(read, stacked, thumbnails, unreadable, len(items))
+
+
+def _thumbnail(picture: Any, size: int) -> bytes:
+    small = picture.copy()
+    small.thumbnail((size, size))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

@@ -1,0 +1,144 @@
+"""Where the images of an index come from: folders, files, tar shards and datasets, read one by one in a fixed order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.index.rows import COLUMN_TYPES
+from visual_ground.prompts.types import IMAGE_SUFFIXES
+from visual_ground.vision.images import ImageLike
+
+# The usual names of a dataset's column of images, the likeliest first.
+IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp", "img")
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image that is to be indexed.
+
+    Args:
+        id: its name in the index; None for its number in the source.
+        image: what is embedded: a PIL image, a path, or `{"bytes": ..., "path": ...}`.
+        address: the path or URL that the index keeps; None where it has none.
+        metadata: what the index keeps of it.
+    """
+
+    id: str | int | None
+    image: ImageLike
+    address: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_source(source: Any) -> Iterator[SourceImage]:
+    """Yield the images of a source, always in the same order.
+
+    Args:
+        source: a path, or several: of image files, of folders, which are read with all below them, and of tar shards
+            as webdataset has them (`a.jpg`, `a.txt`, `a.json`); or a `datasets.Dataset`, also a streaming one, or any
+            other iterable of rows with an image in one of `IMAGE_COLUMNS`, whose other columns become metadata.
+
+    Raises:
+        GroundingFileError: a path that leads nowhere.
+        GroundingTypeError: none of these.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = [source]
+    if isinstance(source, Sequence) and all(isinstance(one, (str, os.PathLike)) for one in source):
+        for path in source:
+            yield from _read_path(Path(path))
+    elif isinstance(source, Iterable):
+        yield from _read_rows(source)
+    else:
+        raise GroundingTypeError(f"A source must be paths or rows with images, got {type(source).__name__}.")
+
+
+def _read_path(path: Path) -> Iterator[SourceImage]:
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if not p.name.startswith(".") and p.is_file())
+        for file in inside:
+            if file.suffix.lower() in IMAGE_SUFFIXES or file.suffix == ".tar":
+                yield from _read_path(file)
+    elif not path.is_file():
+        raise GroundingFileError(f"There is no file or folder {str(path)!r} to index.")
+    elif path.suffix == ".tar":
+        yield from _read_shard(path)
+    else:
+        yield SourceImage(str(path), str(path), str(path))
+
+
+def _read_shard(path: Path) -> Iterator[SourceImage]:
+    """Yield the samples of a tar shard: members that follow each other and have the same name up to the first dot."""
+    key, members = None, dict[str, bytes]()
+    try:
+        with tarfile.open(path, "r|*") as shard:
+            for member in shard:
+                name = PurePosixPath(member.name)
+                stem, _, suffix = name.name.partition(".")
+                file = shard.extractfile(member) if member.isfile() and stem else None
+                if file is None:
+                    continue
+                if str(name.parent / stem) != key:
+                    yield from _sample(path, key, members)
+                    key, members = str(name.parent / stem), {}
+                members[suffix.lower()] = file.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise GroundingFileError(f"The shard {str(path)!r} is damaged: {error}.") from error
+    yield from _sample(path, key, members)
+
+
+def _sample(path: Path, key: str | None, members: Mapping[str, bytes]) -> Iterator[SourceImage]:
+    suffix = next((one for one in members if f".{one}" in IMAGE_SUFFIXES), None)
+    if key is None or suffix is None:
+        return
+    metadata: dict[str, Any] = {}
+    if "json" in members:
+        try:
+            values = json.loads(members["json"])
+        except (ValueError, RecursionError):
+            values = None
+        metadata |= _plain(values) if isinstance(values, dict) else {}
+    if "txt" in members:
+        metadata["caption"] = members["txt"].decode("utf-8", errors="replace").strip()
+    address = metadata.get("url")
+    image = {"bytes": members[suffix], "path": f"{key}.{suffix}"}
+    yield SourceImage(f"{path.name}/{key}", image, address if isinstance(address, str) else None, metadata)
+
+
+def _read_rows(rows: Iterable[Any]) -> Iterator[SourceImage]:
+    rows, column = _undecoded(rows), None
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise GroundingTypeError(f"A row must be a mapping with an image, got {type(row).__name__}.")
+        if column is None:
+            column = next((name for name in IMAGE_COLUMNS if name in row), None)
+        if column is None or column not in row:
+            raise GroundingValueError(f"A row needs an image in a column {list(IMAGE_COLUMNS)}; it has {sorted(row)}.")
+        image, id = row[column], row.get("id")
+        address = row.get("url") or (image if isinstance(image, str) else None)
+        metadata = _plain({name: value for name, value in row.items() if name not in (column, "id", "url")})
+        yield SourceImage(id if isinstance(id, (str, int)) else None, image, address, metadata)
+
+
+def _undecoded(rows: Any) -> Any:
+    """Return a dataset whose images are bytes, so that they can be decoded by other processes."""
+    features = getattr(rows, "features", None)
+    for name in IMAGE_COLUMNS:
+        feature = features.get(name) if isinstance(features, Mapping) else None
+        if feature is not None and type(feature).__name__ == "Image" and getattr(feature, "decode", False):
+            return rows.cast_column(name, dataclasses.replace(feature, decode=False))
+    return rows
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep strings, numbers and booleans; the rest, such as arrays of a dataset, is not for an index."""
+    kept = {name: value for name, value in values.items() if type(value) in COLUMN_TYPES and isinstance(name, str)}
+    return {name: value for name, value in kept.items() if not isinstance(value, float) or math.isfinite(value)}
