@@ -19,7 +19,7 @@ from measure import write
 from torch import Tensor
 
 from visual_ground import GroundedModel, ground
-from visual_ground.demo.run import Pairs
+from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.evaluation.captions import caption_pair_accuracy
 from visual_ground.evaluation.pairs import image_features

@@ -17,7 +17,7 @@ from measure import write
 from visual_ground import GroundedModel, ground
 from visual_ground.adapter.initialization import standardize_features
 from visual_ground.demo import emoji
-from visual_ground.demo.run import Pairs
+from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.training.data.examples import ExampleCollator

@@ -16,6 +16,9 @@ def test_dict_round_trip():
         {"text_layers": ()},
         {"text_layers": (1, 1)},
         {"scaling": "x"},
+        {"retrieval_prompt": " "},
+        {"retrieval_prompt": "looks like [RET]"},
+        {"retrieval_prompt": None},
         {"visual_tokens_from": "x"},
         {"visual_tokens_from": ["pooled"]},
         {"train_lm_adapter": 1},
@@ -24,6 +27,15 @@ def test_dict_round_trip():
 def test_values_out_of_range_name_the_field(bad):
     with pytest.raises(GroundingError, match=next(iter(bad))):
         GroundingConfig(**bad)
+
+
+def test_settings_saved_before_there_were_retrieval_prompts_have_none():
+    values = GroundingConfig(retrieval_prompt="It is a").to_dict()
+    assert GroundingConfig.from_dict(values).retrieval_prompt == "It is a"
+    del values["retrieval_prompt"]
+    assert (
+        GroundingConfig.from_dict(values).retrieval_prompt == GroundingConfig.preset("fromage").retrieval_prompt == ""
+    )
 
 
 def test_unknown_keys_and_presets_raise():

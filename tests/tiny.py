@@ -72,7 +72,13 @@ def grounded(family: str = "llama_untied", num_tokens: int = 100, bos: bool = Tr
     """Return a grounded tiny LM whose adapter has random weights large enough that every path matters."""
     lm = build(family) if lm is None else lm
     settings = GroundingConfig(
-        **{"retrieval_dim": 6, "caption_prompt": "w7 w8", "image_prompt": "w7 {image} w8", **config}
+        **{
+            "retrieval_dim": 6,
+            "caption_prompt": "w7 w8",
+            "image_prompt": "w7 {image} w8",
+            "retrieval_prompt": "",
+            **config,
+        }
     )
     model = ground(lm, Eye(), tokenizer(num_tokens, bos), image_processor, settings)
     with torch.no_grad():

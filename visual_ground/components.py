@@ -75,7 +75,7 @@ def load_components(
         raise GroundingStateError(
             "This LM is grounded already. Call unground() on its GroundedModel first, or visual_ground.unground(lm)."
         )
-    check_ret_token(tokenizer, config)
+    check_tokens(tokenizer, config)
     vision, commit = load_encoder(vision_encoder, image_processor, config, named, hub)
     provenance |= {"vision_encoder": vision.name, "vision_revision": commit}
     return Components(lm, tokenizer, vision, read_spec(lm, tokenizer, config.text_layers), provenance)
@@ -98,11 +98,17 @@ def _load_language_model(
     return lm, tokenizer, {"base_model_name_or_path": name, "revision": commit}
 
 
-def check_ret_token(tokenizer: Any, config: GroundingConfig) -> None:
-    """Raise GroundingValueError where the tokenizer has the token that is to stand for an image."""
+def check_tokens(tokenizer: Any, config: GroundingConfig) -> None:
+    """Raise GroundingValueError where the tokenizer has `[RET]` already, or makes nothing of the retrieval prompt."""
     if config.ret_token in tokenizer.get_vocab():
         raise GroundingValueError(
             f"The tokenizer has the token {config.ret_token!r} already. Choose another GroundingConfig.ret_token."
+        )
+    prompt = config.retrieval_prompt
+    if prompt and not tokenizer(" " + prompt.strip(), add_special_tokens=False)["input_ids"]:
+        raise GroundingValueError(
+            f"The tokenizer makes no tokens of the retrieval prompt {prompt!r}. Use words that it knows, or "
+            'retrieval_prompt="" to read the state at the retrieval token itself.'
         )
 
 
@@ -180,7 +186,7 @@ def components_beside(
         files: what was saved of the new adapter, if anything.
     """
     tokenizer = active.processor.tokenizer
-    check_ret_token(tokenizer, config)
+    check_tokens(tokenizer, config)
     named = None if files is None else files.provenance
     vision, commit = load_encoder(vision_encoder, image_processor, config, named)
     with frozen_lm.bare():

@@ -26,11 +26,13 @@ _KINDS: dict[str, type] = {
     "sink_token": str,
     "caption_prompt": str,
     "image_prompt": str,
+    "retrieval_prompt": str,
     "scaling": str,
     "visual_tokens_from": str,
     "image_first": bool,
     "mask_spare_columns": bool,
     "train_lm_adapter": bool,
+    "tied_ret": bool,
 }
 _CHOICES = {"visual_tokens_from": ("pooled", "patches"), "scaling": ("embedding", "none")}
 
@@ -54,12 +56,18 @@ class GroundingConfig:
         caption_prompt: text between the sink token and a caption in retrieval.
         image_prompt: the same in captioning; "{image}" stands for the image. Its wording matters: words that make an LM
             repeat what the image tokens mean let captioning be learnt many times sooner.
+        retrieval_prompt: words put after what was said, at whose last one the state for retrieval is read: an LM that
+            is about to name what something looks like knows more of it than one that has just ended a sentence. They
+            are read on a copy, so they are part neither of an answer nor of what the LM goes on from. Empty: the state
+            is read at `[RET]` itself, as published.
         image_first: put images that open a sequence before the sink token, as published, and not after it.
         scaling: "embedding" gives image tokens the mean and standard deviation of the LM's own embedding, standardises
             the linear layers' inputs, and starts `[RET]` at the mean embedding; "none" is the published method, with
             raw linear layers.
         mask_spare_columns: set the logits of ids that no token has to -inf, as if the vocabulary were trimmed to the
             tokenizer.
+        tied_ret: whether `[RET]` has one embedding for both ends where the LM has one embedding table for both, as
+            published. With two, the input embedding can be one after which the LM goes on as if nothing had been said.
         train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
             it beside; otherwise it is as frozen as the LM.
 
@@ -81,10 +89,12 @@ class GroundingConfig:
     sink_token: str | None = None
     caption_prompt: str = "Image:"
     image_prompt: str = "Image of {image}:"
+    retrieval_prompt: str = "It looks like a"
     image_first: bool = False
     scaling: str = "embedding"
     mask_spare_columns: bool = False
     train_lm_adapter: bool = False
+    tied_ret: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text_layers", _checked_layers(self.text_layers))
@@ -98,6 +108,7 @@ class GroundingConfig:
                 raise GroundingValueError(f"{name} must be a {kind.__name__}, got {value!r}.")
         if not self.ret_token or self.ret_token != self.ret_token.strip():
             raise GroundingValueError(f"ret_token must be text without outer spaces, got {self.ret_token!r}.")
+        _check_retrieval_prompt(self.retrieval_prompt, self.ret_token)
         if self.image_prompt.count("{image}") != 1:
             raise GroundingValueError(f'image_prompt must have "{{image}}" in it once, got {self.image_prompt!r}.')
         for name, choices in _CHOICES.items():
@@ -125,9 +136,11 @@ class GroundingConfig:
         published = {
             "caption_prompt": "",
             "image_prompt": "{image}",
+            "retrieval_prompt": "",
             "image_first": True,
             "scaling": "none",
             "mask_spare_columns": True,
+            "tied_ret": True,
         }
         return cls(**{**published, **changes})
 
@@ -139,13 +152,16 @@ class GroundingConfig:
     def from_dict(cls, values: dict[str, Any]) -> GroundingConfig:
         """Build a config from `to_dict`'s result; unknown keys raise.
 
+        Without `retrieval_prompt` it is of an adapter that was saved before there were any, and whose states are read
+        at `[RET]`.
+
         Raises:
             GroundingValueError: a key that no field has, or a value outside its range.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise GroundingValueError(f"Unknown config keys {unknown}; known are {sorted(known)}.")
-        return cls(**values)
+        return cls(**{"retrieval_prompt": "", **values})
 
     @classmethod
     def from_pretrained(cls, adapter: str | os.PathLike[str], **hub_options: Any) -> GroundingConfig:
@@ -172,3 +188,13 @@ def _checked_layers(layers: Any) -> tuple[int, ...]:
     if not layers or len(set(layers)) != len(layers):
         raise GroundingValueError(f"text_layers must name at least one layer, each once, got {tuple(layers)}.")
     return tuple(layers)
+
+
+def _check_retrieval_prompt(prompt: str, ret_token: str) -> None:
+    if prompt and not prompt.strip():
+        raise GroundingValueError(f"retrieval_prompt must have words, or be empty, got {prompt!r}.")
+    if ret_token in prompt:
+        raise GroundingValueError(
+            f"retrieval_prompt must not hold ret_token {ret_token!r}, got {prompt!r}. The state is read at its last "
+            "word instead of at the token; leave the token out."
+        )

@@ -107,7 +107,7 @@ class GroundedModel(nn.Module):
         return self.active.embed_images(images, image_features, batch_size)
 
     def embed_text(self, prompts: Prompts) -> Tensor:
-        """Map prompts to unit vectors (n, q), read at a `[RET]` after each; a string is encoded as a caption is."""
+        """Map prompts to unit vectors (n, q), read behind each as in an answer; a string is encoded as a caption is."""
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
     def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import machine  # noqa: E402
 
 from visual_ground.demo import emoji  # noqa: E402
-from visual_ground.demo.run import Pairs  # noqa: E402
+from visual_ground.demo.pairs import Pairs  # noqa: E402
 from visual_ground.demo.weights import load_lm as load_smollm2  # noqa: E402
 from visual_ground.evaluation.metrics import recall_at  # noqa: E402
 from visual_ground.model import GroundedModel  # noqa: E402

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from tests.tiny import grounded
 from visual_ground import GroundingConfig
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.adapter.initialization import initialize_from_lm, standardize_features
@@ -41,3 +43,11 @@ def test_tied_rows_are_one_tensor():
     adapter = Adapter(GroundingConfig(), 8, 5, (8,), 8, tied=True)
     assert adapter.ret_embeddings()[0] is adapter.ret_embeddings()[1]
     assert "ret_output" not in adapter.state_dict()
+
+
+@pytest.mark.parametrize(("tied_ret", "names"), [(True, {"ret_input"}), (False, {"ret_input", "ret_output"})])
+def test_ret_has_two_embeddings_unless_both_the_lm_and_the_settings_tie_it(tied_ret, names):
+    adapter = grounded("qwen2_tied", tied_ret=tied_ret).adapter
+    assert names == {name for name in adapter.state_dict() if name in ("ret_input", "ret_output")}
+    assert "ret_output" in grounded("llama_untied", tied_ret=tied_ret).adapter.state_dict()
+    assert GroundingConfig.preset("fromage").tied_ret and not GroundingConfig().tied_ret

@@ -14,10 +14,17 @@ from tests.index.foreign import ListEngine
 from visual_ground.errors import GroundingError, GroundingIndexError, GroundingValueError
 from visual_ground.index.base import VectorIndex
 from visual_ground.index.exact import ExactIndex
+from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.image_index import ImageIndex
 
 DIM = 8
-ENGINES = {"exact": ExactIndex, "float16": lambda v: ExactIndex(v.half()), "list": lambda v: ListEngine(v, DIM)}
+ENGINES = {
+    "exact": ExactIndex,
+    "float16": lambda v: ExactIndex(v.half()),
+    "list": lambda v: ListEngine(v, DIM),
+    "faiss flat": lambda v: FaissIndex(v, "flat"),
+    "faiss hnsw": lambda v: FaissIndex(v, "hnsw"),
+}
 IDS = st.one_of(st.integers(0, 9), st.sampled_from(list("abcdefgh")))
 METADATA = st.fixed_dictionaries(
     {},

@@ -166,5 +166,5 @@ def new_adapter(config: GroundingConfig, spec: LMSpec, vision: VisionEncoder) ->
         spec: what was read from the LM.
         vision: the encoder.
     """
-    ends = spec.text_dims, spec.head_dim, spec.tied
+    ends = spec.text_dims, spec.head_dim, spec.tied and config.tied_ret
     return Adapter(config, spec.embedding_dim, vision.feature_dim, *ends, vision.patch_dim)

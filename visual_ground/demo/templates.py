@@ -106,7 +106,7 @@ REQUESTS = (
     "May I see {np}?",
     "Find me a picture of {np}.",
     "Draw {np} for me.",
-    "I want to learn about {np}.",
+    "Is there a picture of {np}?",
     "Tell me about {np} and show me a picture.",
 )
 QUESTIONS = (
@@ -118,3 +118,14 @@ QUESTIONS = (
     "What is drawn here?",
 )
 REPLIES = ("Here {be} {np}.", "Here you can see {np}.", "Sure, here {be} {np}.")
+# Asked in the demo's table; nothing is fitted on these words.
+UNFITTED_REQUESTS = (
+    "I'd love to see {np} right now.",
+    "Give me an image of {np}.",
+    "Is there a drawing of {np} that I could look at?",
+    "My daughter wants to know how {np} looks.",
+    "Let me look at {np}.",
+    "Got any pictures of {np}?",
+    "Could you pull up {np} please?",
+    "How about a picture with {np} in it?",
+)

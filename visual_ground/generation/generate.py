@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BatchFeature, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
@@ -15,9 +15,14 @@ from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener, OnToken
 from visual_ground.generation.options import complete_options
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
+from visual_ground.generation.query_vectors import query_vectors
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
+from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
+
+# Contexts that end with a `[RET]` and are read together, which bounds the memory that long answers take.
+QUERIES_PER_RUN = 32
 
 
 @torch.no_grad()
@@ -56,7 +61,30 @@ def generate(
             vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
     silent = silent_ids(frozen_lm, attached)
     answers = [[i for i in ids if i not in silent] for ids in sequences[:, start:].tolist()]
-    return [_interleave(attached, ids, queries, index, settings) for ids, queries in zip(answers, vectors, strict=True)]
+    outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
+    if not settings.complete_sentences:
+        return outputs
+    return _whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
+
+
+def _whole_sentences(
+    outputs: Sequence[InterleavedOutput], answers: Sequence[Sequence[int]], stops: set[int]
+) -> list[InterleavedOutput]:
+    """Cut the answers that the LM did not end itself behind their last whole sentence."""
+    return [
+        output if stops.intersection(ids) else InterleavedOutput(cut_to_sentences(output.parts))
+        for ids, output in zip(answers, outputs, strict=True)
+    ]
+
+
+def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any]) -> set[int]:
+    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS."""
+    of_lm = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
+    ids = options.get("eos_token_id", of_lm)
+    ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
+    if isinstance(ids, Tensor):
+        ids = ids.flatten().tolist()
+    return {ids} if isinstance(ids, int) else set(ids or ())
 
 
 def with_padding(
@@ -135,7 +163,7 @@ def ret_vectors(
 ) -> list[Tensor]:
     """Return, for each sequence, the retrieval vectors (r, q) of the `[RET]`s in its answer.
 
-    One forward over the finished sequences reads their states, so beams, sampling and caches make no difference.
+    The finished sequences are read once more up to each `[RET]`, so beams, sampling and caches make no difference.
 
     Args:
         frozen_lm: the LM.
@@ -145,16 +173,22 @@ def ret_vectors(
         start: where the answers begin.
         image_tokens: (n * k, d), of the prompts' images.
     """
-    is_ret = sequences == attached.processor.ret_token_id
-    is_ret[:, :start] = False
-    if not bool(is_ret.any()):
+    processor = attached.processor
+    prompts = [row[:start][kept.bool()].tolist() for row, kept in zip(sequences, mask, strict=True)]
+    answers = sequences[:, start:].tolist()
+    contexts, counts = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        places = [i for i, token in enumerate(answer) if token == processor.ret_token_id]
+        contexts += [[*prompt, *answer[:place]] for place in places]
+        counts.append(len(places))
+    if not contexts:
         return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
-    has_ret = is_ret.any(-1)
-    stop = int(is_ret.any(0).nonzero().max()) + 1  # What comes after the last [RET] has no say in its state.
-    ids, positions = sequences[has_ret, :stop], is_ret[has_ret, :stop].flatten().nonzero()[:, 0]
-    mask = nn.functional.pad(mask[has_ret], (0, stop - start), value=1)
-    states = frozen_lm.hidden_states(ids, mask, positions, attached.config.text_layers, image_tokens)
-    return list(torch.split(attached.embed_states(states).cpu(), is_ret.sum(-1).tolist()))
+    # The prompt may not fit behind an answer that fills the LM's context: then the oldest ids go.
+    limit = -(processor.max_length or 0)
+    queries = [[*context, *processor.retrieval_suffix(context)][limit:] for context in contexts]
+    parts = [queries[i : i + QUERIES_PER_RUN] for i in range(0, len(queries), QUERIES_PER_RUN)]
+    vectors = torch.cat([query_vectors(frozen_lm, attached, part, image_tokens).cpu() for part in parts])
+    return list(torch.split(vectors, counts))
 
 
 def check_index(index: Any, attached: AttachedAdapter) -> None:

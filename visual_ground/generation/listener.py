@@ -95,12 +95,11 @@ class AnswerListener(StoppingCriteria):
     def _read_on_copy(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor | None:
         """Run what a retrieval state is read at, behind what has been said; return vectors (r, q), or None."""
         said = ids.shape[1] - 1
-        contexts = [row[kept.bool()].tolist() for row, kept in zip(ids[:, :-1], mask[:, :-1], strict=True)]
-        suffixes = [self._suffix(context) for context in contexts]
-        if len({len(suffix) for suffix in suffixes}) > 1:
+        suffixes = [self.attached.processor.retrieval_suffix(row[:said]) for row in ids.tolist()]
+        if len(set(map(len, suffixes))) > 1:
             return None
         suffix = torch.tensor(suffixes, device=ids.device)
-        mask = nn.functional.pad(mask[:, :-1], (0, suffix.shape[1]), value=1)
+        mask = nn.functional.pad(mask[:, :said], (0, suffix.shape[1]), value=1)
         longest = self.frozen_lm.max_length
         if longest is not None and said + suffix.shape[1] > longest:
             return None
@@ -111,10 +110,6 @@ class AnswerListener(StoppingCriteria):
         layers = self.attached.config.text_layers
         states = self.frozen_lm.hidden_states(suffix, mask, last, layers, cache=cache, use_cache=True)
         return self.attached.embed_states(states)
-
-    def _suffix(self, context: Sequence[int]) -> Sequence[int]:
-        """Return the ids that are run behind what has been said; the state is read at the last of them."""
-        return (self.attached.processor.ret_token_id,)
 
     def vectors_of(self, sequences: Tensor) -> list[Tensor] | None:
         """Return the vectors (r, q) of each finished sequence (b, s), or None where these are not what was heard."""

@@ -17,7 +17,7 @@ from visual_ground.index.base import RetrievalIndex
 
 @dataclass(frozen=True)
 class RetrievalSettings:
-    """When an answer has images, and how many.
+    """When an answer has images, how many, and where it ends.
 
     Args:
         images_per_ret: images shown at each `[RET]`, at least 1.
@@ -27,6 +27,8 @@ class RetrievalSettings:
         min_new_tokens_between_rets: the fewest tokens between two `[RET]`s; 0 lets one follow another at once.
         allow_repeats: whether one answer may show an image twice.
         filter: which entries of the index may be shown, as in `ImageIndex.search`; all where None.
+        complete_sentences: cut an answer that ran out of tokens behind its last whole sentence; one that the LM ended
+            itself stays as it is.
 
     Raises:
         GroundingValueError: a number out of its range.
@@ -40,6 +42,7 @@ class RetrievalSettings:
     min_new_tokens_between_rets: int = 8
     allow_repeats: bool = False
     filter: Any = None
+    complete_sentences: bool = False
 
     def __post_init__(self) -> None:
         if self.images_per_ret < 1:

@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 
 from visual_ground.adapter.attached import AttachedAdapter
+from visual_ground.generation.query_vectors import last_vectors
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.types import Prompts
 
 
 @torch.no_grad()
 def embed_prompts(frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Prompts) -> Tensor:
-    """Return unit vectors (n, q): the states at a `[RET]` put after each prompt; see `GroundedModel.embed_text`."""
+    """Return unit vectors (n, q), read behind each prompt; see `GroundedModel.embed_text`."""
     processor = attached.processor
     batch = processor.batch(processor.encode_queries(prompts)).to(frozen_lm.device)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
     image_tokens = attached.image_tokens(batch.get("pixel_values"))
-    states = frozen_lm.hidden_states(ids, mask, last, attached.config.text_layers, image_tokens)
-    return attached.embed_states(states)
+    return last_vectors(frozen_lm, attached, batch["input_ids"], batch["attention_mask"], image_tokens)
 
 
 @torch.no_grad()

@@ -105,6 +105,15 @@ class ExactIndex:
         rows = self._rows
         return rows.end - (0 if rows.removed is None else int(rows.removed.sum()))
 
+    @property
+    def end(self) -> int:
+        """How many positions were ever given."""
+        return self._rows.end
+
+    def allowed(self, filter: Tensor | None) -> Tensor | None:
+        """Return the positions that may be found, as a mask; None for all."""
+        return self._rows.allowed(filter)
+
     def changed(self, remove: Sequence[int], vectors: Tensor) -> ExactIndex:
         """Return an index without some positions and with more vectors; this one stays, and they share memory."""
         self._check_width(vectors, "Vectors to add")

@@ -14,6 +14,7 @@ from visual_ground.errors import GroundingIndexError, GroundingStateError, Groun
 from visual_ground.index.base import VectorIndex
 from visual_ground.index.entries import Entries, make_entries
 from visual_ground.index.exact import ExactIndex
+from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.filters import parse_filter
 from visual_ground.index.places import find_image
 from visual_ground.index.remote_images import ImageLink, LinkRules, follow, is_url
@@ -48,6 +49,8 @@ class IndexState:
         Raises:
             GroundingStateError: it is not.
         """
+        if isinstance(self.engine, FaissIndex):
+            return self.engine.exact
         if not isinstance(self.engine, ExactIndex):
             raise GroundingStateError(
                 f"The vectors of this index are in a {type(self.engine).__name__}, and only an ExactIndex gives them "

@@ -11,6 +11,13 @@ from visual_ground.prompts.template import render_template
 from visual_ground.prompts.types import ChatMessage, PromptPart, Prompts
 from visual_ground.vision.images import is_single
 
+# As a system message, it makes a small LM say something about the thing that is asked for, instead of that it is a
+# text-based assistant; `[RET]` is fitted with it and without.
+ILLUSTRATED = (
+    "Your answers are illustrated: a picture of the thing is put behind your first sentence. Answer in one or two "
+    "short sentences about the thing itself."
+)
+
 
 def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
     """Return a chat message of texts and images.

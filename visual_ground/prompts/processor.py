@@ -32,8 +32,7 @@ class GroundingProcessor:
         preprocess: maps a list of images to pixels (n, c, h, w).
         max_length: how many ids the LM's context holds; None where that is unknown.
 
-    Attributes:
-        link_rules: which hosts the images of prompts may be fetched from; none, unless the user sets other rules.
+    `link_rules` says which hosts the images of prompts may be fetched from: none, unless the user sets other rules.
     """
 
     def __init__(
@@ -46,8 +45,7 @@ class GroundingProcessor:
     ) -> None:
         self.tokenizer, self.config, self.vocabulary = tokenizer, config, vocabulary
         self.preprocess, self.max_length = preprocess, max_length
-        self._num_tokens = len(tokenizer)
-        self.link_rules = LinkRules()
+        self._num_tokens, self.link_rules = len(tokenizer), LinkRules()
 
     def __call__(self, prompts: Prompts, padding_side: str = "left") -> BatchFeature:
         """Turn prompts into a batch on the CPU; see `GroundedModel.prepare`."""
@@ -103,9 +101,7 @@ class GroundingProcessor:
             prompt: a string, an image, a list mixing them, or a list of chat messages; see `read_part`.
 
         Raises:
-            GroundingTypeError: a part that is none of these.
-            GroundingValueError: chat messages without a chat template or with one that loses them, an unreadable image,
-                or nothing at all.
+            GroundingTypeError, GroundingValueError: a part that cannot be read, a template that loses one, or nothing.
         """
         given: Sequence[Any] = prompt if isinstance(prompt, (list, tuple)) else [prompt]
         chat = is_chat(given)  # A chat template writes the opening ids itself.
@@ -129,15 +125,31 @@ class GroundingProcessor:
         return EncodedPrompt(tuple(ids), tuple(images))
 
     def encode_queries(self, prompts: Prompts) -> list[EncodedPrompt]:
-        """Encode prompts with a `[RET]` put after each; a plain string is encoded as a caption is in training."""
+        """Encode prompts with what `retrieval_suffix` puts after each; a plain string is encoded as a caption is."""
         queries = []
         for prompt in as_batch(prompts):
             if isinstance(prompt, str):
                 encoded = EncodedPrompt((*self.caption_prefix(image=False), *self.encode_caption(prompt)), ())
             else:
                 encoded = self.encode(prompt)
-            queries.append(EncodedPrompt((*encoded.ids, self.ret_token_id), encoded.images))
+            queries.append(EncodedPrompt((*encoded.ids, *self.retrieval_suffix(encoded.ids)), encoded.images))
         return queries
+
+    def retrieval_suffix(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids after what was said, at the last of which its retrieval state is read.
+
+        They are those of the retrieval prompt, or `[RET]` where that is empty. The prompt goes on with a space, except
+        where it opens a turn: after white space, or after a special token, as chat templates end.
+
+        Args:
+            ids: what was said, at least one id; negative ones are image tokens.
+        """
+        prompt, last = self.config.retrieval_prompt.strip(), ids[-1]
+        if not prompt:
+            return [self.ret_token_id]
+        is_text = 0 <= last < self.vocabulary.num_rows and last != self.ret_token_id
+        opens = is_text and (last in self._special_ids or self.tokenizer.decode([last])[-1:].isspace())
+        return self.encode_text(prompt) if opens else self.continue_text(" " + prompt)
 
     def encode_continuations(
         self, prompts: Prompts, continuations: Sequence[str]
@@ -217,6 +229,10 @@ class GroundingProcessor:
         # SentencePiece writes a space as U+2581, and byte-level BPE as U+0120.
         first = self.tokenizer("a", add_special_tokens=False)["input_ids"][:1]
         return any(token[:1] in ("\u2581", "\u0120") for token in self.tokenizer.convert_ids_to_tokens(first))
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
 
     @cached_property
     def _opening(self) -> tuple[int, ...]:

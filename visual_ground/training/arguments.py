@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -133,6 +134,11 @@ class GroundingTrainingArguments(TrainingArguments):
     def shows_progress(self) -> bool:
         """Whether this process shows progress bars."""
         return not self.disable_tqdm and self.local_process_index == 0
+
+    @property
+    def features_folder(self) -> str:
+        """Where a run keeps what frozen models gave it: images' features, and the LM's own answers."""
+        return self.feature_cache or os.path.join(self.output_dir or ".", "features")
 
     @property
     def sampling_seed(self) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from visual_ground.vision.feature_cache import FeatureCache
 # Images whose features give the mean and standard deviation: cached ones cost only a read, others run the encoder.
 MAX_CACHED_STATISTICS = 65_536
 MAX_UNCACHED_STATISTICS = 1024
-FEATURES_FOLDER = "features"
+ANSWERS_FOLDER = "answers"
 # Examples on which the fast paths are compared with the plain computation: enough for captions of several lengths.
 PLAN_EXAMPLES = 8
 
@@ -82,7 +82,7 @@ def data_preparation(model: GroundedModel, args: GroundingTrainingArguments) -> 
     """Return how a run's examples are prepared; the vision encoder is moved to the run's device for it."""
     if args.device.type != "cpu":
         model.vision.to(args.device)
-    cache = args.feature_cache or os.path.join(args.output_dir or ".", FEATURES_FOLDER)
+    cache = args.features_folder
     return Preparing(
         Columns(args.image_column, args.caption_column, args.image_folder, forbidden_words(model)),
         FeatureCache(cache, model.vision) if args.cache_features else None,
@@ -209,7 +209,7 @@ def initialize(
         set_compute_plan(objective, collate(first_examples(examples, PLAN_EXAMPLES)), args, sharded)
     if is_new and args.data_dependent_init:
         # A resumed run does it too, though its checkpoint has other values: the prefix cache is then as it was.
-        initialize_from_data(objective, examples, collate)
+        initialize_from_data(objective, examples, collate, Path(args.features_folder, ANSWERS_FOLDER))
     broadcast_adapter(objective.model.adapter, args.world_size)
 
 

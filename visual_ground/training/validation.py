@@ -99,7 +99,7 @@ class Validation:
 
 @torch.no_grad()
 def embed_captions(model: GroundedModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return the vectors at a `[RET]` put after each caption, and whether the LM predicts it there.
+    """Return the vectors read after each caption, and whether the LM predicts `[RET]` there.
 
     Args:
         model: the grounded model.
@@ -110,13 +110,15 @@ def embed_captions(model: GroundedModel, captions: Sequence[str]) -> tuple[Tenso
     """
     processor, device = model.processor, model.active.device
     prefix = processor.caption_prefix(image=False)
-    prompts = [EncodedPrompt((*prefix, *processor.encode_caption(text), model.ret_token_id), ()) for text in captions]
+    captioned = [(*prefix, *processor.encode_caption(text)) for text in captions]
+    suffixes = [processor.retrieval_suffix(ids) for ids in captioned]
+    prompts = [EncodedPrompt((*ids, *suffix), ()) for ids, suffix in zip(captioned, suffixes, strict=True)]
     processor.check_ids(prompts)
     ids, mask = pad_batch(prompts, model.frozen_lm.vocabulary.first_image_id, processor.pad_token_id, "left")
-    # Padded on the left, every sequence has its [RET] in the last column; positions count through the whole batch.
+    # Padded on the left, every sequence is read in the last column; positions count through the whole batch.
     ends = torch.arange(1, len(ids) + 1) * ids.shape[1] - 1
-    # The position before [RET], whose logits predict it, and its own, whose hidden states are embedded.
-    positions = torch.stack([ends - 1, ends], 1).flatten()
+    # The position at the caption's end, whose logits predict `[RET]`, and that whose hidden states are embedded.
+    positions = torch.stack([ends - torch.tensor([len(suffix) for suffix in suffixes]), ends], 1).flatten()
     reading = model.frozen_lm.read(
         ids.to(device), mask.to(device), positions.to(device), layers=model.config.text_layers
     )

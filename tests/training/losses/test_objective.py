@@ -52,6 +52,25 @@ def check_same(plain, other, room=2e-5):
         assert float((gradient - other[1][name]).abs().max()) <= room * max(1.0, float(gradient.abs().max())), name
 
 
+@pytest.mark.parametrize("family", ["llama_untied", "gpt2", "bloom"])
+def test_states_behind_a_retrieval_prompt_are_kept_and_every_way_gives_the_same(family):
+    model = grounded(family, text_layers=(-1, 1), retrieval_prompt="w40 w41 w42")
+    batch = batch_of(model)
+    plain = loss_and_gradients(model, batch)
+    kept = choose_prefix_cache(model, batch["retrieval"], 2**20, packed=family != "bloom")
+    for changes in ({}, {"plan": ComputePlan(mini_batch_size=3)}, {}):
+        check_same(plain, loss_and_gradients(model, batch, prefixes=kept, **changes))
+    texts = [sequence.ids[1:-1] for sequence in batch["retrieval"]]
+    said = [" ".join(f"w{i}" for i in ids) for ids in texts]
+    with torch.no_grad():
+        vectors = model.active.embed_states(kept.states(batch["retrieval"]))
+        assert torch.allclose(vectors, model.embed_text([[text] for text in said]), atol=1e-5)
+    # Not `[RET]` but the prompt is read; where `[RET]` is said stays a loss of the caption's end.
+    wordless = loss_and_gradients(grounded(family, text_layers=(-1, 1)), batch)
+    assert torch.allclose(plain[0].text_retrieval, wordless[0].text_retrieval, atol=1e-5)
+    assert not torch.allclose(plain[0].text_to_image, wordless[0].text_to_image, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", TAKEN)
 def test_every_way_gives_what_the_plain_way_gives(family):
     model = grounded(family, text_layers=(-1, 1), num_visual_tokens=2)

@@ -14,7 +14,7 @@ from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.training.data.columns import Columns, open_rows, without_images
 from visual_ground.training.data.sampler import first, happens, picker
-from visual_ground.training.data.sequences import TokenSequence, number_images
+from visual_ground.training.data.sequences import TokenSequence, number_images, with_retrieval_prompt
 from visual_ground.vision.images import image_name, to_rgb
 
 # Stands for the image where a chat template is rendered; only its place in the ids matters.
@@ -195,7 +195,10 @@ class ExampleCollator:
 
     def texts(self, examples: Sequence[Mapping[str, Any]]) -> list[TokenSequence]:
         """Return the `retrieval` part alone, which reads no images."""
-        return self.checked([self.retrieval(example) for example in examples])
+        sequences = [self.retrieval(example) for example in examples]
+        read = [with_retrieval_prompt(self.processor, sequence) for sequence in sequences]
+        self.processor.check_ids([EncodedPrompt(sequence.ids, ()) for sequence in read])
+        return self.checked(sequences)
 
     def checked(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
         """Return sequences whose image tokens are numbered, or raise where the LM cannot read their ids."""

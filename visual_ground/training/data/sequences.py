@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
+from visual_ground.prompts.processor import GroundingProcessor
+
 # What torch's cross entropy ignores by default, and transformers puts where nothing is to be predicted.
 IGNORE_INDEX = -100
 
@@ -20,7 +22,8 @@ class TokenSequence:
 
     Args:
         ids: the token ids; an image's tokens are negative numbers, as in `EncodedPrompt`, until `number_images`.
-        labels: for each id the same id where it is to be predicted, else -100.
+        labels: for each id the same id where it is to be predicted, else -100. Behind a caption, a retrieval prompt
+            stands where `[RET]` is to be predicted, so that its first id has another label.
 
     Example:
         >>> TokenSequence.of([1, 2], [7])
@@ -39,6 +42,10 @@ class TokenSequence:
         num_images = len({i for i in self.ids if i < 0})
         shifted = tuple(i - num_images if i < 0 else i for i in other.ids)
         return TokenSequence(self.ids + shifted, self.labels + other.labels)
+
+    def after(self, count: int) -> TokenSequence:
+        """Return what follows the first `count` ids."""
+        return TokenSequence(self.ids[count:], self.labels[count:])
 
     @property
     def num_labels(self) -> int:
@@ -63,3 +70,20 @@ def number_images(sequences: Sequence[TokenSequence], first_image_id: int) -> li
         TokenSequence(tuple(next(image_id) if i < 0 else i for i in sequence.ids), sequence.labels)
         for sequence in sequences
     ]
+
+
+def with_retrieval_prompt(processor: GroundingProcessor, sequence: TokenSequence) -> TokenSequence:
+    """Return a sequence that ends where its state is read for retrieval.
+
+    Without a retrieval prompt that is `[RET]`, and the sequence is returned as it is. Else the prompt stands in the
+    place of `[RET]`, which stays what is to be predicted there.
+
+    Args:
+        processor: knows the prompt.
+        sequence: its last id is `[RET]`.
+    """
+    if not processor.config.retrieval_prompt:
+        return sequence
+    prompt = processor.retrieval_suffix(sequence.ids[:-1])
+    labels = (*sequence.labels, *[IGNORE_INDEX] * (len(prompt) - 1))
+    return TokenSequence((*sequence.ids[:-1], *prompt), labels)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from visual_ground.lm.layers import find_layers, layer_states
 from visual_ground.model import GroundedModel
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.streams import ExampleStream
+from visual_ground.training.initialization.emission import fit_emission
 from visual_ground.training.initialization.idf import caption_ids, fit_image_tokens_to_words, idf_weights
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.retrieval import plain_states
@@ -46,6 +48,7 @@ def initialize_from_data(
     objective: GroundingObjective,
     examples: ExampleDataset | ExampleStream,
     collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+    folder: Path | None = None,
 ) -> None:
     """Fit a new adapter's start values.
 
@@ -53,8 +56,13 @@ def initialize_from_data(
         objective: the model, and how its text-retrieval pass is run.
         examples: the training examples, of which at most `MAX_EXAMPLES` are read.
         collate: makes a batch of examples.
+        folder: where the LM's own answers are kept, see `emission.fit_emission`; None: nowhere.
     """
     sampled = evenly_sampled(examples)
+    if objective.model.config.scaling == "embedding":
+        # First, because what is retrieved is read at `[RET]`, whose input embedding is chosen here.
+        requests = [example["request"] for example in sampled if "request" in example]
+        fit_emission(objective.model, [example["caption"] for example in sampled], requests, folder)
     batches = [sampled[i : i + BATCH_SIZE] for i in range(0, len(sampled), BATCH_SIZE)]
     features = torch.cat([image_features(objective.model, batch) for batch in batches])
     if not any("request" in example for example in sampled):

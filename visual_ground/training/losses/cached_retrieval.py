@@ -1,16 +1,17 @@
 """The text-retrieval pass for less: nothing that stands before `[RET]` depends on anything trained.
 
 So captions run up to their `[RET]` without gradient, once each, and only the single position of `[RET]` runs with
-gradient, on the kept keys and values. Of the caption itself, the cross entropy needs the head's input, the log
-normaliser over all columns but `[RET]`'s, and the labels' logits; `[RET]`'s column is added to these. Both are exact.
+gradient, on the kept keys and values. With a retrieval prompt, which is read in `[RET]`'s place, nothing that runs
+depends on anything trained, and the states at its last word are kept instead. Of the caption itself, the cross entropy
+needs the head's input, the log normaliser over all columns but `[RET]`'s, and the labels' logits; `[RET]`'s column is
+added to these. Both are exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
+from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence, with_retrieval_prompt
+from visual_ground.training.losses.cached_caption import CachedCaption, Key, PrefixStorage
 from visual_ground.training.losses.captioning import LossSum
 from visual_ground.training.losses.retrieval import CaptionLikelihoods, RetrievalOutput, plain_retrieval
 from visual_ground.training.speedups.cross_entropy import normalisers_without_ret
@@ -28,41 +30,6 @@ from visual_ground.training.speedups.packing import PackedBatch, additive_mask, 
 
 # Captions that run up to their `[RET]` together, which bounds the memory. They are sorted by length before.
 CAPTIONS_PER_RUN = 32
-
-# A caption's ids, `[RET]` last, and the index of its first label.
-Key = tuple[tuple[int, ...], int]
-
-
-@dataclass(frozen=True)
-class CaptionKV:
-    """What is kept of a caption of s ids before its `[RET]`.
-
-    Args:
-        keys_values: for each layer, keys and values (2, heads, s, width).
-        head_input: (labels, h), what the head read before each label; the last one predicts `[RET]`.
-        log_normaliser: (labels,), over all columns but `[RET]`'s.
-        label_logits: (labels - 1,), of the caption's own tokens.
-    """
-
-    keys_values: list[Tensor]
-    head_input: Tensor
-    log_normaliser: Tensor
-    label_logits: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.nbytes for t in (*self.keys_values, self.head_input, self.log_normaliser, self.label_logits))
-
-
-class PrefixStorage(Protocol):
-    """Keeps captions' keys and values beyond the memory of this process; see `prefix_files.PrefixFiles`."""
-
-    def get(self, key: Key) -> CaptionKV | None:
-        """Return what was kept, or None."""
-
-    def put(self, fresh: Mapping[Key, CaptionKV]) -> None:
-        """Keep these, where there is room."""
 
 
 class PrefixCache:
@@ -87,7 +54,7 @@ class PrefixCache:
         self.model, self.packed, self.storage, self.shared_prefix = model, packed, storage, shared_prefix
         self._shared = SharedPrefixCache(model)
         self.limit_bytes, self.held_bytes = limit_bytes, 0
-        self._kept: dict[Key, CaptionKV] = {}
+        self._kept: dict[Key, CachedCaption] = {}
 
     def without_memory(self) -> PrefixCache:
         """Return one that computes the same and keeps nothing."""
@@ -104,18 +71,18 @@ class PrefixCache:
         return self._likelihoods(self._captions(sequences))
 
     def states(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-        """Return the states at the sequences' `[RET]`s, one (b, width) per text layer."""
+        """Return the states that are read for retrieval, at `[RET]` or behind it, one (b, width) per text layer."""
         return self._states(self._captions(sequences))
 
-    def _captions(self, sequences: Sequence[TokenSequence]) -> list[CaptionKV]:
+    def _captions(self, sequences: Sequence[TokenSequence]) -> list[CachedCaption]:
         keys = [(sequence.ids, _first_label(sequence)) for sequence in sequences]
-        known: dict[Key, CaptionKV] = {}
+        known: dict[Key, CachedCaption] = {}
         for key in dict.fromkeys(keys):
             caption = self._kept.get(key) or (self.storage.get(key) if self.storage else None)
             if caption is not None:
                 known[key] = caption
         missing = sorted({key for key in keys if key not in known}, key=lambda key: (len(key[0]), key))
-        fresh: dict[Key, CaptionKV] = {}
+        fresh: dict[Key, CachedCaption] = {}
         for start in range(0, len(missing), CAPTIONS_PER_RUN):
             fresh |= self._compute(missing[start : start + CAPTIONS_PER_RUN])
         if self.storage and fresh:
@@ -127,7 +94,7 @@ class PrefixCache:
         return [known.get(key) or fresh[key] for key in keys]
 
     @torch.no_grad()
-    def _compute(self, keys: Sequence[Key]) -> dict[Key, CaptionKV]:
+    def _compute(self, keys: Sequence[Key]) -> dict[Key, CachedCaption]:
         """Run captions, each labelled from its first label on, up to before their `[RET]`."""
         # The last id of the prompt predicts a caption's first label, so it runs with each caption.
         prompt = tuple(self.model.processor.caption_prefix(image=False))[:-1] if self.shared_prefix else ()
@@ -135,35 +102,46 @@ class PrefixCache:
         for ids, first in keys:
             prefix = prompt if first > len(prompt) and ids[: len(prompt)] == prompt else ()
             by_prefix.setdefault(prefix, []).append((ids, first))
-        fresh: dict[Key, CaptionKV] = {}
+        fresh: dict[Key, CachedCaption] = {}
         for prefix, group in by_prefix.items():
             fresh |= self._compute_after(prefix, group)
         return fresh
 
-    def _compute_after(self, prefix: tuple[int, ...], keys: Sequence[Key]) -> dict[Key, CaptionKV]:
+    def _compute_after(self, prefix: tuple[int, ...], keys: Sequence[Key]) -> dict[Key, CachedCaption]:
         n, fresh = len(prefix), {}
-        # Without `[RET]`'s id and with its label: the last id is the one that predicts it.
-        sequences = [TokenSequence(ids[n:-1], (*[IGNORE_INDEX] * (first - n), *ids[first:])) for ids, first in keys]
+        sequences = [self._without_ret(ids, first).after(n) for ids, first in keys]
         for batch in lay_out(self.model, sequences, self.packed, prefix_length=n):
             for index, caption in self._run(batch, prefix):
                 fresh[keys[index]] = caption
         return fresh
 
-    def _run(self, batch: PackedBatch, prefix: tuple[int, ...]) -> Iterator[tuple[int, CaptionKV]]:
-        n = len(prefix)
-        reading = read(self.model, batch, prefix=self._shared.get(prefix), keep=True, max_logits=1)
-        normalisers, logits = normalisers_without_ret(self.model, reading.head_input, batch.targets)
-        layers = keys_values_of(reading.output, n + batch.ids.shape[1])
-        for span in batch.spans:
+    def _without_ret(self, ids: tuple[int, ...], first: int) -> TokenSequence:
+        """Return a caption without `[RET]`'s id and with its label, and the retrieval prompt, where there is one."""
+        whole = TokenSequence(ids, (*[IGNORE_INDEX] * first, *ids[first:]))
+        read = with_retrieval_prompt(self.model.processor, whole)
+        return TokenSequence(ids[:-1], whole.labels) if read is whole else read
+
+    def _run(self, batch: PackedBatch, prefix: tuple[int, ...]) -> Iterator[tuple[int, CachedCaption]]:
+        n, count, prompted = len(prefix), len(batch.targets), bool(self.model.config.retrieval_prompt)
+        options: dict[str, Any] = {"prefix": self._shared.get(prefix), "keep": not prompted, "max_logits": 1}
+        if prompted:
+            positions = torch.cat([batch.label_positions, batch.last_positions])
+            options |= {"positions": positions, "layers": self.model.config.text_layers}
+        reading = read(self.model, batch, **options)
+        normalisers, logits = normalisers_without_ret(self.model, reading.head_input[:count], batch.targets)
+        layers = [] if prompted else keys_values_of(reading.output, n + batch.ids.shape[1])
+        for number, span in enumerate(batch.spans):
             row, place = span.row, slice(n + span.start, n + span.start + span.length)
             # Joined or cloned anew: a slice would hold the memory of the whole batch.
             keys_values = [
                 torch.stack([torch.cat([t[row, :, :n], t[row, :, place]], -2) for t in layer]) for layer in layers
             ]
+            states = [state[count + number].clone() for state in reading.states]
             head_input, normaliser = reading.head_input[span.labels].clone(), normalisers[span.labels].clone()
-            yield span.index, CaptionKV(keys_values, head_input, normaliser, logits[span.labels][:-1].clone())
+            likelihoods = head_input, normaliser, logits[span.labels][:-1].clone()
+            yield span.index, CachedCaption(keys_values, states, *likelihoods)
 
-    def _likelihoods(self, captions: Sequence[CaptionKV]) -> CaptionLikelihoods:
+    def _likelihoods(self, captions: Sequence[CachedCaption]) -> CaptionLikelihoods:
         ends = torch.tensor([len(caption.head_input) for caption in captions]).cumsum(0) - 1
         head_input = torch.cat([caption.head_input for caption in captions])
         return CaptionLikelihoods(
@@ -173,9 +151,11 @@ class PrefixCache:
             ends.to(head_input.device, non_blocking=True),
         )
 
-    def _states(self, captions: Sequence[CaptionKV]) -> list[Tensor]:
-        """Run the single position of `[RET]` on the kept keys and values; return its states."""
+    def _states(self, captions: Sequence[CachedCaption]) -> list[Tensor]:
+        """Return the kept states, or run the single position of `[RET]` on the kept keys and values for its states."""
         model, device = self.model, self.model.frozen_lm.device
+        if model.config.retrieval_prompt:
+            return [torch.stack(layer).to(device) for layer in zip(*(c.states for c in captions), strict=True)]
         lengths = [caption.keys_values[0].shape[2] for caption in captions]
         longest = max(lengths)
         layers = []

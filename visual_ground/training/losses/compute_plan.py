@@ -11,7 +11,8 @@ from torch import Tensor
 
 from visual_ground.model import GroundedModel
 from visual_ground.training.data.sequences import TokenSequence
-from visual_ground.training.losses.cached_retrieval import PrefixCache, PrefixStorage
+from visual_ground.training.losses.cached_caption import PrefixStorage
+from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan
 from visual_ground.training.losses.retrieval import plain_retrieval
 from visual_ground.training.speedups.cross_entropy import ret_parameters

@@ -188,10 +188,14 @@ class GroundingObjective(nn.Module):
             return self._mean(self._captions.loss(batch.captioning, batch.features))
 
     def text_retrieval(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
-        """Return the mean cross entropy of the captions' tokens and `[RET]`, and the vectors (b, q) at `[RET]`."""
+        """Return the mean cross entropy of the captions' tokens and `[RET]`, and the vectors (b, q) for retrieval."""
         mini_batch_size, context = self.plan.mini_batch_size, self._checkpoints.active
         output = run_retrieval(self.model, batch.retrieval, self.prefixes, mini_batch_size, context)
-        return self._mean(output.text), output.vectors
+        vectors = output.vectors
+        if self.model.config.retrieval_prompt and not self.model.adapter.tied:
+            # `[RET]` is not read then, and DDP waits for the gradient of every trained parameter.
+            vectors = vectors + 0 * self.model.adapter.ret_input.sum()
+        return self._mean(output.text), vectors
 
     def contrast(self, vectors: Tensor, batch: PreparedBatch) -> Contrast:
         """Compare the vectors (b, q) at `[RET]` with the batch's images."""

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 
 from visual_ground.model import GroundedModel
 from visual_ground.storage.append_only import AppendOnlyStore
-from visual_ground.training.losses.cached_retrieval import CaptionKV, Key
+from visual_ground.training.losses.cached_caption import CachedCaption, Key
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class PrefixFiles:
         self.limit_bytes, self._written = limit_bytes, 0
         self._device = model.frozen_lm.device
 
-    def get(self, key: Key) -> CaptionKV | None:
+    def get(self, key: Key) -> CachedCaption | None:
         """Return what any process has written, or None."""
         name = _digest(key)
         if name not in self.store.numbers:
@@ -48,15 +48,17 @@ class PrefixFiles:
             return None
         tensors = {part: tensor.to(self._device) for part, tensor in load(self.store.read(number)).items()}
         layers = [tensors[str(layer)] for layer in range(sum(part.isdigit() for part in tensors))]
-        return CaptionKV(layers, tensors["head_input"], tensors["log_normaliser"], tensors["label_logits"])
+        states = [tensors[f"state{n}"] for n in range(sum(part.startswith("state") for part in tensors))]
+        return CachedCaption(layers, states, tensors["head_input"], tensors["log_normaliser"], tensors["label_logits"])
 
-    def put(self, fresh: Mapping[Key, CaptionKV]) -> None:
+    def put(self, fresh: Mapping[Key, CachedCaption]) -> None:
         """Write these, while there is room; a full disk ends the writing, not the training."""
         for key, caption in fresh.items():
             name = _digest(key)
             if name in self.store.numbers or self._written + caption.nbytes > self.limit_bytes:
                 continue
             tensors = {str(layer): tensor for layer, tensor in enumerate(caption.keys_values)}
+            tensors |= {f"state{n}": state for n, state in enumerate(caption.states)}
             tensors |= {part: getattr(caption, part) for part in ("head_input", "log_normaliser", "label_logits")}
             data = save({part: tensor.contiguous().cpu() for part, tensor in tensors.items()})
             try:
@@ -71,7 +73,9 @@ class PrefixFiles:
 def lm_fingerprint(model: GroundedModel) -> str:
     """Return 16 hex digits that stand for an LM: its config, its tensors, and how it is grounded."""
     digest = hashlib.sha256(f"{model.lm.config};{model.ret_token_id};".encode())
-    digest.update(str(model.config.mask_spare_columns).encode())
+    # A list of text layers and a prompt decide what is kept where the state is read behind a prompt.
+    prompt = (model.config.retrieval_prompt, model.config.text_layers) if model.config.retrieval_prompt else ""
+    digest.update(f"{model.config.mask_spare_columns}{prompt}".encode())
     for name, tensor in model.lm.state_dict().items():
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -1,4 +1,8 @@
-"""The text-retrieval pass: the likelihood of captions with `[RET]` after them, and the vectors at `[RET]`."""
+"""The text-retrieval pass: the likelihood of captions with `[RET]` after them, and their vectors.
+
+A vector is read at `[RET]`, or at the last word of the retrieval prompt where there is one, which then stands in its
+place: the LM predicts `[RET]` there, but reads the prompt.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visual_ground.model import GroundedModel
-from visual_ground.training.data.sequences import TokenSequence
+from visual_ground.training.data.sequences import TokenSequence, with_retrieval_prompt
 from visual_ground.training.losses.captioning import LossSum
 from visual_ground.training.speedups.packing import pad_in_order, read
 
 
 @dataclass(frozen=True)
 class RetrievalOutput:
-    """The cross entropy of the captions' labels, and the vectors (b, q) at their `[RET]`s."""
+    """The cross entropy of the captions' labels, and the captions' vectors (b, q)."""
 
     text: LossSum
     vectors: Tensor
@@ -76,7 +80,7 @@ class CaptionLikelihoods:
 
 def plain_retrieval(model: GroundedModel, sequences: Sequence[TokenSequence]) -> RetrievalOutput:
     """Run whole captions, each ending with `[RET]`, with gradient; `PrefixCache.run` computes the same for less."""
-    batch = pad_in_order(model, sequences)
+    batch = pad_in_order(model, [with_retrieval_prompt(model.processor, sequence) for sequence in sequences])
     count = len(batch.targets)
     positions = torch.cat([batch.label_positions, batch.last_positions])
     reading = read(model, batch, positions, layers=model.config.text_layers)
@@ -88,5 +92,5 @@ def plain_retrieval(model: GroundedModel, sequences: Sequence[TokenSequence]) ->
 
 def plain_states(model: GroundedModel, sequences: Sequence[TokenSequence]) -> list[Tensor]:
     """Run whole captions, each ending with `[RET]`; return what `PrefixCache.states` returns."""
-    batch = pad_in_order(model, sequences)
+    batch = pad_in_order(model, [with_retrieval_prompt(model.processor, sequence) for sequence in sequences])
     return read(model, batch, batch.last_positions, layers=model.config.text_layers, max_logits=1).states

@@ -1,0 +1,114 @@
+"""`[RET]` is said where pictures belong in the LM's own answers, and nowhere else; the text stays the LM's."""
+
+from itertools import takewhile
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
+from tests.training.runs import ROWS, arguments
+from visual_ground import GroundingConfig, GroundingTrainer, ground
+from visual_ground.training.initialization import answers, dialogues, emission
+from visual_ground.training.initialization.answers import Answer, answers_to, place_of_picture
+from visual_ground.training.initialization.dialogues import OTHERS, others_about, requests_of
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} w9 {% endfor %}"
+CAPTIONS = [f"w{20 + i}" for i in range(12)]
+
+
+def grounded(family="llama_untied", template=TEMPLATE, **config):
+    settings = GroundingConfig(retrieval_dim=6, caption_prompt="w7", image_prompt="w7 {image}", **config)
+    return ground(build(family), Eye(), tokenizer(template=template), image_processor, settings).eval()
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """The tiny LMs' words have no stops: let a sentence end after every third word. Few and short answers will do."""
+    monkeypatch.setattr(dialogues, "OTHERS", OTHERS[::9])
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr(
+        emission, "place_of_picture", lambda model, answer: 3 if answer.wanted and len(answer.ids) >= 3 else None
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_s_ret_is_fitted_and_leaves_its_text_alone(family, ends, tmp_path):
+    model = grounded(family)
+    chats = [[{"role": "user", "content": text}] for text in requests_of(CAPTIONS)[:4]]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    before = [answer.text for answer in model.generate(chats, max_images=0, **options)]
+    assert emission.fit_emission(model, CAPTIONS, folder=tmp_path)
+    assert [answer.text for answer in model.generate(chats, max_images=0, **options)] == before
+    for answer, text in zip(model.generate(chats, **options), before, strict=True):
+        said = "".join(takewhile(lambda part: isinstance(part, str), answer.parts))
+        assert text.startswith(said)
+    assert not model.adapter.ret_output.requires_grad and not model.adapter.ret_input.requires_grad
+    assert torch.isfinite(model.adapter.ret_output).all()
+
+
+def test_the_fitted_embedding_says_ret_where_it_was_told_to():
+    torch.manual_seed(0)
+    states, is_ret = torch.randn(400, 16), torch.rand(400) > 0.9
+    states[:, 0] = torch.where(is_ret, 3.0, -1.0)
+    found = emission.fit_output_embedding(emission.Places(states, torch.full((400,), 2.0), is_ret), weight=1.0)
+    said = states @ found > 2.0
+    assert (said & is_ret).sum() >= 0.9 * is_ret.sum() and (said & ~is_ret).sum() <= 0.1 * is_ret.sum()
+
+
+def test_answers_and_states_are_computed_once(ends, tmp_path, monkeypatch):
+    model, other = grounded(), grounded()
+    assert emission.fit_emission(model, CAPTIONS, folder=tmp_path)
+    monkeypatch.setattr(other.lm, "generate", lambda **_: pytest.fail("answered again"))
+    monkeypatch.setattr(emission, "_read", lambda *_: pytest.fail("read again"))
+    assert emission.fit_emission(other, CAPTIONS, folder=tmp_path)
+    assert torch.equal(model.adapter.ret_output, other.adapter.ret_output)
+    monkeypatch.undo()
+
+
+def test_training_keeps_what_was_fitted(ends, tmp_path):
+    fitted = []
+    for steps in (1, 3):
+        model = grounded()
+        GroundingTrainer(model, arguments(tmp_path, max_steps=steps), ROWS).train()
+        fitted.append([embedding.detach().clone() for embedding in model.adapter.ret_embeddings()])
+    assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(*fitted, strict=True))
+    assert len(list((tmp_path / "features" / "answers").iterdir())) == 3
+
+
+def test_damaged_caches_are_made_again(ends, tmp_path):
+    model, other = grounded(), grounded()
+    assert emission.fit_emission(model, CAPTIONS, folder=tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"[[1")
+    assert emission.fit_emission(other, CAPTIONS, folder=tmp_path)
+    assert torch.equal(model.adapter.ret_output, other.adapter.ret_output)
+
+
+def test_without_a_chat_template_or_with_one_embedding_nothing_changes(ends):
+    for model in (grounded(template=None), grounded("qwen2_tied", tied_ret=True)):
+        before = {name: value.clone() for name, value in model.adapter.state_dict().items()}
+        assert not emission.fit_emission(model, CAPTIONS)
+        assert all(torch.equal(value, before[name]) for name, value in model.adapter.state_dict().items())
+
+
+def test_a_template_that_refuses_system_messages_gets_none():
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+    one, other = answers_to(grounded(template=refusing), ["w5", "w5"], True, None)
+    assert one == other
+
+
+def test_the_place_of_a_picture_is_behind_the_first_sentence():
+    words = {4: "A", 5: " fox.", 6: " A", 7: " bus."}
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(words[i] for i in ids))
+    model = SimpleNamespace(tokenizer=tokenizer)
+    place = lambda ids, ended: place_of_picture(model, Answer((1,), ids, ended, True))  # noqa: E731
+    assert place((4, 5, 6, 7), True) == place((4, 5, 6), False) == place((4, 5), True) == 2
+    assert place((4, 5), False) is None and place((4, 6), False) is None
+    assert place((4, 6), True) == 2
+
+
+def test_dialogues_are_filled_and_captions_become_requests():
+    said = others_about(["A cat.", "A very long caption of a dog."])
+    assert len(said) == len(OTHERS) and not any("{" in text for text in said)
+    assert "Show me a picture: a cat." in requests_of(["A cat."])

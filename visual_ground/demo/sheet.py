@@ -1,0 +1,103 @@
+"""The demo's contact sheet: the conversations and the requests as one picture, for a README."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from visual_ground.demo.conversations import CONVERSATIONS, Exchange, Request
+from visual_ground.demo.page import PARTS
+from visual_ground.storage.atomic import replacing
+from visual_ground.vision.images import to_rgb
+
+# In pixels. The page is drawn on a sheet of this height and then cut to what is on it.
+WIDTH, HEIGHT, PICTURE, MARGIN, SMALL = 1000, 9000, 112, 20, 86
+LINE_LENGTH = 108
+PART_COLOURS = {"seen": "#2f5d50", "unseen": "#5d3f6a"}
+RIGHT, WRONG = "#2f8f5b", "#b3402e"
+
+
+class _Sheet:
+    """A page that is filled from top to bottom."""
+
+    def __init__(self) -> None:
+        self.image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.y = MARGIN
+
+    def heading(self, text: str, colour: str) -> None:
+        """Draw the name of a part on a band."""
+        self.draw.rounded_rectangle((MARGIN, self.y, WIDTH - MARGIN, self.y + 34), 6, colour)
+        self.draw.text((MARGIN + 12, self.y + 5), text, "white", ImageFont.load_default(20))
+        self.y += 44
+
+    def title(self, text: str) -> None:
+        """Draw a title."""
+        self.draw.text((MARGIN, self.y), text, "black", ImageFont.load_default(17))
+        self.y += 28
+
+    def turn(self, who: str, parts: Sequence[Any]) -> None:
+        """Draw what one side said: lines of text, and pictures beside each other."""
+        font, left = ImageFont.load_default(15), MARGIN + 74
+        self.draw.text((MARGIN, self.y), who, "#3465a4" if who == "you" else "#4e7a1e", font)
+        x = left
+        for part in parts:
+            if isinstance(part, str):
+                if x > left and part.strip():
+                    self.y, x = self.y + PICTURE + 6, left
+                for line in textwrap.wrap(part.strip(), LINE_LENGTH):
+                    self.draw.text((left, self.y), line, "black", font)
+                    self.y += 20
+            elif part.image is not None:
+                self.image.paste(_fitted(part.image, PICTURE), (x, self.y))
+                x += PICTURE + 8
+        self.y += (PICTURE + 6 if x > left else 0) + 6
+
+    def requests(self, requests: Sequence[Request]) -> None:
+        """Draw what came for each request, framed green where it is right, with what was asked for below."""
+        columns, font = (WIDTH - 2 * MARGIN) // (SMALL + 10), ImageFont.load_default(10)
+        for i, request in enumerate(requests):
+            x = MARGIN + i % columns * (SMALL + 10)
+            if i and not i % columns:
+                self.y += SMALL + 26
+            if request.answer.images:
+                self.image.paste(_fitted(request.answer.images[0].image, SMALL), (x, self.y))
+            frame = (x, self.y, x + SMALL, self.y + SMALL)
+            self.draw.rectangle(frame, outline=RIGHT if request.is_right else WRONG, width=2)
+            self.draw.text(
+                (x, self.y + SMALL + 3), textwrap.shorten(request.wanted, 17, placeholder="\u2026"), "black", font
+            )
+        self.y += SMALL + 40
+
+
+def _fitted(picture: Any, side: int) -> Image.Image:
+    small = to_rgb(picture)
+    small.thumbnail((side, side))
+    return small
+
+
+def write_contact_sheet(
+    path: Path, conversations: Mapping[str, Sequence[Exchange]], requests: Sequence[Request]
+) -> None:
+    """Draw the conversations, part by part, and the requests, as a PNG."""
+    sheet = _Sheet()
+    for part, (title, _) in PARTS.items():
+        sheet.heading(title, PART_COLOURS[part])
+        for talk in CONVERSATIONS:
+            if talk.part != part:
+                continue
+            sheet.title(talk.title)
+            for exchange in conversations[talk.title]:
+                sheet.turn("you", exchange.message)
+                sheet.turn("model", exchange.answer.parts)
+            sheet.y += 8
+        if part == "seen" and requests:
+            right = sum(request.is_right for request in requests)
+            sheet.title(f"{len(requests)} requests, {right} of them answered with the right picture (green)")
+            sheet.requests(requests)
+    with replacing(path) as temporary:
+        sheet.image.crop((0, 0, WIDTH, min(sheet.y, HEIGHT))).save(temporary, "PNG")

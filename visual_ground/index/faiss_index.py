@@ -1,0 +1,199 @@
+"""`FaissIndex`: approximate search by faiss beside the exact vectors, for indexes of hundreds of thousands and more."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visual_ground.errors import GroundingFileError, GroundingStateError, GroundingValueError
+from visual_ground.index.base import SearchResult
+from visual_ground.index.exact import ExactIndex, as_block
+from visual_ground.storage.atomic import replacing
+
+logger = logging.getLogger(__name__)
+
+# Below so many vectors, comparing all is as fast as a graph.
+FLAT_BELOW = 20_000
+LINKS = 32  # Of each vector in the graph.
+# How many vectors a search looks at, tried one after another until the recall is reached.
+EFFORTS = (32, 64, 128, 256, 512)
+TARGET_RECALL = 0.95
+SAMPLE, SAMPLE_K = 200, 10  # Queries that the recall is measured with, and how many entries for each.
+FEW = 0.05  # A filter that allows a smaller part is searched exactly: the graph would lead to nothing but others.
+ROWS_AT_ONCE = 1 << 16
+
+
+class FaissIndex:
+    """A search engine whose candidates come from faiss, and whose scores are exact.
+
+    The vectors stay where they are (in a mapped file, for an index that was opened), and faiss holds only what finds
+    them. Entries can be added to any kind and removed from it without building it again.
+
+    Args:
+        vectors: (n, q), or an `ExactIndex` that holds them.
+        kind: "flat" or "hnsw"; by the number of vectors where None.
+        target_recall: the part of the 10 best entries that a search should find; it costs time.
+
+    Attributes:
+        recall: the part that was found of a sample, measured when it was built; None for an empty index.
+        effort: how many vectors a search looks at.
+
+    Raises:
+        GroundingStateError: faiss is not installed.
+        GroundingValueError: another kind.
+
+    Example:
+        >>> index = FaissIndex(torch.eye(3), kind="flat")
+        >>> index.search(torch.tensor([[0.1, 0.9, 0.2]]), k=2).positions.tolist()
+        [[1, 2]]
+    """
+
+    def __init__(
+        self, vectors: Tensor | ExactIndex, kind: str | None = None, target_recall: float = TARGET_RECALL
+    ) -> None:
+        faiss = load_faiss()
+        self.exact = vectors if isinstance(vectors, ExactIndex) else ExactIndex(vectors)
+        if self.exact.end != len(self.exact):
+            self.exact = ExactIndex(self.exact.vectors)
+        count = len(self.exact)
+        self.kind = kind or ("flat" if count < FLAT_BELOW else "hnsw")
+        self.effort = EFFORTS[0]
+        self.recall: float | None = None
+        self._index = faiss.index_factory(self.exact.dim, self._factory(), faiss.METRIC_INNER_PRODUCT)
+        for chunk in self.exact.chunks(ROWS_AT_ONCE):
+            self._index.add(chunk.float().numpy())
+        self._measure(target_recall)
+
+    @property
+    def dim(self) -> int:
+        """q, the width of its vectors."""
+        return self.exact.dim
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    def add(self, vectors: Tensor) -> None:
+        """Append vectors (m, q); they get the next positions."""
+        exact = self.exact.changed([], vectors)
+        self._index.add(as_block(vectors).float().numpy())
+        self.exact = exact
+
+    def remove(self, positions: Sequence[int]) -> None:
+        """Take vectors out; searches pass over them, and their space is free when the index is built again."""
+        self.exact = self.exact.changed(positions, torch.empty(0, self.dim))
+
+    def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
+        """Return the k best entries that faiss finds for each query; see `VectorIndex.search`.
+
+        Where a filter allows few vectors, or faiss finds fewer than it should, all that are allowed are compared.
+        """
+        allowed = self.exact.allowed(filter)
+        count = self.exact.end if allowed is None else int(allowed.sum())
+        if k < 1 or vectors.dim() != 2 or vectors.shape[1] != self.dim or not count or count < FEW * self.exact.end:
+            return self.exact.search(vectors, k, filter)
+        queries, wanted = as_block(vectors).float(), min(k, count)
+        found = self._candidates(queries, wanted, allowed)
+        if not len(queries) or bool((found[:, :wanted] < 0).any()):
+            return self.exact.search(vectors, k, filter)
+        scores = torch.stack([self._scores(query, row) for query, row in zip(queries, found, strict=True)])
+        best = scores.topk(wanted, dim=-1)
+        return SearchResult(found.gather(1, best.indices), best.values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the vectors, as `ExactIndex` does, and what finds them into a second file, `PATH.faiss`."""
+        self.exact.save(path)
+        whole = self if self.exact.end == len(self) else FaissIndex(self.exact, self.kind)
+        whole.save_beside(f"{path}.faiss")
+
+    def save_beside(self, path: str | os.PathLike[str]) -> None:
+        """Write what finds the vectors, without the vectors."""
+        with replacing(path) as temporary:
+            load_faiss().write_index(self._index, str(temporary))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FaissIndex:
+        """Open what `save` wrote; both files are mapped into memory.
+
+        Raises:
+            GroundingFileError: a file is missing or damaged, or the two do not belong together.
+        """
+        return cls.beside(ExactIndex.load(path), f"{path}.faiss")
+
+    @classmethod
+    def beside(cls, exact: ExactIndex, path: str | os.PathLike[str]) -> FaissIndex:
+        """Open what `save_beside` wrote, beside the vectors that it was built of."""
+        faiss = load_faiss()
+        try:
+            stored = faiss.read_index(str(Path(path)), faiss.IO_FLAG_MMAP)
+        except RuntimeError as error:
+            raise GroundingFileError(f"{path} cannot be read by faiss: {error}. Build it again.") from error
+        if stored.ntotal != len(exact) or stored.d != exact.dim:
+            raise GroundingFileError(
+                f"{path} holds {stored.ntotal} vectors of width {stored.d}, and the index {len(exact)} of width "
+                f"{exact.dim}. Build it again."
+            )
+        index = cls.__new__(cls)
+        index.exact, index._index, index.effort, index.recall = exact, stored, EFFORTS[0], None
+        name = type(faiss.downcast_index(stored)).__name__
+        index.kind = "hnsw" if name == "IndexHNSWFlat" else "flat"
+        index._measure(TARGET_RECALL)
+        return index
+
+    def _factory(self) -> str:
+        if self.kind not in ("flat", "hnsw"):
+            raise GroundingValueError(f'kind must be "flat" or "hnsw", got {self.kind!r}.')
+        return "Flat" if self.kind == "flat" else f"HNSW{LINKS}"
+
+    def _candidates(self, queries: Tensor, count: int, allowed: Tensor | None) -> Tensor:
+        faiss = load_faiss()
+        bits = None if allowed is None else np.packbits(allowed.numpy(), bitorder="little")
+        options: dict[str, Any] = {} if bits is None else {"sel": faiss.IDSelectorBitmap(bits)}
+        if self.kind == "hnsw":
+            parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, 2 * count), **options)
+        else:
+            parameters = faiss.SearchParameters(**options)
+        return torch.from_numpy(self._index.search(queries.numpy(), count, params=parameters)[1])
+
+    def _scores(self, query: Tensor, positions: Tensor) -> Tensor:
+        known = positions >= 0
+        scores = torch.full((len(positions),), float("-inf"))
+        scores[known] = self.exact.at(positions[known].tolist()).float() @ query
+        return scores
+
+    def _measure(self, target: float) -> None:
+        """Raise the effort until the recall of a sample is reached."""
+        if not len(self):
+            return
+        # Vectors between two entries, and not entries: those would find themselves, however bad the index is.
+        rows = np.random.default_rng(0).integers(0, len(self), (2, SAMPLE))
+        queries = self.exact.at(rows[0].tolist()).float() + self.exact.at(rows[1].tolist()).float()
+        best = self.exact.search(queries, SAMPLE_K).positions
+        for effort in EFFORTS if self.kind != "flat" else EFFORTS[:1]:
+            self.effort = effort
+            found = self.search(queries, SAMPLE_K).positions
+            self.recall = float((found[:, :, None] == best[:, None, :]).any(-1).float().mean())
+            if self.recall >= target:
+                return
+        logger.warning(
+            "The index finds %.0f %% of the best entries, less than the %.0f %% that were asked for.",
+            100 * (self.recall or 0),
+            100 * target,
+        )
+
+
+def load_faiss() -> Any:
+    """Return the module `faiss`, or say what to install."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise GroundingStateError(
+            'This index needs faiss, which is not installed: pip install "visual-ground[faiss]".'
+        ) from error
+    return faiss

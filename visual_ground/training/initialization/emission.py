@@ -1,0 +1,242 @@
+"""When `[RET]` is said: its two embeddings, fitted to answers that the frozen LM gives by itself.
+
+An answer to a request for a picture gets its `[RET]` behind its first sentence; nowhere else, and nowhere in an answer
+to anything else, is there one. What the output head reads at these places depends on nothing trained, so the output
+embedding is found by a convex fit, and the text around `[RET]` stays the LM's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from visual_ground.model import GroundedModel
+from visual_ground.storage.tensors import write_tensors
+from visual_ground.training.initialization.answers import BATCH_SIZE, Answer, answers_to, place_of_picture
+from visual_ground.training.initialization.dialogues import others_about, requests_of
+
+logger = logging.getLogger(__name__)
+
+# Requests that the LM answers at most; its answers to them are cached, but the first run has to wait for them.
+MAX_REQUESTS = 160
+# What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
+# inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
+WEIGHT, PENALTY = 0.2, 1e-4
+# Answers whose continuation is compared with each input embedding, and ids of it.
+NUM_COMPARED, CONTINUATION = 16, 12
+# Text whose embedding may stand for a picture within an answer; the mean embedding is compared too.
+STAND_INS = (" ", ".", "\n")
+# A bound only: L-BFGS stops by itself.
+MAX_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Places:
+    """All places of some answers at which `[RET]` could be said.
+
+    Args:
+        states: (n, h), what the output head reads there.
+        log_normaliser: (n,), of the LM's own columns.
+        is_ret: (n,), whether `[RET]` belongs there.
+    """
+
+    states: Tensor
+    log_normaliser: Tensor
+    is_ret: Tensor
+
+
+@torch.no_grad()
+def fit_emission(
+    model: GroundedModel, captions: Sequence[str], requests: Sequence[str] = (), folder: Path | None = None
+) -> bool:
+    """Fit when `[RET]` is said and what the LM reads in its place; both embeddings are no longer trained then.
+
+    Args:
+        model: the grounded model.
+        captions: what pictures show.
+        requests: what users say to see them; without any, the captions are put into requests.
+        folder: where the LM's answers are kept; None: nowhere.
+
+    Returns:
+        Whether it was fitted: not without a chat template, nor with one embedding for both ends, nor where no answer
+        to a request has a sentence that ends.
+    """
+    adapter = model.adapter
+    if not getattr(model.tokenizer, "chat_template", None) or adapter.tied or not captions:
+        return False
+    requests = _evenly(list(dict.fromkeys(requests or requests_of(captions))), MAX_REQUESTS)
+    answers = answers_to(model, requests, True, folder) + answers_to(model, others_about(captions), False, folder)
+    ends = [place_of_picture(model, answer) if answer.wanted else None for answer in answers]
+    if all(end is None for end in ends):
+        logger.warning("No answer to a request has a whole sentence, so [RET] starts as it does without a chat.")
+        return False
+    adapter.ret_input.copy_(choose_input_embedding(model, answers, ends))
+    places = read_places(model, answers, ends, folder)
+    adapter.ret_output.copy_(fit_output_embedding(places))
+    # Scaled back to these norms after each step.
+    adapter.ret_norms.copy_(torch.stack([embedding.norm() for embedding in adapter.ret_embeddings()]))
+    for embedding in adapter.ret_embeddings():
+        # The text loss would move them to where captions end.
+        embedding.requires_grad_(False)
+    return True
+
+
+def _evenly(texts: Sequence[str], count: int) -> list[str]:
+    """Return at most so many texts, at even distances."""
+    return [texts[i] for i in range(0, len(texts), -(-len(texts) // count))] if texts else []
+
+
+def choose_input_embedding(model: GroundedModel, answers: Sequence[Answer], ends: Sequence[int | None]) -> Tensor:
+    """Return the embedding (d,) after which the LM goes on most nearly as it does without a picture.
+
+    Args:
+        model: the grounded model.
+        answers: the LM's own.
+        ends: for each, where its picture belongs, or None.
+    """
+    candidates = [model.adapter.embedding_mean]
+    for text in STAND_INS:
+        ids = model.processor.encode_text(text)
+        if ids and model.tokenizer.unk_token_id not in ids:
+            candidates.insert(-1, model.frozen_lm.embed(torch.tensor(ids)).float().mean(0))
+    pairs = [(a, end) for a, end in zip(answers, ends, strict=True) if end is not None and len(a.ids) - end >= 2]
+    if not pairs:
+        return candidates[0]
+    sequences: list[tuple[int, ...]] = []
+    counts: list[int] = []
+    for answer, end in pairs[:NUM_COMPARED]:
+        after = answer.ids[end : end + CONTINUATION]
+        sequences.append((*answer.prompt, *answer.ids[:end], model.ret_token_id, *after))
+        counts.append(len(after))
+    rows = list(zip(sequences, counts, strict=True))
+    targets = torch.tensor([token for row, count in rows for token in row[-count:]])
+    places = [range(len(row) - count - 1, len(row) - 1) for row, count in rows]
+    kept, losses = model.adapter.ret_input.clone(), []
+    for candidate in candidates:
+        model.adapter.ret_input.copy_(candidate)
+        states = _states(model, sequences, places)
+        losses.append(float(F.cross_entropy(_own_logits(model, states), targets.to(states.device))))
+    model.adapter.ret_input.copy_(kept)
+    return candidates[losses.index(min(losses))]
+
+
+def read_places(
+    model: GroundedModel, answers: Sequence[Answer], ends: Sequence[int | None], folder: Path | None = None
+) -> Places:
+    """Read what the output head reads at each place of the answers, those with a picture as they go on behind it.
+
+    Args:
+        model: the grounded model, with `[RET]`'s input embedding as it will be.
+        answers: the LM's own.
+        ends: for each, where its picture belongs, or None.
+        folder: where the states are kept; None: nowhere.
+    """
+    sequences, places, is_ret = [], [], []
+    for answer, end in zip(answers, ends, strict=True):
+        first = len(answer.prompt) - 1
+        if end is None:
+            sequences.append((*answer.prompt, *answer.ids))
+            places.append(range(first, first + answer.num_places))
+        else:
+            after = answer.ids[end : end + CONTINUATION]
+            sequences.append((*answer.prompt, *answer.ids[:end], model.ret_token_id, *after))
+            places.append(range(first, len(sequences[-1])))
+        is_ret += [end is not None and place == first + end for place in places[-1]]
+    path = None
+    if folder is not None:
+        row = model.adapter.ret_input.float().cpu().numpy().tobytes()
+        name = hashlib.sha256(repr((model.active.spec.fingerprint, sequences)).encode() + row).hexdigest()[:32]
+        path = folder / f"{name}.safetensors"
+    states, normaliser = _kept(path, len(is_ret)) or _read(model, sequences, places)
+    if path is not None and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"states": states, "log_normaliser": normaliser})
+    return Places(states, normaliser, torch.tensor(is_ret))
+
+
+def _read(model: GroundedModel, sequences: Sequence[tuple[int, ...]], places: Sequence[range]) -> tuple[Tensor, Tensor]:
+    """Return the states (n, h) and log normalisers (n,) of all places, sequence by sequence."""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for start in range(0, len(order), BATCH_SIZE):
+        some = order[start : start + BATCH_SIZE]
+        states = _states(model, [sequences[i] for i in some], [places[i] for i in some])
+        normaliser = torch.cat([_own_logits(model, part).logsumexp(-1) for part in torch.split(states, 256)])
+        lengths = [len(places[i]) for i in some]
+        parts = zip(*(torch.split(one.float().cpu(), lengths) for one in (states, normaliser)), strict=True)
+        found |= dict(zip(some, parts, strict=True))
+    columns = zip(*(found[i] for i in range(len(sequences))), strict=True)
+    states, normaliser = (torch.cat(column) for column in columns)
+    return states, normaliser
+
+
+def _states(model: GroundedModel, sequences: Sequence[tuple[int, ...]], places: Sequence[range]) -> Tensor:
+    """Return what the output head reads at the places of each sequence, (n, h)."""
+    length, pad = max(map(len, sequences)), model.processor.pad_token_id
+    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in sequences])
+    mask = torch.tensor([[*[1] * len(row), *[0] * (length - len(row))] for row in sequences])
+    positions = torch.tensor([i * length + place for i, of_row in enumerate(places) for place in of_row])
+    device = model.frozen_lm.device
+    return model.frozen_lm.hidden_states(ids.to(device), mask.to(device), positions.to(device))[0]
+
+
+def _own_logits(model: GroundedModel, states: Tensor) -> Tensor:
+    """Return the output head's logits (n, columns) with `[RET]`'s column at -inf."""
+    logits = model.frozen_lm.head_logits(states)
+    logits[:, model.ret_token_id] = float("-inf")
+    return logits
+
+
+def _kept(path: Path | None, count: int) -> tuple[Tensor, Tensor] | None:
+    """Return the states and log normalisers on disk, or None where there are none or they are damaged."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        states, normaliser = tensors["states"], tensors["log_normaliser"]
+    except (SafetensorError, OSError, KeyError):
+        path.unlink(missing_ok=True)
+        return None
+    return (states, normaliser) if len(states) == len(normaliser) == count else None
+
+
+def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float = PENALTY) -> Tensor:
+    r"""Return the embedding (h,) with which `[RET]` is likely where it belongs, and only there.
+
+    .. math::
+        \min_w \sum_i c_i\, \ell(y_i, w \cdot h_i - \log Z_i) + \tfrac{\lambda}{2} \|w\|^2
+
+    :math:`\ell` is the logistic loss, :math:`Z_i` the normaliser of the LM's own logits, and the states are in units of
+    their root mean square.
+
+    Args:
+        places: where `[RET]` belongs, at one at least, and where not.
+        weight: what the places of `[RET]` weigh together, in parts of all others.
+        penalty: :math:`\lambda`.
+    """
+    scale = places.states.square().mean().sqrt()
+    states, offset, is_ret = places.states / scale, places.log_normaliser, places.is_ret.float()
+    weights = torch.where(places.is_ret, weight * (1 - is_ret).sum() / is_ret.sum(), 1.0)
+    weights = weights / weights.sum()
+    embedding = torch.zeros(states.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([embedding], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = F.binary_cross_entropy_with_logits(states @ embedding - offset, is_ret, weights, reduction="sum")
+        loss = losses + penalty * embedding.square().sum() / 2
+        torch.autograd.backward(loss)
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return embedding.detach() / scale
