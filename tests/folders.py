@@ -40,6 +40,7 @@ ORDER = (
     "transferring",
     "importers/fromage",
     "demo",
+    "server",
     "cli",
 )
 # Files that only name what is elsewhere: the package's and folders' own pages, and `python -m visual_ground`.

@@ -134,7 +134,7 @@ class GroundedModel(nn.Module):
 
     def stream(self, prompts: Prompts, index: RetrievalIndex | None = None, **options: Any) -> Iterator[Part]:
         """Answer one prompt; yield texts and images when they are said. The arguments are those of `generate`."""
-        return stream(self.frozen_lm, self.active, self.prepare(prompts), index, {"max_new_tokens": 64, **options})
+        return stream(self.frozen_lm, self.active, self.prepare(prompts), index, options)
 
     def add_adapter(
         self, adapter_name: str, config: GroundingConfig | None = None, vision_encoder: Any = None, **given: Any

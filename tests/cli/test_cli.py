@@ -105,7 +105,7 @@ def test_an_index_is_changed_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "train", "index", "chat", "eval", "push", "import-fromage", "transfer", "demo"]
+    "command", ["fit", "train", "index", "chat", "serve", "eval", "push", "import-fromage", "transfer", "demo"]
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -121,5 +121,5 @@ def test_help_lists_all_commands_and_loads_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     listed = re.findall(r"^    ([a-z-]+)(?:  |$)", shown, re.MULTILINE)
-    assert listed == ["fit", "train", "transfer", "index", "chat", "eval", "push", "import-fromage", "demo"]
+    assert listed == ["fit", "train", "transfer", "index", "chat", "serve", "eval", "push", "import-fromage", "demo"]
     assert shown.endswith("False False\n")

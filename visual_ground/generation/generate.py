@@ -59,7 +59,7 @@ def generate(
         if vectors is None:
             mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
             vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
-    silent = _silent_ids(frozen_lm, attached)
+    silent = silent_ids(frozen_lm, attached)
     answers = [[i for i in ids if i not in silent] for ids in sequences[:, start:].tolist()]
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
@@ -212,7 +212,7 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
         )
 
 
-def _silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
+def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
     """Return ids that end or fill up answers and are no text, though a tokenizer may decode them as text.
 
     It does so with a PAD that was named after it was loaded, and with the LM's EOS where it names none itself.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from visual_ground.adapter.attached import AttachedAdapter
+from visual_ground.generation.running_cache import copy_of_running_cache
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.running_cache import copy_of_running_cache
 
 # Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
 OnToken = Callable[[int, int, Tensor | None], bool]

@@ -50,6 +50,13 @@ def web_address(address: object) -> str | None:
     return quote(address.strip(), safe=_ADDRESS) if is_web else None
 
 
+def escaped_address(address: str) -> str | None:
+    """Return an address that is escaped for the web already, of the web or relative, or None for another scheme."""
+    if re.match(r"\s*[a-z][a-z0-9+.-]*:", address, re.IGNORECASE) and not web_address(address):
+        return None
+    return quote(address.strip(), safe=_ADDRESS)
+
+
 def image_address(address: str) -> str | None:
     """Return the address of an image as Markdown takes it: of the web, a path, or a data URI of an image.
 

@@ -96,11 +96,13 @@ class RetrievedImage:
         """Return it as an image of Markdown with its score, and a line with credit, licence and source below.
 
         Args:
-            address: where it is found; else its `uri`, or the image itself as a data URI.
+            address: where it is found, escaped as addresses are; else its `uri`, or the image itself as a data URI.
         """
-        if address is None:
-            address = data_uri(self.image, MARKDOWN_WIDTH) if self.is_readable and self.uri is None else self.uri
-        found = None if address is None else markdown.image_address(address)
+        if address is not None:
+            found = markdown.escaped_address(address)
+        else:
+            own = data_uri(self.image, MARKDOWN_WIDTH) if self.is_readable and self.uri is None else self.uri
+            found = None if own is None else markdown.image_address(own)
         name = self.caption or ("image" if self.id is None else str(self.id))
         score = "" if self.score is None else f"{self.score:.2f}"
         text = f"\\[{markdown.escape(name)}\\]" if found is None else markdown.image(name, found, score)

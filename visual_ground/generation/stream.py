@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.generate import check_index, generate_ids, heard_by, listen
+from visual_ground.generation.generate import check_index, generate_ids, heard_by, listen, silent_ids, with_padding
 from visual_ground.generation.output import Part
 from visual_ground.generation.retrieval_token import RetrievalSettings, retrieve
 from visual_ground.index.base import RetrievalIndex
@@ -80,11 +80,18 @@ class GrowingAnswer:
         attached: the active adapter.
         index: where images are searched.
         settings: how many are shown.
+        silent: ids that are no text, though the tokenizer may decode them; see `generate.silent_ids`.
     """
 
-    def __init__(self, attached: AttachedAdapter, index: RetrievalIndex | None, settings: RetrievalSettings) -> None:
+    def __init__(
+        self,
+        attached: AttachedAdapter,
+        index: RetrievalIndex | None,
+        settings: RetrievalSettings,
+        silent: Collection[int] = (),
+    ) -> None:
         self.vocabulary, self.ret_token_id = attached.processor.vocabulary, attached.processor.ret_token_id
-        self.index, self.settings = index, settings
+        self.index, self.settings, self.silent = index, settings, silent
         self._text = GrowingText(attached.processor.tokenizer)
         self._shown: set[int] = set()
 
@@ -92,7 +99,8 @@ class GrowingAnswer:
         """Return what a token adds."""
         if token != self.ret_token_id:
             # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
-            text = self._text.add(token) if token < self.vocabulary.num_tokens else ""
+            is_text = token < self.vocabulary.num_tokens and token not in self.silent
+            text = self._text.add(token) if is_text else ""
             return [text] if text else []
         assert vector is not None, "the listener reads one at each [RET]"
         return [*self.end(), *retrieve(vector[None], self.index, self.settings, self._shown)[0]]
@@ -123,7 +131,7 @@ def stream(
             f"stream gives one answer to one prompt, got {len(batch['input_ids'])} prompts. Call generate for several; "
             "one interleaved prompt is a list within the list."
         )
-    answer = GrowingAnswer(attached, index, settings)
+    answer = GrowingAnswer(attached, index, settings, silent_ids(frozen_lm, attached))
     for said in said_tokens(frozen_lm, attached, batch, settings, options):
         yield from answer.add(said.token, said.vector)
     yield from answer.end()
@@ -151,8 +159,9 @@ def said_tokens(
     def run() -> None:
         try:
             image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
+            image_tokens, padded = with_padding(attached, image_tokens, options)
             listener = listen(frozen_lm, attached, batch, image_tokens, hear)
-            generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
+            generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, padded))
             events.put(_beams() if listener.lost else None)
         except BaseException as error:  # Raised again where the answer is read.
             events.put(error)

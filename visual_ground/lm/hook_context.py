@@ -66,6 +66,12 @@ class HookContext:
         """Clear what the previous forward left."""
         self.virtual, self.embedded, self.head_input, self.packed = None, False, None, 0
 
+    def end_forward(self, output: object) -> None:
+        """Note what the LM kept, and forget which ids were virtual."""
+        # transformers 5.24 renamed what older ones call past_key_values.
+        self.cache = getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
+        self.virtual = None
+
     def locate(self, seen: Tensor) -> tuple[Tensor, Tensor] | None:
         """Find the virtual ids in the ids that the embedding was given: as they are, transposed, fewer, or more.
 

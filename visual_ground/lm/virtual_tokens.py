@@ -219,9 +219,7 @@ class VirtualTokens:
                 f"{type(self.lm).__name__} did not pass its input ids to the module that get_input_embeddings() "
                 "returns, so the embeddings of images and [RET] could not be written. Please report this architecture."
             )
-        context.virtual = None
-        # transformers 5.24 renamed what older ones call past_key_values.
-        context.cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+        context.end_forward(output)
         if context.packed and hasattr(output, "logits"):
             logits, column = output.logits[:, : -context.packed], output.logits[:, -context.packed :].flatten(1)
             output.logits = self._widen(logits, column[:, : logits.shape[1]], context)

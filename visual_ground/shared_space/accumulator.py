@@ -118,8 +118,8 @@ class MomentAccumulator:
         """
         if not self.count or len(self._groups_seen) < 2:
             raise GroundingValueError(
-                f"There are {self.count} pairs, of {len(self._groups_seen)} group(s), a caption and its requests "
-                "counted apart. What tells texts and images apart cannot be fitted to fewer than two groups. Give "
+                f"There are {self.count} pairs, of {len(self._groups_seen)} different groups, a caption and its "
+                "requests counted apart. What tells texts and images apart cannot be fitted to fewer than two groups. Give "
                 "pairs of different things, or check the `group` column."
             )
         total = summed(self._folds)

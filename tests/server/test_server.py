@@ -1,0 +1,272 @@
+"""The running server, asked by OpenAI's own client: answers, pictures, refusals, and nothing that leaks."""
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+from tests.tiny import grounded, picture
+from visual_ground import ImageIndex
+from visual_ground.server.engine import EngineLimits
+from visual_ground.server.http import ServerSettings, create_app
+
+TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
+SHOWS = {"ret_bias": 1e3, "max_images": 1}
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Running:
+    """A server on a free port of this machine."""
+
+    def __init__(self, folder, settings=None, **model_options):
+        picture(0).save(folder / "secret cat.png")
+        self.model = grounded("llama_untied", **model_options)
+        self.model.tokenizer.chat_template = TEMPLATE
+        metadata = [{"caption": "<b>](x)", "source": "/home/me/secret", "author": "Jane"}, {}]
+        images = [str(folder / "secret cat.png"), picture(1)]
+        self.index = ImageIndex.build(self.model, images, ["a/../b c", "dog"], metadata)
+        app = create_app(self.model, self.index, settings)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="key", max_retries=0)
+
+    def stop(self):
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+    def ask(self, text="w4 w5", **options):
+        messages = options.pop("messages", [{"role": "user", "content": text}])
+        options = {"temperature": 0, "max_tokens": 6, **options}
+        return self.client.chat.completions.create(model="visual-ground", messages=messages, **options)
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path) as answer:
+            return answer.read(), answer.headers
+
+    def post(self, data, path="/v1/chat/completions", **headers):
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json", **headers})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        with refused.value as error:
+            return error.code, json.loads(error.read())["error"]["message"], error.headers
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    server = Running(tmp_path_factory.mktemp("server"), ServerSettings(max_bytes=500_000))
+    yield server
+    server.stop()
+
+
+def data_url(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_an_answer_is_that_of_generate(running):
+    answer = running.ask(max_tokens=5)
+    expected = running.model.generate([{"role": "user", "content": "w4 w5"}], max_new_tokens=5, do_sample=False)[0]
+    assert answer.choices[0].message.content == expected.text
+    assert answer.usage.completion_tokens == 5 and answer.choices[0].finish_reason in ("length", "stop")
+
+
+def test_a_streamed_answer_is_the_whole_one(running):
+    whole = running.ask(extra_body=SHOWS)
+    chunks = list(running.ask(extra_body=SHOWS, stream=True, stream_options={"include_usage": True}))
+    said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert said == whole.choices[0].message.content and "![" in said
+    assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_pictures_have_addresses_and_no_paths(running):
+    message = running.ask(extra_body={**SHOWS, "images_per_ret": 2}).choices[0].message
+    shown = {part["id"]: part for part in message.parts if part["type"] == "image"}
+    assert set(shown) == {"a/../b c", "dog"} and "secret" not in json.dumps(message.model_dump())
+    assert "<" not in message.content.replace("\\<", "") and "Jane" in message.content
+    for part in shown.values():
+        data, headers = running.get(part["uri"])
+        assert data.startswith(b"\x89PNG") and headers["X-Content-Type-Options"] == "nosniff"
+        assert running.get(part["thumbnail"])[0].startswith(b"\x89PNG")
+
+
+def test_pictures_of_both_sides_are_seen_in_the_next_turn(running):
+    url = data_url(picture(3))
+    question = {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "w4"}],
+    }
+    message = running.ask(messages=[question], extra_body=SHOWS).choices[0].message
+    answer = {"role": "assistant", "content": message.content}
+    follow = running.ask(messages=[question, answer, {"role": "user", "content": "w5"}])
+    k = running.model.config.num_visual_tokens
+    one = running.ask(messages=[question]).usage.prompt_tokens
+    assert follow.usage.prompt_tokens >= one + k
+    assert len(running.model.active.recent_features) >= 2
+
+
+def test_sampling_is_by_seed_and_choice(running):
+    options = dict(temperature=1.0, seed=3, n=3, max_tokens=8)
+    said = [[choice.message.content for choice in running.ask(**options).choices] for _ in range(2)]
+    assert said[0] == said[1] and len(set(said[0])) > 1
+
+
+def test_answers_in_a_batch_are_those_that_come_alone(running):
+    texts = [f"w{i} " * (1 + i % 5) for i in range(4, 24)]
+    alone = [running.ask(text, extra_body=SHOWS).choices[0].message.content for text in texts]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        together = list(pool.map(lambda text: running.ask(text, extra_body=SHOWS), texts))
+    assert [answer.choices[0].message.content for answer in together] == alone
+    numbers = dict(line.split() for line in running.get("/metrics")[0].decode().splitlines() if line[0] != "#")
+    assert float(numbers["visual_ground_batched_answers_total"]) > float(numbers["visual_ground_batches_total"])
+
+
+def test_a_stop_string_ends_an_answer_before_it(running):
+    whole = running.ask(max_tokens=6).choices[0].message.content
+    stop = whole.split()[2]
+    for stream in (False, True):
+        got = running.ask(max_tokens=6, stop=[stop], stream=stream)
+        text = "".join(c.choices[0].delta.content or "" for c in got) if stream else got.choices[0].message.content
+        assert text == whole[: whole.index(stop)]
+
+
+@torch.no_grad()
+def test_embeddings_and_search(running):
+    found = running.client.embeddings.create(model="visual-ground", input=["w4 w5", "w6"]).data
+    assert torch.allclose(torch.tensor(found[0].embedding), running.model.embed_text(["w4 w5"])[0].cpu(), atol=1e-5)
+    body = {"query": {"type": "image_url", "image_url": {"url": data_url(picture(1))}}, "n": 1}
+    best = running.client.post("/images/search", body=body, cast_to=object)["data"]
+    assert [one["id"] for one in best] == ["dog"] and best[0]["score"] == pytest.approx(1, abs=1e-3)
+    assert [model.id for model in running.client.models.list()] == ["visual-ground"]
+    assert json.loads(running.get("/health")[0])["status"] == "ok"
+
+
+def chat_body(**changes):
+    return json.dumps({"messages": [{"role": "user", "content": "w4"}], **changes}).encode()
+
+
+def with_image(url):
+    return chat_body(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+
+
+@pytest.mark.parametrize(
+    "data, status, words",
+    [
+        (b"{", 400, "not valid JSON"),
+        (b"[" * 100_000, 400, "not valid JSON"),
+        (b"[]", 400, "JSON object"),
+        (b"x" * 600_000, 413, "500000 bytes"),
+        (chat_body(model="gpt-5"), 404, "gpt-5"),
+        (chat_body(n=0), 400, "n must be"),
+        (chat_body(n=10**9), 400, "n must be"),
+        (chat_body(temperature="hot"), 400, "temperature"),
+        (chat_body(top_p=float("nan")), 400, "top_p"),
+        (chat_body(max_tokens=True), 400, "max_tokens"),
+        (chat_body(stop=[1]), 400, "stop"),
+        (chat_body(messages=[]), 400, "messages"),
+        (chat_body(messages=[{"role": "tool", "content": "x"}]), 400, "role"),
+        (chat_body(messages=["x"]), 400, "role"),
+        (chat_body(messages=[{"role": "user", "content": 3}]), 400, "content"),
+        (chat_body(messages=[{"role": "user", "content": [{"type": "video"}]}]), 400, "image_url"),
+        (with_image("http://127.0.0.1/x.png"), 400, "fetches no images"),
+        (with_image("file:///etc/passwd"), 400, "fetches no images"),
+        (with_image("data:image/png;base64,????"), 400, "base64"),
+        (with_image("data:image/svg+xml;base64," + base64.b64encode(b"<svg/>").decode()), 400, "cannot be read"),
+        (with_image(data_url(picture(0))[:62]), 400, "The "),
+    ],
+)
+def test_bad_requests_are_refused_in_openais_form(running, data, status, words):
+    got, message, _ = running.post(data)
+    assert got == status and words in message
+    assert running.ask(max_tokens=1).choices
+
+
+def test_a_path_in_a_text_opens_no_file(running):
+    secret = str(running.index.images[0])
+    between = [{"type": "image_url", "image_url": {"url": data_url(picture(0))}}, {"type": "text", "text": secret}]
+    before = len(running.model.active.recent_features)
+    running.ask(messages=[{"role": "user", "content": secret}])
+    running.ask(messages=[{"role": "user", "content": [*between, between[0]]}])
+    assert len(running.model.active.recent_features) <= before + 1, "only the picture of the request is encoded"
+
+
+def test_pictures_that_are_not_there(running):
+    for path in ("/images/none", "/thumbnails/none", "/images/..%2F..%2Fetc%2Fpasswd", "/nothing"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            running.get(path)
+
+
+def test_a_key_and_signed_pictures(tmp_path):
+    server = Running(tmp_path, ServerSettings(api_key="key"))
+    try:
+        part = server.ask(extra_body=SHOWS).choices[0].message.parts[-1]
+        parts = [p for p in server.ask(extra_body=SHOWS).choices[0].message.parts if p["type"] == "image"]
+        assert part and server.get(parts[0]["uri"])[0]
+        assert server.post(chat_body())[0] == 401
+        assert server.post(chat_body(), Authorization="Bearer no")[0] == 401
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            server.get(parts[0]["uri"].split("?")[0])
+        assert server.get("/health")
+    finally:
+        server.stop()
+
+
+def test_a_full_queue_says_when_to_come_back_and_leaving_frees_it(tmp_path):
+    limits = EngineLimits(max_batch=1, max_waiting=2)
+    server = Running(tmp_path, ServerSettings(limits=limits))
+    try:
+        server.model.lm.generation_config.eos_token_id = None
+        endless = [server.ask(max_tokens=2000, stream=True) for _ in range(3)]
+        for stream in endless:
+            next(iter(stream))
+        status, message, headers = server.post(chat_body())
+        assert status == 429 and headers["Retry-After"] == "1" and "waiting" in message
+        for stream in endless:
+            stream.close()
+        for _ in range(200):
+            try:
+                assert server.ask(max_tokens=2).usage.completion_tokens == 2
+                break
+            except openai.RateLimitError:
+                time.sleep(0.05)
+        else:
+            raise AssertionError("the queue was not freed")
+    finally:
+        server.stop()
+
+
+def test_an_answer_that_takes_too_long_ends(tmp_path):
+    server = Running(tmp_path, ServerSettings(limits=EngineLimits(timeout=0.2)))
+    try:
+        server.model.lm.generation_config.eos_token_id = None
+        with pytest.raises(openai.APIStatusError) as late:
+            server.ask(max_tokens=2000)
+        assert late.value.status_code == 504
+    finally:
+        server.stop()
+
+
+def test_a_batch_that_fails_leaves_the_server_up(running, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(running.model.frozen_lm, "generate", None)
+        with pytest.raises(openai.InternalServerError, match="log"):
+            running.ask()
+    assert running.ask().choices

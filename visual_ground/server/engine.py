@@ -1,0 +1,148 @@
+"""The one thread that runs the language model: answers that wait together are generated together."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from visual_ground.errors import GroundingStateError
+from visual_ground.generation.forbidden import ForbiddenColumns
+from visual_ground.generation.generate import generate_ids, heard_by, listen, with_padding
+from visual_ground.generation.retrieval_token import RetrievalSettings
+from visual_ground.model import GroundedModel
+from visual_ground.server.failures import busy
+from visual_ground.server.jobs import Job
+from visual_ground.server.sampling import RowSampling
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine does at once.
+
+    Args:
+        max_batch: answers that are generated together.
+        max_waiting: answers that may wait; more are refused.
+        gather_seconds: how long a batch waits for others to join.
+        timeout: seconds for one answer, waiting included.
+    """
+
+    max_batch: int = 8
+    max_waiting: int = 64
+    gather_seconds: float = 0.005
+    timeout: float = 300.0
+
+
+class Engine:
+    """Generates answers in batches; each is the one that it would be alone.
+
+    Args:
+        model: the grounded model; nothing else should change it meanwhile.
+        limits: how much at once.
+
+    Attributes:
+        batches: sizes of the batches so far, as count and sum.
+    """
+
+    def __init__(self, model: GroundedModel, limits: EngineLimits | None = None) -> None:
+        self.model, self.limits = model, EngineLimits() if limits is None else limits
+        self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._closed = False
+        self.batches = [0, 0]
+        self._thread = threading.Thread(target=self._work, name="visual_ground engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """How many answers wait."""
+        return self._jobs.qsize()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Put answers into the queue, all or none.
+
+        Raises:
+            RequestFailure: the queue is full.
+            GroundingStateError: the engine was closed.
+        """
+        if self._closed:
+            raise GroundingStateError("The engine is closed; make a new one.")
+        if self.waiting + len(jobs) > self.limits.max_waiting:
+            raise busy(1)
+        for job in jobs:
+            self._jobs.put(job)
+
+    def close(self) -> None:
+        """End the thread after the batch that it is at; what waits is cancelled."""
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (first := self._jobs.get()) is not None:
+            batch = [job for job in self._gather(first) if job.is_wanted or job.finish("timeout")]
+            if not batch:
+                continue
+            self.batches = [self.batches[0] + 1, self.batches[1] + len(batch)]
+            try:
+                self._run(batch)
+            except Exception:  # The server stays up whatever a batch does.
+                logger.exception("a batch failed")
+            for job in batch:
+                job.finish("error")
+        while not self._jobs.empty():
+            if (left := self._jobs.get()) is not None:
+                left.finish("cancelled")
+
+    def _gather(self, first: Job) -> list[Job]:
+        """Return the first job and those that come soon after it."""
+        jobs, until = [first], time.monotonic() + self.limits.gather_seconds
+        while len(jobs) < self.limits.max_batch:
+            try:
+                job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if job is None:
+                self._jobs.put(None)
+                break
+            jobs.append(job)
+        return jobs
+
+    @torch.no_grad()
+    def _run(self, jobs: list[Job]) -> None:
+        model, attached = self.model, self.model.active
+        batch = attached.processor.batch([job.prompt for job in jobs]).to(model.frozen_lm.device)
+        image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
+        ends = end_tokens(model)
+
+        def hear(row: int, token: int, vector: Any) -> bool:
+            return jobs[row].hear(token, vector, token in ends)
+
+        image_tokens, padding = with_padding(attached, image_tokens, {})
+        count = 0 if image_tokens is None else len(image_tokens)
+        forbidden = ForbiddenColumns(attached.processor.vocabulary, attached.config.mask_spare_columns, count)
+        listener = listen(model.frozen_lm, attached, batch, image_tokens, hear)
+        rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], [job.sampling for job in jobs])
+        options = {
+            **{name: None for name in ("temperature", "top_p", "top_k")},
+            "do_sample": False,
+            "num_beams": 1,
+            "max_new_tokens": max(job.max_tokens for job in jobs),
+            "logits_processor": [forbidden, rows],
+            **padding,
+        }
+        settings = RetrievalSettings()
+        generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
+
+
+def end_tokens(model: GroundedModel) -> frozenset[int]:
+    """Return the ids that end an answer."""
+    configured: Any = getattr(model.lm.generation_config, "eos_token_id", None)
+    configured = model.tokenizer.eos_token_id if configured is None else configured
+    return frozenset([] if configured is None else [configured] if isinstance(configured, int) else configured)

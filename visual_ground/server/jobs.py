@@ -1,0 +1,129 @@
+"""One answer that is waited for: its prompt, its settings, and what becomes of its tokens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from visual_ground.generation.output import Part
+from visual_ground.generation.stream import GrowingAnswer
+from visual_ground.prompts.encoded import EncodedPrompt
+from visual_ground.server.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer.
+
+    Args:
+        reason: "stop", "length", "timeout", "cancelled" or "error".
+        tokens: how many were generated.
+    """
+
+    reason: str
+    tokens: int
+
+
+class StopText:
+    """Cuts an answer before the first of some strings, and holds back what may become one.
+
+    Args:
+        stops: the strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """Return what may be said of the text so far, and whether one of the strings has come."""
+        text = self._held + text
+        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if places:
+            self._held = ""
+            return text[: min(places)], True
+        held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def flush(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+@dataclass
+class Job:
+    """One answer.
+
+    Args:
+        prompt: the ids and images.
+        sampling: how tokens are chosen.
+        max_tokens: the most that are generated.
+        answer: turns tokens into texts and images.
+        stop: cuts the text.
+        emit: takes each part, and `Finished` at the end; called in the engine's thread.
+        deadline: of `time.monotonic`.
+    """
+
+    prompt: EncodedPrompt
+    sampling: Sampling
+    max_tokens: int
+    answer: GrowingAnswer
+    stop: StopText
+    emit: Callable[[Part | Finished], None]
+    deadline: float
+    tokens: int = 0
+    finished: bool = False
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Let the answer end with the token that it is at; called when nobody waits for it any more."""
+        self._cancelled.set()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits for it, in time."""
+        return not self._cancelled.is_set() and time.monotonic() < self.deadline
+
+    def hear(self, token: int, vector: Tensor | None, is_end: bool) -> bool:
+        """Take a token; return whether the answer goes on."""
+        if not self.is_wanted:
+            return self.finish("cancelled" if self._cancelled.is_set() else "timeout")
+        self.tokens += 1
+        if is_end:
+            return self._end("stop")
+        for part in self.answer.add(token, vector):
+            if self._say(part):
+                return self.finish("stop")
+        return True if self.tokens < self.max_tokens else self._end("length")
+
+    def _say(self, part: Part) -> bool:
+        """Emit a part; return whether the text has come to a stop."""
+        if not isinstance(part, str):
+            if held := self.stop.flush():
+                self.emit(held)
+            self.emit(part)
+            return False
+        text, stopped = self.stop.add(part)
+        if text:
+            self.emit(text)
+        return stopped
+
+    def _end(self, reason: str) -> bool:
+        """Say what was held back, and end."""
+        stopped = any(self._say(part) for part in self.answer.end())
+        if not stopped and (held := self.stop.flush()):
+            self.emit(held)
+        return self.finish("stop" if stopped else reason)
+
+    def finish(self, reason: str) -> bool:
+        """End the answer, once; return False."""
+        if not self.finished:
+            self.finished = True
+            self.emit(Finished(reason, self.tokens))
+        return False

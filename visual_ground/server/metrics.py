@@ -1,0 +1,57 @@
+"""Counters in Prometheus' text format, and one line of JSON for each request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import Counter
+
+logger = logging.getLogger("visual_ground.server.requests")
+
+
+class Metrics:
+    """Counts requests; none of their contents is ever kept."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._seconds: Counter[str] = Counter()
+
+    def count(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request and log its line.
+
+        Args:
+            method: of HTTP.
+            route: the path as it is declared, without ids.
+            status: of HTTP.
+            seconds: from its arrival to the end of its answer.
+        """
+        with self._lock:
+            self._requests[route, status] += 1
+            self._seconds[route] += seconds  # type: ignore[assignment]
+        entry = {"method": method, "route": route, "status": status, "milliseconds": round(seconds * 1000, 1)}
+        logger.info(json.dumps(entry))
+
+    def text(self, waiting: int, batches: int, batched: int) -> str:
+        """Return all numbers.
+
+        Args:
+            waiting: answers that wait.
+            batches: batches that were generated.
+            batched: answers in them.
+        """
+        lines = ["# TYPE visual_ground_requests_total counter"]
+        with self._lock:
+            for (route, status), count in sorted(self._requests.items()):
+                lines.append(f'visual_ground_requests_total{{route="{route}",status="{status}"}} {count}')
+            lines.append("# TYPE visual_ground_request_seconds_total counter")
+            for route, seconds in sorted(self._seconds.items()):
+                lines.append(f'visual_ground_request_seconds_total{{route="{route}"}} {seconds:.6f}')
+        for name, kind, value in (
+            ("waiting", "gauge", waiting),
+            ("batches_total", "counter", batches),
+            ("batched_answers_total", "counter", batched),
+        ):
+            lines += [f"# TYPE visual_ground_{name} {kind}", f"visual_ground_{name} {value}"]
+        return "\n".join(lines) + "\n"

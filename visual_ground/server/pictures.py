@@ -1,0 +1,166 @@
+"""Pictures that come with requests, and the index's pictures that go out."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import io
+import re
+from typing import Any
+from urllib.parse import quote, unquote
+
+from PIL import Image
+
+from visual_ground.errors import GroundingError
+from visual_ground.generation.output import RetrievedImage
+from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.remote_images import ImageLink, LinkRules
+from visual_ground.server.failures import RequestFailure
+from visual_ground.vision.decoding import decode_file
+from visual_ground.vision.images import read_file, to_rgb
+
+MAX_PIXELS = 40_000_000
+THUMBNAIL = 256
+# Formats that browsers show; anything else leaves as PNG.
+MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
+_OWN = re.compile(r"!\[(?:\\.|[^\]\\])*\]\([^)\s]*/images/([^)\s?]+)(?:\?[^)\s]*)?(?: \"(?:\\.|[^\"\\])*\")?\)")
+
+
+def read_address(address: Any, rules: LinkRules) -> Image.Image:
+    """Return the image of an `image_url`: a data URL, or an address of the web where the rules allow it.
+
+    Raises:
+        RequestFailure: any other address, or no image that can be read.
+    """
+    if not isinstance(address, str):
+        raise RequestFailure(400, 'image_url must be {"url": "data:image/...;base64,..."}.')
+    try:
+        if address.startswith("data:"):
+            return _decode(_data_of(address))
+        if rules.allow_host(address):
+            return _decode(rules.fetch(address))
+    except GroundingError as error:
+        raise RequestFailure(400, f"The image cannot be read: {error}", code="invalid_image") from error
+    message = "This server fetches no images from that address. Send the image itself as a data URL."
+    raise RequestFailure(400, message, code="invalid_image_url")
+
+
+def _data_of(address: str) -> bytes:
+    head, comma, data = address.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise RequestFailure(400, "A data URL must be data:image/...;base64,...", code="invalid_image_url")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestFailure(400, "The data URL is not valid base64.", code="invalid_image_url") from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as opened:  # Reads the head only.
+            pixels = opened.width * opened.height
+    except Exception as error:  # Whatever a decoder says of bytes from a stranger.
+        raise RequestFailure(
+            400, "The image cannot be read; send PNG, JPEG, GIF or WebP.", code="invalid_image"
+        ) from error
+    if pixels > MAX_PIXELS:
+        raise RequestFailure(
+            400, f"The image has {pixels} pixels; at most {MAX_PIXELS} are read.", code="invalid_image"
+        )
+    return decode_file(data, "the image")
+
+
+class Pictures:
+    """The pictures of an index by the addresses under which a server shows them.
+
+    Args:
+        index: the index, or None.
+        secret: signs the addresses, so that only pictures of answers are shown; None shows all.
+    """
+
+    def __init__(self, index: ImageIndex | None, secret: str | None = None) -> None:
+        self.index, self._secret = index, secret
+        self._positions = {} if index is None else {str(name): i for i, name in enumerate(index.ids)}
+
+    def address(self, name: str | int, folder: str = "images") -> str:
+        """Return the path of a picture in the server."""
+        signature = "" if self._secret is None else f"?signature={self._signature(str(name))}"
+        return f"/{folder}/{quote(str(name), safe='')}{signature}"
+
+    def _signature(self, name: str) -> str:
+        assert self._secret is not None, "asked for with a secret only"
+        return hmac.new(self._secret.encode(), name.encode(), hashlib.sha256).hexdigest()[:32]
+
+    def check(self, name: str, signature: str) -> None:
+        """Raise RequestFailure where an address was not given out by this server."""
+        if self._secret is not None and not hmac.compare_digest(self._signature(name).encode(), signature.encode()):
+            raise RequestFailure(401, "The signature does not fit this picture.", "authentication_error")
+
+    def described(self, picture: RetrievedImage) -> dict[str, Any]:
+        """Return what is known of a picture for JSON, with its addresses in this server; paths do not leave it."""
+        if picture.id is None:
+            return {"type": "image"}
+        address = self.address(picture.id) if picture.is_readable else ""
+        shown = {name: value for name, value in picture.to_dict(address).items() if value != ""}
+        if not str(shown.get("source", "")).startswith(("http://", "https://")):
+            shown.pop("source", None)
+        return {**shown, "thumbnail": self.address(picture.id, "thumbnails")} if picture.is_readable else shown
+
+    def find(self, name: str) -> Any:
+        """Return a picture by id, as the index has it, or None where it has none that can be read."""
+        position = self._positions.get(name)
+        if position is None or self.index is None:
+            return None
+        image = self.index.entry(position)[1]
+        return None if isinstance(image, ImageLink) else image
+
+    def read(self, name: str) -> tuple[bytes, str]:
+        """Return a picture's bytes and media type; only images ever leave, whatever a file's name says.
+
+        Raises:
+            RequestFailure: no such picture.
+        """
+        image = self._existing(name)
+        try:
+            if not isinstance(image, Image.Image):
+                data = read_file(image)
+                with Image.open(io.BytesIO(data)) as opened:
+                    if media_type := MEDIA_TYPES.get(opened.format or ""):
+                        return data, media_type
+            return _as_png(to_rgb(image)), "image/png"
+        except (GroundingError, OSError) as error:
+            raise RequestFailure(404, f"The picture {name!r} cannot be read.", code="not_found") from error
+
+    def thumbnail(self, name: str) -> bytes:
+        """Return a picture made small, as PNG."""
+        try:
+            small = to_rgb(self._existing(name))
+        except GroundingError as error:
+            raise RequestFailure(404, f"The picture {name!r} cannot be read.", code="not_found") from error
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        return _as_png(small)
+
+    def _existing(self, name: str) -> Any:
+        image = self.find(name)
+        if image is None:
+            raise RequestFailure(404, f"There is no picture {name!r}.", code="not_found")
+        return image
+
+    def restore(self, text: str) -> list[Any]:
+        """Cut Markdown that this server has sent into texts and its pictures, so that a model sees them again."""
+        parts: list[Any] = []
+        start = 0
+        for found in _OWN.finditer(text):
+            image = self.find(unquote(found[1]))
+            if image is not None:
+                parts += [text[start : found.start()], to_rgb(image)]
+                start = found.end()
+        return [part for part in (*parts, text[start:]) if not isinstance(part, str) or part.strip()]
+
+
+def _as_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

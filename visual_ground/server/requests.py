@@ -1,0 +1,130 @@
+"""Requests of chats, checked field by field before anything is run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from visual_ground.generation.retrieval_token import RetrievalSettings
+from visual_ground.index.remote_images import LinkRules
+from visual_ground.server.failures import RequestFailure
+from visual_ground.server.pictures import Pictures, read_address
+from visual_ground.server.sampling import Sampling
+
+MAX_CHOICES = 8
+MAX_STOPS = 4
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A request of `/v1/chat/completions`.
+
+    Args:
+        messages: chat messages with their images.
+        samplings: one for each of the answers that are asked for.
+        max_tokens: the most tokens of an answer.
+        stop: strings that end an answer.
+        stream: whether it is sent piece by piece.
+        stream_usage: whether the token counts come at the end of it.
+    """
+
+    messages: list[dict[str, Any]]
+    samplings: list[Sampling]
+    max_tokens: int
+    stop: tuple[str, ...]
+    stream: bool
+    stream_usage: bool
+
+
+def number(body: Mapping[str, Any], name: str, default: Any, low: float, high: float, whole: bool = False) -> Any:
+    """Return a number of a request, or its default where it is left out or null."""
+    value = body.get(name)
+    if value is None:
+        return default
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not low <= value <= high:
+        wanted = "a whole number" if whole else "a number"
+        raise RequestFailure(400, f"{name} must be {wanted} from {low:g} to {high:g}, got {str(value)[:40]!r}.")
+    return value
+
+
+def chat_request(body: Any, pictures: Pictures, rules: LinkRules, default_tokens: int) -> ChatRequest:
+    """Return a checked request.
+
+    Raises:
+        RequestFailure: a field that is missing or out of its range.
+    """
+    if not isinstance(body, Mapping):
+        raise RequestFailure(400, "The body must be a JSON object.")
+    stop = body.get("stop") or ()
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, (list, tuple)) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
+        raise RequestFailure(400, f"stop must be a string or a list of at most {MAX_STOPS} strings.")
+    tokens = number(body, "max_completion_tokens", None, 1, 1e6, whole=True)
+    tokens = tokens or number(body, "max_tokens", default_tokens, 1, 1e6, whole=True)
+    options = body.get("stream_options")
+    return ChatRequest(
+        [_message(message, pictures, rules) for message in _list(body, "messages")],
+        _samplings(body),
+        tokens,
+        tuple(stop),
+        body.get("stream") is True,
+        isinstance(options, Mapping) and options.get("include_usage") is True,
+    )
+
+
+def _samplings(body: Mapping[str, Any]) -> list[Sampling]:
+    seed = number(body, "seed", None, -(2**63), 2**63 - 1, whole=True)
+    retrieval = RetrievalSettings(
+        images_per_ret=number(body, "images_per_ret", 1, 1, 16, whole=True),
+        max_images=number(body, "max_images", None, 0, 1000, whole=True),
+        ret_bias=number(body, "ret_bias", 0.0, -1e6, 1e6),
+        min_new_tokens_before_ret=number(body, "min_new_tokens_before_ret", 0, 0, 1e6, whole=True),
+        min_new_tokens_between_rets=number(body, "min_new_tokens_between_rets", 0, 0, 1e6, whole=True),
+    )
+    temperature, top_p = number(body, "temperature", 1.0, 0, 2), number(body, "top_p", 1.0, 0, 1)
+    seeds = (None if seed is None else seed + i for i in range(number(body, "n", 1, 1, MAX_CHOICES, whole=True)))
+    return [Sampling(float(temperature), float(top_p), one, retrieval) for one in seeds]
+
+
+def _list(body: Mapping[str, Any], name: str) -> Sequence[Any]:
+    value = body.get(name)
+    if not isinstance(value, list) or not value:
+        raise RequestFailure(400, f"{name} must be a list with at least one entry.")
+    return value
+
+
+def _message(message: Any, pictures: Pictures, rules: LinkRules) -> dict[str, Any]:
+    role = ROLES.get(str(message.get("role"))) if isinstance(message, Mapping) else None
+    if role is None:
+        raise RequestFailure(400, f"Each message must have a role, one of {', '.join(ROLES)}.")
+    content = message.get("content")
+    parts: list[Any] = []
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in given if isinstance(given, list) else []:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            # What this server has answered goes back in as it was: with the pictures.
+            parts += pictures.restore(part["text"]) if role == "assistant" else [part["text"]]
+        elif kind == "image_url":
+            url = part.get("image_url")
+            parts.append(read_address(url.get("url") if isinstance(url, Mapping) else url, rules))
+        else:
+            raise RequestFailure(400, 'A part of a message must be {"type": "text"} or {"type": "image_url"}.')
+    if not parts:
+        raise RequestFailure(400, "A message has no content; give a text or parts.")
+    return _content(role, parts)
+
+
+def _content(role: str, parts: Sequence[Any]) -> dict[str, Any]:
+    """Return a chat message in which each part says what it is."""
+    return {
+        "role": role,
+        "content": [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+            for part in parts
+        ],
+    }

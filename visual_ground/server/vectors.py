@@ -1,0 +1,71 @@
+"""Vectors of texts and images, and searches with them, without generating."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visual_ground.generation.output import RetrievedImage
+from visual_ground.index.remote_images import LinkRules
+from visual_ground.model import GroundedModel
+from visual_ground.server.failures import RequestFailure
+from visual_ground.server.pictures import Pictures, read_address
+
+MAX_INPUTS = 256
+
+
+def embeddings(model: GroundedModel, body: Any, rules: LinkRules, name: str) -> dict[str, Any]:
+    """Return OpenAI's `list` of embeddings, of texts and `image_url` parts.
+
+    Raises:
+        RequestFailure: inputs that are neither, or too many.
+    """
+    given = body.get("input") if isinstance(body, Mapping) else None
+    inputs = given if isinstance(given, list) else [given]
+    if not 1 <= len(inputs) <= MAX_INPUTS:
+        raise RequestFailure(400, f"input must have 1 to {MAX_INPUTS} entries, got {len(inputs)}.")
+    vectors = [_vector(model, one, rules) for one in inputs]
+    as_base64 = body.get("encoding_format") == "base64"
+    data = [
+        {"object": "embedding", "index": i, "embedding": _base64(vector) if as_base64 else vector.tolist()}
+        for i, vector in enumerate(vectors)
+    ]
+    return {"object": "list", "model": name, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+
+
+def _base64(vector: Tensor) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector.tolist())).decode("ascii")
+
+
+@torch.no_grad()
+def _vector(model: GroundedModel, given: Any, rules: LinkRules) -> Tensor:
+    """Return the vector (q,) of a text or an image."""
+    if isinstance(given, str) and given.strip():
+        return model.embed_text([given])[0].float().cpu()
+    if isinstance(given, Mapping) and given.get("type") == "image_url":
+        url = given.get("image_url")
+        image = read_address(url.get("url") if isinstance(url, Mapping) else url, rules)
+        return model.embed_images([image])[0].float().cpu()
+    raise RequestFailure(400, 'An input must be a text that is not empty, or {"type": "image_url", "image_url": ...}.')
+
+
+def search(model: GroundedModel, body: Any, pictures: Pictures, rules: LinkRules, count: int) -> dict[str, Any]:
+    """Return the pictures that are nearest to a text or an image, best first.
+
+    Raises:
+        RequestFailure: no query, or no index.
+    """
+    if pictures.index is None:
+        raise RequestFailure(404, "This server has no index to search. Start it with --index.", code="no_index")
+    query = body.get("query") if isinstance(body, Mapping) else None
+    found = pictures.index.search(_vector(model, query, rules)[None], count)
+    data = []
+    for position, score in zip(found.positions[0].tolist(), found.scores[0].tolist(), strict=True):
+        name, image, metadata = pictures.index.entry(position)
+        data.append(pictures.described(RetrievedImage(name, score, image, metadata)))
+    return {"object": "list", "data": data}
