@@ -20,7 +20,9 @@ from visual_ground.errors import GroundingValueError
 CALLS = {
     "train": ["lm", "vision", "data"],
     "transfer": ["adapter", "lm", "--output", "out"],
-    "index": ["lm", "adapter", "images", "--output", "out"],
+    "fit": ["lm", "vision", "data", "--output", "out"],
+    "index": ["build", "lm", "adapter", "images", "--output", "out"],
+    "serve": ["lm", "adapter"],
     "chat": ["lm", "adapter"],
     "eval": ["lm", "adapter", "data"],
     "push": ["folder", "me/repo"],
@@ -36,7 +38,8 @@ def calls():
 
 def replaced(monkeypatch, act):
     for command in COMMANDS:
-        monkeypatch.setattr(command, "run", act)
+        for name in [name for name in vars(command) if name == "run" or name.startswith("run_")]:
+            monkeypatch.setattr(command, name, act)
 
 
 @pytest.mark.parametrize("call", calls(), ids=lambda call: call[0])

@@ -7,7 +7,8 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_model_arguments, load_model
+from visual_ground.cli.arguments import add_index_options, add_model_arguments, load_index, load_model
+from visual_ground.errors import GroundingStateError
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -19,12 +20,10 @@ def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
     parser = commands.add_parser("serve", help="answer over HTTP, as OpenAI's API does")
     add_model_arguments(parser)
-    parser.add_argument("--index", help="folder of an index")
+    add_index_options(parser)
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--name", default="visual-ground", help="what clients call the model")
-    parser.add_argument("--images", action="append", default=[], help="folder that the index's paths may lead into")
-    parser.add_argument("--host", action="append", default=[], help="host that images may be fetched from")
     parser.add_argument("--origin", action="append", default=[], help="web page that may call the server")
     parser.add_argument("--max-batch", type=int, default=8, help="answers that are generated together")
     parser.add_argument("--max-waiting", type=int, default=64, help="answers that may wait; more are refused")
@@ -35,19 +34,18 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    import uvicorn
-
-    from visual_ground import ImageIndex
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise GroundingStateError(f'{error}. The server needs an extra: pip install "visual-ground[serve]".') from error
     from visual_ground.index.remote_images import LinkRules
     from visual_ground.server.engine import EngineLimits
     from visual_ground.server.http import ServerSettings, create_app
 
-    rules = LinkRules(hosts=tuple(options.host), folders=tuple(options.images))
-    index = None if options.index is None else ImageIndex.from_pretrained(options.index, rules)
     limits = EngineLimits(options.max_batch, options.max_waiting, timeout=options.timeout)
     settings = ServerSettings(
         options.name, os.environ.get(KEY) or None, LinkRules(options.host), origins=options.origin, limits=limits
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    app = create_app(load_model(options), index, settings)
+    app = create_app(load_model(options), load_index(options), settings)
     uvicorn.run(app, host=options.address, port=options.port, log_level="warning", access_log=False)

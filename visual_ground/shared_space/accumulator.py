@@ -119,8 +119,8 @@ class MomentAccumulator:
         if not self.count or len(self._groups_seen) < 2:
             raise GroundingValueError(
                 f"There are {self.count} pairs, of {len(self._groups_seen)} different groups, a caption and its "
-                "requests counted apart. What tells texts and images apart cannot be fitted to fewer than two groups. Give "
-                "pairs of different things, or check the `group` column."
+                "requests counted apart. What tells texts and images apart cannot be fitted to fewer than two groups. "
+                "Give pairs of different things, or check the `group` column."
             )
         total = summed(self._folds)
         penalties = self._choose(total, candidates) if len(candidates) > 1 else candidates[0]
