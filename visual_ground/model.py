@@ -107,7 +107,7 @@ class GroundedModel(nn.Module):
         return self.active.embed_images(images, image_features, batch_size)
 
     def embed_text(self, prompts: Prompts) -> Tensor:
-        """Map prompts to unit vectors (n, q), read behind each as in an answer; a string is encoded as a caption is."""
+        """Map prompts to unit vectors (n, q), read after each as in an answer; a string is encoded as a caption."""
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
     def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:
@@ -122,7 +122,7 @@ class GroundedModel(nn.Module):
         Args:
             prompts: as in `prepare`.
             index: where `[RET]`'s images are searched; with None the parts say that an image was meant.
-            max_new_tokens: at most so many, `[RET]`s included; else as the generation config says, else 64.
+            max_new_tokens: the most tokens, `[RET]`s included; where None, as the generation config says, or 64.
             options: the fields of `RetrievalSettings` (`images_per_ret`, `max_images`, `ret_bias` and others), and any
                 argument of transformers' `generate`.
 
@@ -227,7 +227,7 @@ class GroundedModel(nn.Module):
         """Ground an LM with a saved adapter, or load an adapter with the LM that it names.
 
         Args:
-            lm: as in `ground`; or, where nothing follows it, the adapter.
+            lm: as in `ground`; or, if `model_id` is None, the adapter, which names the LM to load.
             model_id: local folder or Hub id of the adapter.
             vision_encoder: for an encoder that no name can load; else the one that the adapter names.
             tokenizer: as in `ground`.

@@ -1,4 +1,4 @@
-"""`ForbiddenColumns`: the last word on ids that are never generated, whatever other logits processors make of them."""
+"""`ForbiddenColumns`: the last logits processor; it forbids ids again that other processors may have allowed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ForbiddenColumns(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (b, >= v), at least as wide as the ids of the prompt need.
 
-        Prompt lookup shows processors made-up scores of the LM's own width, and looks up in them ids of the prompt.
+        Prompt lookup gives processors dummy scores as wide as the LM's own, and then indexes them by prompt ids.
         """
         scores = torch.nn.functional.pad(scores, (0, max(0, self.width - scores.shape[-1])), value=float("-inf"))
         return self.vocabulary.forbid(scores.clone(), self.mask_spare_columns)

@@ -21,7 +21,7 @@ from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
 
-# Contexts that end with a `[RET]` and are read together, which bounds the memory that long answers take.
+# How many contexts that end with a `[RET]` are read together; a bound on the memory that long answers take.
 QUERIES_PER_RUN = 32
 
 
@@ -53,7 +53,7 @@ def generate(
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
     per_prompt = options.get("num_return_sequences") or 1
     listener = listen(frozen_lm, attached, batch, image_tokens, per_prompt=per_prompt)
-    with frozen_lm.bind():  # Both are one call: where the adapter is disabled elsewhere meanwhile, neither heeds it.
+    with frozen_lm.bind():  # One block for both: if the adapter is disabled elsewhere meanwhile, neither is affected.
         sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
         vectors = listener.vectors_of(sequences)
         if vectors is None:
@@ -70,7 +70,7 @@ def generate(
 def _whole_sentences(
     outputs: Sequence[InterleavedOutput], answers: Sequence[Sequence[int]], stops: set[int]
 ) -> list[InterleavedOutput]:
-    """Cut the answers that the LM did not end itself behind their last whole sentence."""
+    """Cut each answer that the LM did not end itself, right after the answer's last whole sentence."""
     return [
         output if stops.intersection(ids) else InterleavedOutput(cut_to_sentences(output.parts))
         for ids, output in zip(answers, outputs, strict=True)
@@ -90,10 +90,10 @@ def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str
 def with_padding(
     attached: AttachedAdapter, image_tokens: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Tensor | None, Mapping[str, Any]]:
-    """Return image tokens and options under which no word fills up the shorter answers of a batch.
+    """Return image tokens and options with which the shorter answers of a batch are not padded with a word.
 
-    Where the tokenizer names neither PAD nor EOS, any token that fills up an answer would be read as a word of it. One
-    more virtual image token does this then: it is never generated, and never text.
+    If the tokenizer has neither PAD nor EOS, any token of its own used as padding would be read as part of the answer.
+    One extra virtual image token is the padding then: it is never generated, and never text.
 
     Args:
         attached: the active adapter.
@@ -183,7 +183,7 @@ def ret_vectors(
         counts.append(len(places))
     if not contexts:
         return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
-    # The prompt may not fit behind an answer that fills the LM's context: then the oldest ids go.
+    # If the context and the suffix together are longer than the LM's limit, the oldest ids are dropped.
     limit = -(processor.max_length or 0)
     queries = [[*context, *processor.retrieval_suffix(context)][limit:] for context in contexts]
     parts = [queries[i : i + QUERIES_PER_RUN] for i in range(0, len(queries), QUERIES_PER_RUN)]
@@ -213,9 +213,9 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
 
 
 def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
-    """Return ids that end or fill up answers and are no text, though a tokenizer may decode them as text.
+    """Return the ids that end or pad answers; they are not text, even if the tokenizer decodes them as text.
 
-    It does so with a PAD that was named after it was loaded, and with the LM's EOS where it names none itself.
+    A tokenizer does so for a PAD that was set after loading, and for the LM's EOS if it has no EOS of its own.
     """
     tokenizer = attached.processor.tokenizer
     own = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)

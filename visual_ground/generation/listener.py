@@ -30,8 +30,8 @@ class AnswerListener(StoppingCriteria):
         attached: the active adapter.
         mask: (b, s), of the prompts.
         read_again: for LMs without plain keys and values.
-        on_token: as above; called for sequences that it has not ended.
-        per_prompt: answers to each prompt. A `generate` that follows more sequences searches with beams.
+        on_token: as `OnToken` says; not called again for a sequence once it has returned False for it.
+        per_prompt: how many answers each prompt gets. If `generate` follows more sequences, it is a beam search.
 
     Attributes:
         lost: whether it cannot follow, because tokens were taken back or sequences swapped.
@@ -93,7 +93,7 @@ class AnswerListener(StoppingCriteria):
         return found
 
     def _read_on_copy(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor | None:
-        """Run what a retrieval state is read at, behind what has been said; return vectors (r, q), or None."""
+        """Run the retrieval suffix on a copy of the cache; return vectors (r, q), or None if that cannot be done."""
         said = ids.shape[1] - 1
         suffixes = [self.attached.processor.retrieval_suffix(row[:said]) for row in ids.tolist()]
         if len(set(map(len, suffixes))) > 1:
@@ -112,7 +112,7 @@ class AnswerListener(StoppingCriteria):
         return self.attached.embed_states(states)
 
     def vectors_of(self, sequences: Tensor) -> list[Tensor] | None:
-        """Return the vectors (r, q) of each finished sequence (b, s), or None where these are not what was heard."""
+        """Return the vectors (r, q) of each finished sequence (b, s), or None if the listener heard other ids."""
         heard = self._heard
         if self.lost or heard is None or heard.shape != sequences.shape or not torch.equal(heard, sequences):
             return None

@@ -1,4 +1,4 @@
-"""Markdown that shows what was meant and nothing else: texts, addresses and names from strangers, escaped."""
+"""Markdown in which texts, addresses and names from strangers are escaped, so that they cannot act as markup."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PUNCTUATION = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&$:@\"'=^])")
 # Links lead to the web or nowhere: an address of another scheme, also one in disguise, stays text.
 _LINK = re.compile(r"\]\((?!https?://)", re.IGNORECASE)
 _DEFINITION = re.compile(r"\]:(?!\s*https?://)", re.IGNORECASE)
-# The characters of an address that neither end it in Markdown nor open something else; percent is one already escaped.
+# Characters that are safe in an address in Markdown; the percent sign is, because it starts an escape already made.
 _ADDRESS = "/:?#@,;=&%~+-._$"
 
 
@@ -51,7 +51,7 @@ def web_address(address: object) -> str | None:
 
 
 def escaped_address(address: str) -> str | None:
-    """Return an address that is escaped for the web already, of the web or relative, or None for another scheme."""
+    """Return an address, web or relative, that is percent-encoded already; None if it has another scheme."""
     if re.match(r"\s*[a-z][a-z0-9+.-]*:", address, re.IGNORECASE) and not web_address(address):
         return None
     return quote(address.strip(), safe=_ADDRESS)

@@ -36,7 +36,7 @@ def complete_options(
         last: one that comes after the caller's.
 
     Raises:
-        GroundingTypeError: a generation config that is none.
+        GroundingTypeError: generation_config is not a GenerationConfig.
         GroundingValueError: assisted generation that cannot work here, or a length that leaves no room for an answer.
     """
     options = dict(options)
@@ -60,9 +60,9 @@ def complete_options(
 
 
 def _filled(config: GenerationConfig, length: int, pad_token_id: int) -> GenerationConfig:
-    """Return a copy of the caller's generation config that says what a call needs to know.
+    """Return a copy of the caller's generation config, with the length and the PAD of this call filled in.
 
-    transformers does not like a config and options beside it.
+    They are put into the config because transformers objects to options passed beside one.
     """
     config = copy.deepcopy(config)
     config.max_new_tokens, config.max_length = length, _unsaid_length()
@@ -72,13 +72,13 @@ def _filled(config: GenerationConfig, length: int, pad_token_id: int) -> Generat
 
 
 def _unsaid_length() -> int | None:
-    """Return the `max_length` of a generation config that says nothing; older transformers have a number there."""
+    """Return the `max_length` of a config in which it was not set: None, or a number in older transformers."""
     unsaid: int | None = GenerationConfig().max_length  # type: ignore[no-untyped-call]
     return unsaid
 
 
 def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
-    """Return the most tokens of an answer: as the first source says that says anything, be it with the prompt or not.
+    """Return the most tokens that an answer may have, from the first source that sets a limit of either kind.
 
     Args:
         sources: the caller's options, the caller's generation config, the LM's own.

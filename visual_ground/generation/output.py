@@ -66,7 +66,7 @@ class RetrievedImage:
 
     @property
     def credit(self) -> str | None:
-        """Whom the metadata name for it."""
+        """Whom the metadata credit for it."""
         return self._said(_CREDIT)
 
     def _said(self, names: tuple[str, ...]) -> str | None:
@@ -152,8 +152,8 @@ class InterleavedOutput:
     def to_markdown(self, address_of: Callable[[RetrievedImage], str | None] | None = None) -> str:
         """Return Markdown: the text, and each image as a paragraph with its score, credit, licence and source.
 
-        Nothing in it is more than it seems: names and captions are escaped, and of what the model wrote, HTML, images
-        and links to anything but the web are text.
+        Names and captions are escaped. In what the model wrote, HTML, images, and links to anything but the web are
+        turned into plain text.
 
         Args:
             address_of: returns where an image is found; with None, or where it returns None, its path or address, or

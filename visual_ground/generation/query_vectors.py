@@ -1,4 +1,4 @@
-"""The retrieval vectors of sequences that end where their state is read."""
+"""The retrieval vectors of sequences, each read at its last position."""
 
 from __future__ import annotations
 

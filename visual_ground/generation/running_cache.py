@@ -1,4 +1,4 @@
-"""The keys and values of a `generate` that is running, to read what an LM thinks of words that it does not say."""
+"""A copy of the keys and values of a running `generate`, so that the LM can read ids that are not in its answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COPYABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def copy_of_running_cache(frozen_lm: FrozenLM, length: int, rows: Tensor) -> DynamicCache | None:
-    """Return some rows of the cache of the innermost run of the LM, to which another run may add without harm.
+    """Copy some rows of the cache of the LM's innermost run; another run may add to the copy without harm.
 
     Args:
         frozen_lm: the LM, inside its `generate`.

@@ -1,4 +1,4 @@
-"""Where sentences end, in plain text; and answers cut there that ran out of tokens."""
+"""Finds where the sentences of plain text end, and cuts an answer that ran out of tokens there."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sentence_ends(text: str) -> list[int]:
 def cut_to_sentences(parts: Sequence[str | RetrievedImage]) -> tuple[str | RetrievedImage, ...]:
     """Return an answer up to the end of its last whole sentence, with the pictures up to there.
 
-    Where no sentence has ended, its last word, which may be a part of one, gives way to an ellipsis.
+    If no sentence has ended, an ellipsis replaces the last word, which may be incomplete.
 
     Args:
         parts: texts and images in order, of an answer that ran out of tokens.

@@ -16,10 +16,10 @@ def virtual_tokens_of(lm: nn.Module) -> VirtualTokens | None:
 
 
 def detach_orphans(lm: nn.Module) -> bool:
-    """Take hooks off that no grounded model holds; return whether others are left.
+    """Take off hooks that no grounded model holds; return whether the LM still has hooks.
 
-    The hooks of a copied LM are copies too, which belong to no grounded model; neither do those of an LM whose grounded
-    model is gone.
+    Two kinds of hooks belong to no grounded model: those of a copied LM, which are copies too, and those of an LM whose
+    grounded model is gone.
     """
     tokens = virtual_tokens_of(lm)
     if tokens is not None and not _is_held(tokens):

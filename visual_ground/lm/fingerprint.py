@@ -92,7 +92,7 @@ class Fingerprint:
 
 
 def _rounded(values: Tensor) -> tuple[float, ...]:
-    # JSON has no number that is not finite, as broken weights give.
+    # Broken weights give numbers that are not finite, which JSON cannot hold; they become 0.
     return tuple(float(f"{value:.5g}") if math.isfinite(value) else 0.0 for value in values.float().tolist())
 
 

@@ -89,7 +89,7 @@ class FrozenLM:
         return self.virtual_tokens.off()
 
     def bare(self) -> contextlib.AbstractContextManager[HookContext]:
-        """Return a block in which this thread's calls do without the hooks, and those of other threads do not."""
+        """Return a block in which this thread's calls run without the hooks; other threads' calls keep them."""
         return self.virtual_tokens.bind(enabled=False)
 
     def release(self) -> nn.Module:

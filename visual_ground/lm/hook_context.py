@@ -23,7 +23,7 @@ class HookContext:
             logits are (1, r, v + 1).
         enabled: False makes the LM behave as if nothing were attached.
         suspending: blocks inside this call that turn the hooks off until they end; see `Switch`.
-        max_logits: the output head runs at the first so many of the positions only; `head_input` has all of them.
+        max_logits: the output head runs at only this many of the positions, the first; `head_input` has them all.
         has_virtual: whether there are virtual ids, where the caller knows; None looks into the ids, which waits for the
             GPU.
         unbound: whether this is a forward outside any `VirtualTokens.bind` block; the context ends with it.
@@ -73,7 +73,7 @@ class HookContext:
         self.virtual = None
 
     def locate(self, seen: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Find the virtual ids in the ids that the embedding was given: as they are, transposed, fewer, or more.
+        """Find the virtual ids in what the embedding was given: the same ids, transposed, cut short, or extended.
 
         They are matched by content, never by shape alone: XLNet transposes to (s, b), XLM leaves out what its cache
         holds already, CPM-Ant puts ids of its own in front, Reformer fills up its last chunk with padding.

@@ -92,7 +92,7 @@ class VirtualTokens:
 
     @property
     def disabled(self) -> bool:
-        """Whether a call that begins here does without the hooks; within another call, it does as that one."""
+        """Whether a call that begins now runs without the hooks; a call inside another follows the outer one."""
         context = context_of(self)
         return self._switch.is_off if context is None else not context.active
 
@@ -193,7 +193,7 @@ class VirtualTokens:
         if context is None:
             return None
         embedding, width = self.ret_embeddings()[1], self.vocabulary.num_columns
-        largest = torch.finfo(logits.dtype).max  # An LM in float16 must not get an infinite logit that is likeliest.
+        largest = torch.finfo(logits.dtype).max  # In float16 the logit could overflow to inf, and always win.
         column = (args[0].to(embedding) @ embedding.to(args[0].device)).clamp(-largest, largest).to(logits)
         if self.vocabulary.widens:
             return self._widen(logits, column, context)
@@ -232,7 +232,7 @@ class VirtualTokens:
         """Set columns of ids that must not be generated to -inf again, where the LM capped or scaled its logits."""
         if not hasattr(output, "logits"):
             return None
-        # Looking waits for a GPU, so a caller that knows its ids (in training) takes what was found the last time.
+        # Looking has to wait for the GPU; so where the caller set `has_virtual` (training), the last result is reused.
         if self._keeps_infinity is None or context.has_virtual is None:
             self._keeps_infinity = self.vocabulary.forbids(output.logits, self.mask_spare_columns)
         if self._keeps_infinity:

@@ -8,7 +8,7 @@ the moments :math:`C_{tt}, C_{xx}, C_{tx}`, and :math:`c_t, c_x` are the mean ei
     \text{text}(t) = S^{1/2} U^\top P t, \quad \text{image}(x) = S^{1/2} V^\top R x
 
 Computed in float64, which Apple's MPS lacks: move tensors to the CPU first. What was tried besides, and by how much it
-was worse, is in benchmarks/recipe/recipe.md.
+was worse, is in docs/recipe.md.
 """
 
 from __future__ import annotations
