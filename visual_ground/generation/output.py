@@ -215,7 +215,8 @@ def render_part(part: Part, width: int = 192) -> str:
         return f'<span style="white-space:pre-wrap">{html.escape(part)}</span>'
     score = "" if part.score is None else f" ({part.score:.2f})"
     label = html.escape("no index" if part.id is None else f"{part.id}{score}")
-    below = html.escape(", ".join(said for said in (part.credit, part.licence, part.source) if said))
+    origin = html.escape(", ".join(known for known in (part.credit, part.licence, part.source) if known))
+    below = f"<br>{origin}" if origin else ""
     if isinstance(part.image, ImageLink):
         label += f": {_anchor(part.image)}"
     source = None
@@ -225,15 +226,11 @@ def render_part(part: Part, width: int = 192) -> str:
         except GroundingError:  # A file that is gone by now must not take the rest of the answer with it.
             label += ": the picture cannot be opened"
     if source is None:
-        return f'<figure style="display:inline-block"><figcaption>[{label}]{_line(below)}</figcaption></figure>'
+        return f'<figure style="display:inline-block"><figcaption>[{label}]{below}</figcaption></figure>'
     return (
         f'<figure style="display:inline-block;margin:4px;text-align:center"><img src="{source}" '
-        f'alt="{label}"><figcaption style="font-size:12px">{label}{_line(below)}</figcaption></figure>'
+        f'alt="{label}"><figcaption style="font-size:12px">{label}{below}</figcaption></figure>'
     )
-
-
-def _line(below: str) -> str:
-    return f"<br>{below}" if below else ""
 
 
 def _anchor(link: ImageLink) -> str:
