@@ -13,8 +13,12 @@ OPENING = """# Any vision encoder
 `ground(lm, encoder)` takes
 
 - a Hub id or a folder of transformers, or `NAME#SUBMODULE` for a part of such a model,
-- `"open_clip:ARCHITECTURE/PRETRAINED"` (also `hf-hub:` names, and files of weights),
+- `"open_clip:ARCHITECTURE/PRETRAINED"` (also `hf-hub:` names),
 - `"timm:NAME"`,
+- weights of your own: `"timm:NAME/FILE"` and `"open_clip:ARCHITECTURE/FILE"` for a `.safetensors`, `.pth`, `.pt` or
+  `.bin` file, `"timm:FOLDER"` and `"open_clip:FOLDER"` for a folder that these libraries saved. An absolute path
+  follows the slash: `"timm:vit_tiny_patch16_224//home/me/vit.safetensors"`. On the command line, `--vision` takes any
+  of these names, and the adapter keeps the name when it is saved,
 - a loaded model of one of these, or any module from pixels (n, c, h, w) to features.
 
 ```python

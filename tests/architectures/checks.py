@@ -61,7 +61,9 @@ class Case:
 
 def grounded(lm: nn.Module, num_tokens: int = VOCABULARY) -> GroundedModel:
     """Ground an LM with a tiny encoder; the adapter's weights are large enough to matter."""
-    config = GroundingConfig(retrieval_dim=6, num_visual_tokens=2, caption_prompt="w7 w8", image_prompt="w7 {image} w8")
+    # States are read at `[RET]`, so that its input embedding has a part in the losses.
+    prompts = {"caption_prompt": "w7 w8", "image_prompt": "w7 {image} w8", "retrieval_prompt": ""}
+    config = GroundingConfig(retrieval_dim=6, num_visual_tokens=2, **prompts)
     torch.manual_seed(0)
     model = ground(lm, Eye(), tokenizer(num_tokens), image_processor, config).eval()
     with torch.no_grad():

@@ -33,9 +33,9 @@ def parts(tmp_path):
 def test_files_that_cannot_be_read_are_named_and_left_out(parts, tmp_path, capsys):
     lm, adapter, photos = parts
     out = str(tmp_path / "index")
-    assert main(["index", lm, adapter, str(photos), str(photos / "a.png"), "--output", out]) == 0
+    assert main(["index", "build", lm, adapter, str(photos), str(photos / "a.png"), "--output", out]) == 0
     shown = capsys.readouterr()
-    assert shown.out == f"3 images in the index {out}, 1 left out\n" and "broken.png" in shown.err
+    assert shown.out.startswith(f"3 images in {out}, 1 unreadable") and "broken.png" in shown.err
     assert "._a.png" not in shown.err
     ids = [str(photos / name) for name in ("a.png", "b.JFIF", "c d.jpg")]
     assert ImageIndex.from_pretrained(out).ids == ids
@@ -44,8 +44,9 @@ def test_files_that_cannot_be_read_are_named_and_left_out(parts, tmp_path, capsy
 @pytest.mark.parametrize("images", ["broken.png", "nothing", "notes.txt", ".thumbnails/nothing"])
 def test_nothing_to_index_is_one_line_and_writes_nothing(parts, images, tmp_path, capsys):
     lm, adapter, photos = parts
-    assert main(["index", lm, adapter, str(photos / images), "--output", str(tmp_path / "index")]) == 2
-    assert os.path.basename(images) in capsys.readouterr().err and not (tmp_path / "index").exists()
+    assert main(["index", "build", lm, adapter, str(photos / images), "--output", str(tmp_path / "index")]) == 2
+    assert os.path.basename(images) in capsys.readouterr().err
+    assert not (tmp_path / "index" / "index.safetensors").exists()
 
 
 class Options:
@@ -55,7 +56,7 @@ class Options:
 def test_an_index_shows_its_own_pictures_on_this_machine_and_on_no_other(parts, tmp_path, capsys, monkeypatch):
     lm, adapter, photos = parts
     monkeypatch.chdir(photos)
-    assert main(["index", lm, adapter, "a.png", "c d.jpg", "--output", str(tmp_path / "index")]) == 0
+    assert main(["index", "build", lm, adapter, "a.png", "c d.jpg", "--output", str(tmp_path / "index")]) == 0
     monkeypatch.chdir(tmp_path)
     options = Options()
     options.index = str(tmp_path / "index")

@@ -144,7 +144,7 @@ def test_a_folder_that_is_missing_is_called_a_folder(tmp_path, capsys):
     missing, adapter = str(tmp_path / "no such folder" / "lm"), str(tmp_path / "adapter")
     for call in (
         ["chat", missing, adapter, "--once", "hello"],
-        ["index", missing, adapter, str(tmp_path), "--output", str(tmp_path / "out")],
+        ["index", "build", missing, adapter, str(tmp_path), "--output", str(tmp_path / "out")],
         ["chat", lm, adapter, "--vision", missing, "--once", "hello"],
         ["chat", lm, missing, "--once", "hello"],
         ["train", lm, missing, table, "--output", str(tmp_path / "out"), "--steps", "1"],

@@ -42,7 +42,7 @@ def test_fitted_twice_it_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([dict(row, group="one") for row in ROWS], "of 1 group"),
+        ([dict(row, group="one") for row in ROWS], "of 1 different groups"),
         (
             [dict(row, caption="w4", request="w5", group=i) for i, row in enumerate(ROWS)],
             "All texts have the same features",

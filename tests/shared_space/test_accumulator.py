@@ -103,7 +103,7 @@ def test_few_pairs_take_the_usual_penalties_and_say_so(caplog):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t, x, g: (t, x, [1] * len(g)), "20 pairs, of 1 group"),
+        (lambda t, x, g: (t, x, [1] * len(g)), "20 pairs, of 1 different groups"),
         (lambda t, x, g: (t, torch.ones_like(x), g), "All images have the same features"),
         (lambda t, x, g: (torch.ones_like(t), x, g), "All texts have the same features"),
         (lambda t, x, g: (t, x.index_fill(0, torch.tensor([3]), torch.nan), g), "the first is number 3"),

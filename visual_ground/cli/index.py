@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from visual_ground.cli.arguments import add_model_arguments, load_model
@@ -79,6 +80,8 @@ def run_build(options: argparse.Namespace) -> None:
 
     report = build_index(load_model(options), options.images, options.output, _build_options(options))
     trust(options.output, [name if os.path.isdir(name) else os.path.dirname(name) or "." for name in options.images])
+    for name, why in report.unreadable:
+        print(f"visual-ground: left out {name}: {why}", file=sys.stderr)
     print(
         f"{report.num_images} images in {options.output}, {len(report.unreadable)} unreadable, "
         f"{report.images_per_second:.1f} images/s"

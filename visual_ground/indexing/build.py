@@ -202,7 +202,8 @@ def _finish(folder: Path, parts: Path, done: list[dict[str, Any]]) -> None:
     """Join the parts into an index, and delete them."""
     numbers = [number for number, part in enumerate(done) if part["count"]]
     if not numbers:
-        raise GroundingValueError("There is no image that can be read, and so nothing to index.")
+        names = [name for part in done for name, _ in part["unreadable"]]
+        raise GroundingValueError(f"There is no image that can be read, and so nothing to index; tried {names[:3]}.")
     engine = ExactIndex.of_blocks(ExactIndex.load(parts / f"{number:06d}.safetensors") for number in numbers)
     segments = tuple(Segment(read_table(parts / f"{number:06d}.parquet")) for number in numbers)
     for name in ("id", "id_number"):

@@ -53,8 +53,11 @@ def read_source(source: Any) -> Iterator[SourceImage]:
     if isinstance(source, (str, os.PathLike)):
         source = [source]
     if isinstance(source, Sequence) and all(isinstance(one, (str, os.PathLike)) for one in source):
-        for path in source:
-            yield from _read_path(Path(path))
+        seen: set[str] = set()
+        for image in (image for path in source for image in _read_path(Path(path))):
+            if image.address not in seen:  # A file may be named besides the folder that it is in.
+                seen.add(str(image.address))
+                yield image
     elif isinstance(source, Iterable):
         yield from _read_rows(source)
     else:
@@ -63,8 +66,10 @@ def read_source(source: Any) -> Iterator[SourceImage]:
 
 def _read_path(path: Path) -> Iterator[SourceImage]:
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if not p.name.startswith(".") and p.is_file())
-        for file in inside:
+        # Hidden files and folders hold no pictures: thumbnails, and the ._a.png that macOS puts beside a.png.
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            if any(part.startswith(".") for part in file.relative_to(path).parts):
+                continue
             if file.suffix.lower() in IMAGE_SUFFIXES or file.suffix == ".tar":
                 yield from _read_path(file)
     elif not path.is_file():
@@ -72,7 +77,8 @@ def _read_path(path: Path) -> Iterator[SourceImage]:
     elif path.suffix == ".tar":
         yield from _read_shard(path)
     else:
-        yield SourceImage(str(path), str(path), str(path))
+        # The index keeps the whole path, so that the picture is found from wherever the index is used.
+        yield SourceImage(str(path), str(path), os.path.abspath(path))
 
 
 def _read_shard(path: Path) -> Iterator[SourceImage]:

@@ -30,4 +30,4 @@ def detach_orphans(lm: nn.Module) -> bool:
 
 def _is_held(tokens: VirtualTokens) -> bool:
     """Return whether the holder of these hooks still lives, and they are not a copy of its hooks."""
-    return getattr(tokens.holder(), "virtual_tokens", None) is tokens
+    return tokens.holder is not None and getattr(tokens.holder(), "virtual_tokens", None) is tokens

@@ -55,7 +55,7 @@ class VirtualTokens:
         self._handles: list[RemovableHandle] = []
         self._frozen: FreezeGuard | None = None
         # Who takes these hooks off in the end, as a weak reference; see `visual_ground.lm.attachment`.
-        self.holder: Callable[[], Any] = lambda: None
+        self.holder: Callable[[], Any] | None = None
         self._switch, self._ends = Switch(), LMEnds(lm)
         # Whether -inf in the logits survives the rest of the LM, which may cap or scale them.
         self._keeps_infinity: bool | None = None
@@ -76,6 +76,12 @@ class VirtualTokens:
             self._ends.head.register_forward_pre_hook(self._select_positions),
             self._ends.head.register_forward_hook(self._add_columns),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "holder": None,
+        }  # The copy's own `FrozenLM` sets it.
 
     def detach(self) -> None:
         """Take the hooks off; the LM is as it was."""
@@ -102,11 +108,7 @@ class VirtualTokens:
 
     @contextlib.contextmanager
     def bind(self, **settings: Any) -> Iterator[HookContext]:
-        """Bind what the forwards inside the block need.
-
-        Args:
-            settings: `image_tokens`, `positions`, `enabled`, `max_logits`, `has_virtual` of the `HookContext`.
-        """
+        """Bind what the forwards inside the block need: settings of the `HookContext`."""
         context = HookContext(self, outer=current.get(), **settings)
         token = current.set(context)
         try:

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class RecentFeatures:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __reduce__(self) -> tuple[type[RecentFeatures], tuple[Any, ...]]:
+        """Copies remember nothing: a lock cannot be copied, and what is remembered is found again."""
+        return RecentFeatures, (self.encode, self.max_images)
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:
