@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from visual_ground.errors import GroundingTypeError
@@ -25,9 +27,15 @@ class EvaluationPairs:
     """Pairs whose captions and image features are read once, however many evaluators and evaluations there are.
 
     Args:
-        pairs: a dataset with the columns `caption` and `image`, or `image_features`; see `Pairs`.
+        pairs: a dataset with the columns `caption` and `image`, or `image_features`; see `Pairs`. Pairs with the same
+            `group`, or without such a column the same image, are about the same image.
         batch_size: images encoded at once.
+
+    Attributes:
+        groups: (n,) numbers, equal where two pairs are about the same image; known once they were read.
     """
+
+    groups: Tensor
 
     def __init__(self, pairs: Pairs, batch_size: int = 64) -> None:
         self.pairs, self.batch_size = pairs, batch_size
@@ -51,15 +59,59 @@ class EvaluationPairs:
         """
         if self._encoder is not model.vision:
             captions: list[str] = []
-            features = []
+            features, groups = [], Groups()
             for start in range(0, len(self.pairs), self.batch_size):
                 numbers = range(start, min(start + self.batch_size, len(self.pairs)))
                 batch = [self.pairs[i] for i in numbers]
                 captions += [_caption(pair) for pair in batch]
                 features.append(image_features(model, batch, self.batch_size))
+                for pair in batch:
+                    groups.add(pair)
+            self.groups = torch.tensor(groups.numbers)
             self._captions, self._features = captions, torch.cat(features) if features else torch.empty(0)
             self._encoder = model.vision
         return self._captions, self._features
+
+
+class Groups:
+    """Numbers pairs, equal where two have the same `group` or the same image.
+
+    Attributes:
+        numbers: one for each pair that was added.
+
+    Example:
+        >>> groups = Groups()
+        >>> for image in ("a.png", "b.png", "a.png"):
+        ...     groups.add({"image": image})
+        >>> groups.numbers
+        [0, 1, 0]
+    """
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self._of: dict[Any, int] = {}
+
+    def add(self, pair: Mapping[str, Any]) -> None:
+        """Number one more pair."""
+        keys: list[Any] = [("image", _image_key(pair))]
+        if pair.get("group") is not None:
+            keys.append(("group", pair["group"]))
+        known = sorted({self._of[key] for key in keys if key in self._of})
+        number = known[0] if known else len(self.numbers)
+        for joined in known[1:]:  # This pair says that two groups are one.
+            self.numbers = [number if other == joined else other for other in self.numbers]
+            self._of = {key: number if other == joined else other for key, other in self._of.items()}
+        self._of.update(dict.fromkeys(keys, number))
+        self.numbers.append(number)
+
+
+def _image_key(pair: Mapping[str, Any]) -> Any:
+    image = pair.get("image")
+    if image is None:
+        return torch.as_tensor(pair["image_features"]).numpy(force=True).tobytes()
+    if isinstance(image, Image.Image):
+        return image.size, image.mode, hashlib.sha256(image.tobytes()).digest()
+    return image if isinstance(image, (str, bytes)) else id(image)
 
 
 def _caption(pair: Mapping[str, Any]) -> str:

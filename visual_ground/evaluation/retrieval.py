@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingValueError
-from visual_ground.evaluation.metrics import recall_at
+from visual_ground.evaluation.metrics import retrieval_recalls
 from visual_ground.evaluation.pairs import EvaluationPairs, Pairs
 from visual_ground.model import GroundedModel
 
@@ -34,12 +34,17 @@ class RetrievalEvaluator:
 
     def __call__(self, model: GroundedModel) -> dict[str, float]:
         """Return `text_to_image_r<k>` and `image_to_text_r<k>`."""
-        recalls = retrieval_recall(model, *self.pairs.read(model), self.batch_size)
+        captions, features = self.pairs.read(model)
+        recalls = retrieval_recall(model, captions, features, self.batch_size, self.pairs.groups)
         return {f"{way}_{rank}": value for way, values in recalls.items() for rank, value in values.items()}
 
 
 def retrieval_recall(
-    model: GroundedModel, texts: Sequence[Any], features: Tensor, batch_size: int = 64
+    model: GroundedModel,
+    texts: Sequence[Any],
+    features: Tensor,
+    batch_size: int = 64,
+    groups: Tensor | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return `{"text_to_image": recalls, "image_to_text": recalls}` of pairs, in percent.
 
@@ -48,6 +53,7 @@ def retrieval_recall(
         texts: n prompts, as in `GroundedModel.embed_text`.
         features: (n, f), their images' features.
         batch_size: prompts that the LM reads at once.
+        groups: (n,), equal where two pairs are about the same image; where None, pairs of equal features are.
 
     Raises:
         GroundingValueError: no pairs, or not as many texts as images.
@@ -59,5 +65,6 @@ def retrieval_recall(
         )
     starts = range(0, len(texts), batch_size)
     vectors = torch.cat([model.embed_text(list(texts[i : i + batch_size])) for i in starts])
-    scores = vectors @ model.embed_images(image_features=features).T
-    return {"text_to_image": recall_at(scores), "image_to_text": recall_at(scores.T)}
+    if groups is None:
+        groups = torch.unique(features, dim=0, return_inverse=True)[1]
+    return retrieval_recalls(vectors, model.embed_images(image_features=features), groups)

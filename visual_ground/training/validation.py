@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from visual_ground.errors import GroundingValueError
-from visual_ground.evaluation.metrics import recall_at
+from visual_ground.evaluation.metrics import retrieval_recalls
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
@@ -61,16 +61,20 @@ class Validation:
         starts = range(0, count, batch_size)
         # The last batch is filled up from the start of the dataset, so that all processes gather equal shapes.
         shares = self._share([[i % count for i in range(start, start + batch_size)] for start in starts])
-        texts, images, predicts_ret = [], [], []
+        texts, images, predicts_ret, groups = [], [], [], []
         for numbers in tqdm(shares, desc="evaluation: recall", unit="batch", disable=not self.progress, leave=False):
             batch = [self.examples[i] for i in numbers]
             vectors, hits = embed_captions(self.model, [example["caption"] for example in batch])
             texts.append(vectors)
             predicts_ret.append(hits)
             images.append(self.model.adapter.embed_images(image_features(self.model, batch, batch_size)))
-        scores = self._gathered(texts, count) @ self._gathered(images, count).T
-        metrics = {f"text_to_image_{rank}": value for rank, value in recall_at(scores).items()}
-        metrics |= {f"image_to_text_{rank}": value for rank, value in recall_at(scores.T).items()}
+            groups.append(torch.tensor([example["group"] for example in batch], device=vectors.device))
+        gathered = (self._gathered(part, count) for part in (texts, images, groups))
+        metrics = {
+            f"{way}_{rank}": value
+            for way, values in retrieval_recalls(*gathered).items()
+            for rank, value in values.items()
+        }
         return {**metrics, "ret_rate": float(self._gathered(predicts_ret, count).mean())}
 
     def loss(self, loss_of: Callable[[Sequence[Mapping[str, Any]]], Tensor]) -> float:
