@@ -86,8 +86,8 @@ class Memory(TrainerCallback):
         self.epoch: list[float] = []
         encode, self._seen = FeatureCache._encode, 0
 
-        def noted(cache: FeatureCache, missing: dict) -> np.ndarray:
-            features, before = encode(cache, missing), self._seen // PER_SHARD
+        def noted(cache: FeatureCache, missing: dict, *others: object) -> np.ndarray:
+            features, before = encode(cache, missing, *others), self._seen // PER_SHARD
             self._seen += len(missing)
             if self._seen // PER_SHARD > before:
                 self.caching.append(round(resident_mb(), 1))
