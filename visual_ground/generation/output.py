@@ -160,10 +160,12 @@ class InterleavedOutput:
                 the image itself as a data URI.
 
         Example:
-            >>> print(InterleavedOutput(("A cat.", RetrievedImage("cat", 0.9, "cat.png"))).to_markdown())
+            >>> print(InterleavedOutput(("A cat.", RetrievedImage("cat"), "It sleeps.")).to_markdown())
             A cat.
             <BLANKLINE>
-            ![cat](cat.png "0\\.90")
+            \\[cat\\]
+            <BLANKLINE>
+            It sleeps.
         """
         blocks = [
             markdown.made_harmless(part).strip("\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeAlias
@@ -22,8 +23,10 @@ Collate: TypeAlias = Callable[[Sequence[Example]], Mapping[str, Any]]
 
 # Examples in one run of the LM and of the encoder.
 BATCH_SIZE = 128
-# Where no example of a batch has a request, captions become requests too: fitted to captions alone, requests find their
-# images 7 points less often (benchmarks/recipe).
+# Captions of a group without requests become requests too. Fitted to captions alone, requests find their images 7
+# points less often (docs/recipe.md). Were only some groups' requests fitted, the difference between the states of
+# captions and of requests would be taken for one between these groups' images and the others'.
+REQUESTS_A_GROUP = 2
 REQUESTS = (
     "Show me a picture: {caption}.",
     "Can I see this? {caption}",
@@ -45,15 +48,26 @@ def fit_retrieval(objective: GroundingObjective, batches: Iterable[Sequence[Exam
         GroundingValueError: pairs of one group only, features that are all alike or not finite; the layers are then
             as they were.
     """
-    model, pairs = objective.model, MomentAccumulator()
+    model, pairs, num_requests = objective.model, MomentAccumulator(), Counter[Any]()
     for batch in batches:
-        has_requests = any("request" in example for example in batch)
-        features = image_features(model, batch)
-        groups = [example["group"] for example in batch]
-        for texts in [batch] if has_requests else [batch, [as_request(example) for example in batch]]:
-            states = _states(objective, collate(texts))
-            pairs.add(*retrieval_inputs(model.adapter, states, features), groups)
+        kinds: list[Sequence[Example]] = [batch, _wrapped(batch, num_requests)]
+        for texts in kinds:
+            if texts:
+                states, features = _states(objective, collate(texts)), image_features(model, texts)
+                groups = [example["group"] for example in texts]
+                pairs.add(*retrieval_inputs(model.adapter, states, features), groups)
     initialize_retrieval(model.adapter, pairs.solve(model.config.retrieval_dim))
+
+
+def _wrapped(batch: Sequence[Example], num_requests: Counter[Any]) -> list[Example]:
+    """Return captions as requests, for groups that have had fewer than `REQUESTS_A_GROUP`; count them."""
+    num_requests.update(example["group"] for example in batch if "request" in example)
+    texts: list[Example] = []
+    for example in batch:
+        if "request" not in example and num_requests[example["group"]] < REQUESTS_A_GROUP:
+            num_requests[example["group"]] += 1
+            texts.append(as_request(example))
+    return texts
 
 
 def _states(objective: GroundingObjective, batch: Mapping[str, Any]) -> list[Tensor]:
