@@ -160,12 +160,10 @@ class InterleavedOutput:
                 the image itself as a data URI.
 
         Example:
-            >>> print(InterleavedOutput(("A cat.", RetrievedImage("cat"), "It sleeps.")).to_markdown())
+            >>> print(InterleavedOutput(("A cat.", RetrievedImage("cat"))).to_markdown())
             A cat.
             <BLANKLINE>
             \\[cat\\]
-            <BLANKLINE>
-            It sleeps.
         """
         blocks = [
             markdown.made_harmless(part).strip("\n")
