@@ -50,24 +50,24 @@ def fit_retrieval(objective: GroundingObjective, batches: Iterable[Sequence[Exam
     """
     model, pairs, num_requests = objective.model, MomentAccumulator(), Counter[Any]()
     for batch in batches:
-        kinds: list[Sequence[Example]] = [batch, _wrapped(batch, num_requests)]
-        for texts in kinds:
-            if texts:
-                states, features = _states(objective, collate(texts)), image_features(model, texts)
-                groups = [example["group"] for example in texts]
-                pairs.add(*retrieval_inputs(model.adapter, states, features), groups)
+        features, groups = image_features(model, batch), [example["group"] for example in batch]
+        pairs.add(*retrieval_inputs(model.adapter, _states(objective, collate(batch)), features), groups)
+        # Encoded once: a caption as a request is about the same image.
+        if chosen := _without_requests(batch, num_requests):
+            states = _states(objective, collate([as_request(batch[i]) for i in chosen]))
+            pairs.add(*retrieval_inputs(model.adapter, states, features[chosen]), [groups[i] for i in chosen])
     initialize_retrieval(model.adapter, pairs.solve(model.config.retrieval_dim))
 
 
-def _wrapped(batch: Sequence[Example], num_requests: Counter[Any]) -> list[Example]:
-    """Return captions as requests, for groups that have had fewer than `REQUESTS_A_GROUP`; count them."""
+def _without_requests(batch: Sequence[Example], num_requests: Counter[Any]) -> list[int]:
+    """Return the captions to be made requests, in groups that have fewer than `REQUESTS_A_GROUP`; count these."""
     num_requests.update(example["group"] for example in batch if "request" in example)
-    texts: list[Example] = []
-    for example in batch:
+    chosen = []
+    for i, example in enumerate(batch):
         if "request" not in example and num_requests[example["group"]] < REQUESTS_A_GROUP:
             num_requests[example["group"]] += 1
-            texts.append(as_request(example))
-    return texts
+            chosen.append(i)
+    return chosen
 
 
 def _states(objective: GroundingObjective, batch: Mapping[str, Any]) -> list[Tensor]:
