@@ -63,12 +63,14 @@ def initialize_from_data(
     sampled = evenly_sampled(examples)
     # First, because without a retrieval prompt states are read at `[RET]`, whose input embedding is chosen here.
     start_emission(objective.model, sampled, folder)
-    try:
-        fit_retrieval(objective, batched(sampled), collate)
-    except GroundingValueError as error:
-        logger.warning("The retrieval layers start from random values. %s", error)
     batches = tqdm(list(batched(sampled)), desc="start values: images", unit="batch", disable=not progress)
     features = torch.cat([image_features(objective.model, batch) for batch in batches])
+    # With their features, so that neither the fit nor its batches encode or preprocess the images again.
+    encoded = [{**example, "image_features": row} for example, row in zip(sampled, features, strict=True)]
+    try:
+        fit_retrieval(objective, batched(encoded), collate)
+    except GroundingValueError as error:
+        logger.warning("The retrieval layers start from random values. %s", error)
     start_image_tokens(objective.model, sampled, features, progress=progress)
 
 
