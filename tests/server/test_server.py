@@ -174,6 +174,7 @@ def with_image(url):
         (b"[" * 100_000, 400, "not valid JSON"),
         (b"[]", 400, "JSON object"),
         (b"x" * 600_000, 413, "500000 bytes"),
+        (b"x" * 20_000_000, 413, "500000 bytes"),
         (chat_body(model="gpt-5"), 404, "gpt-5"),
         (chat_body(n=0), 400, "n must be"),
         (chat_body(n=10**9), 400, "n must be"),

@@ -17,6 +17,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # Without a key: whether the server is up, and pictures, whose addresses are signed where there is one.
 OPEN = ("/health", "/images/", "/thumbnails/")
+# What is read of a refused body: clients read no answer before they have sent theirs, and call a closed connection a
+# network error.
+MAX_DISCARDED_BYTES = 64_000_000
 
 
 class Gate:
@@ -36,7 +39,7 @@ class Gate:
         """Let a request pass, or answer it."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)  # type: ignore[no-any-return]
-        started, status, seen = time.monotonic(), 500, 0
+        started, status, seen, more = time.monotonic(), 500, 0, True
 
         async def counted_send(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -45,8 +48,9 @@ class Gate:
             await send(message)
 
         async def limited_receive() -> MutableMapping[str, Any]:
-            nonlocal seen
+            nonlocal seen, more
             message = await receive()
+            more = message.get("more_body", False)
             seen += len(message.get("body", b""))
             if seen > self.max_bytes:
                 raise self._too_large()
@@ -56,6 +60,8 @@ class Gate:
             self._check(scope)
             await self.app(scope, limited_receive, counted_send)
         except RequestFailure as failure:
+            if more:
+                await _discard_body(receive)
             await _answer(failure, counted_send)
         finally:
             route = getattr(scope.get("route"), "path", "other")
@@ -74,6 +80,15 @@ class Gate:
 
     def _too_large(self) -> RequestFailure:
         return RequestFailure(413, f"The request is larger than {self.max_bytes} bytes.", code="request_too_large")
+
+
+async def _discard_body(receive: Receive) -> None:
+    discarded = 0
+    while discarded < MAX_DISCARDED_BYTES:
+        message = await receive()
+        discarded += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
 
 
 async def _answer(failure: RequestFailure, send: Send) -> None:
