@@ -65,7 +65,9 @@ def ret_vectors(
     processor = attached.processor
     prompts = [row[:start][kept.bool()].tolist() for row, kept in zip(sequences, mask, strict=True)]
     answers = sequences[:, start:].tolist()
-    contexts, counts, openings = [], [], []
+    contexts: list[list[int]] = []
+    counts: list[int] = []
+    openings: list[tuple[int, list[int]]] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         places = [i for i, token in enumerate(answer) if token == processor.ret_token_id]
         if places and reads_opening(attached, prompt, answer[: places[0]]):

@@ -13,6 +13,7 @@ from torch import Tensor
 from visual_ground.adapter.initialization import initialize_retrieval, retrieval_inputs
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.shared_space.accumulator import MomentAccumulator
+from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
 from visual_ground.training.initialization.idf import without_sentence_marks
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.retrieval import plain_states
@@ -26,7 +27,7 @@ BATCH_SIZE = 128
 # Captions of a group without requests become requests too. Fitted to captions alone, requests find their images 7
 # points less often (docs/recipe.md). Were only some groups' requests fitted, the difference between the states of
 # captions and of requests would be taken for one between these groups' images and the others'.
-REQUESTS_A_GROUP = 2
+REQUESTS_A_GROUP = 1
 REQUESTS = (
     "Show me a picture: {caption}.",
     "Can I see this? {caption}",
@@ -36,13 +37,16 @@ REQUESTS = (
 
 
 @torch.no_grad()
-def fit_retrieval(objective: GroundingObjective, batches: Iterable[Sequence[Example]], collate: Collate) -> None:
+def fit_retrieval(
+    objective: GroundingObjective, batches: Iterable[Sequence[Example]], collate: Collate, steps_follow: bool = True
+) -> None:
     """Fit the retrieval layers to a stream of examples; nothing is kept of these but their second moments.
 
     Args:
         objective: the model, and how its text-retrieval pass is run.
         batches: of examples.
         collate: makes a batch of examples.
+        steps_follow: keep what the steps of training need of the captions besides, as far as there is room.
 
     Raises:
         GroundingValueError: pairs of one group only, features that are all alike or not finite; the layers are then
@@ -51,10 +55,11 @@ def fit_retrieval(objective: GroundingObjective, batches: Iterable[Sequence[Exam
     model, pairs, num_requests = objective.model, MomentAccumulator(), Counter[Any]()
     for batch in batches:
         features, groups = image_features(model, batch), [example["group"] for example in batch]
-        pairs.add(*retrieval_inputs(model.adapter, _states(objective, collate(batch)), features), groups)
+        states = _states(objective, collate(batch), steps_follow)
+        pairs.add(*retrieval_inputs(model.adapter, states, features), groups)
         # Encoded once: a caption as a request is about the same image.
         if chosen := _without_requests(batch, num_requests):
-            states = _states(objective, collate([as_request(batch[i]) for i in chosen]))
+            states = _states(objective, collate([as_request(batch[i]) for i in chosen]), steps_follow)
             pairs.add(*retrieval_inputs(model.adapter, states, features[chosen]), [groups[i] for i in chosen])
     initialize_retrieval(model.adapter, pairs.solve(model.config.retrieval_dim))
 
@@ -70,9 +75,14 @@ def _without_requests(batch: Sequence[Example], num_requests: Counter[Any]) -> l
     return chosen
 
 
-def _states(objective: GroundingObjective, batch: Mapping[str, Any]) -> list[Tensor]:
+def _states(objective: GroundingObjective, batch: Mapping[str, Any], steps_follow: bool) -> list[Tensor]:
     sequences, prefixes = batch["retrieval"], objective.prefixes
-    return plain_states(objective.model, sequences) if prefixes is None else prefixes.states(sequences)
+    if prefixes is None:
+        return plain_states(objective.model, sequences)
+    if not steps_follow:
+        # Without labels, the output head does not run at the captions' words.
+        sequences = [TokenSequence(s.ids, (*[IGNORE_INDEX] * (len(s.ids) - 1), s.labels[-1])) for s in sequences]
+    return [states.float() for states in prefixes.states(sequences)]
 
 
 def as_request(example: Example) -> dict[str, Any]:
