@@ -144,7 +144,7 @@ def generate_ids(
         processor,
         options,
         ids,
-        RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings),
+        RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings, processor.tokenizer.decode),
         ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
     )
     return frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
