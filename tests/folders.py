@@ -30,6 +30,8 @@ ORDER = (
     "model",
     "grounding",
     "evaluation",
+    "evaluation/measures",
+    "evaluation/formats",
     "training/data",
     "training/speedups",
     "training/losses",
