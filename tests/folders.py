@@ -30,6 +30,7 @@ ORDER = (
     "model",
     "grounding",
     "evaluation",
+    "evaluation/running",
     "training/data",
     "training/speedups",
     "training/losses",
@@ -40,6 +41,7 @@ ORDER = (
     "transferring",
     "importers/fromage",
     "demo",
+    "evaluation/tasks",
     "server",
     "cli",
 )
