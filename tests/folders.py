@@ -32,6 +32,7 @@ ORDER = (
     "evaluation",
     "evaluation/measures",
     "evaluation/formats",
+    "evaluation/running",
     "training/data",
     "training/speedups",
     "training/losses",
@@ -42,6 +43,7 @@ ORDER = (
     "transferring",
     "importers/fromage",
     "demo",
+    "evaluation/tasks",
     "server",
     "cli",
 )
