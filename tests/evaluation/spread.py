@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.evaluation.tasks import Nearness
+from tests.evaluation.nearness import Nearness
 from tests.tiny import grounded
 from visual_ground import evaluate
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.evaluation.tasks import Nearness, write_images
+from tests.evaluation.nearness import Nearness, write_images
 from tests.paths import ROOT
 from tests.tiny import grounded, picture
 from visual_ground import evaluate
@@ -103,7 +103,7 @@ def test_nothing_to_measure_and_ids_that_come_twice(folder):
 
 
 def test_tasks_are_loaded_by_name_and_refuse_what_they_do_not_know(monkeypatch, folder):
-    monkeypatch.setitem(TASKS, "nearness", "tests.evaluation.tasks:Nearness")
+    monkeypatch.setitem(TASKS, "nearness", "tests.evaluation.nearness:Nearness")
     with pytest.raises(GroundingValueError, match="no task 'nearnes'; there are .*nearness"):
         load_task("nearnes", folder)
     with pytest.raises(GroundingTypeError, match=r"no settings \['colour'\]; it has \['calls', 'folder', 'stop'\]"):

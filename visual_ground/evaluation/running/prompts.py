@@ -16,7 +16,7 @@ from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 
-# As `GroundedModel.prepare` reads it, but an image is a tensor (f,): its features.
+# As `GroundedModel.prepare` reads it, but an image is a tensor (f,), its features, and a string is always text.
 FeaturePrompt: TypeAlias = str | Sequence[Any]
 
 # Stands for an image whose features are known, while a prompt is turned into ids.
@@ -37,6 +37,8 @@ def without_features(prompt: FeaturePrompt) -> tuple[Any, list[Tensor]]:
         if isinstance(part, Tensor):
             features.append(part)
             return _STAND_IN
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
         if isinstance(part, Mapping) and isinstance(part.get("content"), (list, tuple)):
             return {**part, "content": [read(one) for one in part["content"]]}
         return part

@@ -12,7 +12,9 @@ from visual_ground.evaluation.running.task import Task
 
 # Each is "module:class", imported where it is first asked for. A class takes the folder of the data, where it needs
 # one, and its settings by name.
-TASKS: dict[str, str] = {}
+TASKS: dict[str, str] = {
+    "vist": "visual_ground.evaluation.tasks.vist:Vist",
+}
 
 
 def load_task(name: str, data: str | os.PathLike[str] | None = None, **settings: Any) -> Task:
