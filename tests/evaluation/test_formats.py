@@ -33,7 +33,7 @@ def test_captions_are_read_with_all_references(tmp_path):
 
 
 def test_cirr_is_read_without_the_reference_among_the_members(tmp_path):
-    composed = read_cirr(miniatures.cirr(tmp_path), "val")
+    composed, _ = read_cirr(miniatures.cirr(tmp_path), "val")
     query = composed.queries[0]
     assert (query.name, query.reference, query.text) == ("9", "val-0-0-img0", "w10 w6")
     assert query.right == ("val-1-0-img0",) and query.members == tuple(f"val-{i}-0-img0" for i in range(1, 6))
@@ -41,13 +41,13 @@ def test_cirr_is_read_without_the_reference_among_the_members(tmp_path):
 
 
 def test_circo_is_read_with_all_that_is_right(tmp_path):
-    composed = read_circo(miniatures.circo(tmp_path), "val")
+    composed, _ = read_circo(miniatures.circo(tmp_path), "val")
     assert composed.queries[2].right == ("503", "504", "505") and composed.queries[2].reference == "502"
     assert all((tmp_path / path).is_file() for path in composed.images.values())
 
 
 def test_fashioniq_is_read_with_both_captions_as_one(tmp_path):
-    composed = read_fashioniq(miniatures.fashioniq(tmp_path), "shirt", "val")
+    composed, _ = read_fashioniq(miniatures.fashioniq(tmp_path), "shirt", "val")
     assert composed.queries[1].text == "w11 w6 and w21" and composed.queries[1].right == ("B10002",)
     assert all((tmp_path / path).is_file() for path in composed.images.values())
 
@@ -58,7 +58,7 @@ def test_test_sets_have_queries_without_what_is_right(tmp_path):
         read_circo(miniatures.circo(tmp_path, "test"), "test"),
         read_fashioniq(miniatures.fashioniq(tmp_path, "test"), "dress", "test"),
     ]
-    assert all(query.right == () for composed in read for query in composed.queries)
+    assert all(query.right == () for composed, _ in read for query in composed.queries)
 
 
 def drop(key, *way):

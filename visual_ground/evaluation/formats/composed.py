@@ -61,8 +61,8 @@ class ComposedSet:
                     )
 
 
-def read_cirr(folder: Path, split: str) -> ComposedSet:
-    """Return CIRR's queries, of version rc2; `split` is "val" or "test1".
+def read_cirr(folder: Path, split: str) -> tuple[ComposedSet, list[Path]]:
+    """Return CIRR's queries, of version rc2, and the files they are in; `split` is "val" or "test1".
 
     Raises:
         GroundingFileError: a file is missing or no JSON.
@@ -75,7 +75,7 @@ def read_cirr(folder: Path, split: str) -> ComposedSet:
         raise GroundingValueError(f"{listed.name} should map the images' names to files, got {type(images).__name__}.")
     files = {name: take(images, name, str, listed.name).removeprefix("./") for name in images}
     queries = [_cirr_query(entry, where, split) for where, entry in entries(read_json(captions), captions.name)]
-    return _checked(queries, files, captions.name)
+    return _checked(queries, files, captions), [captions, listed]
 
 
 def _cirr_query(entry: Mapping[str, Any], where: str, split: str) -> ComposedQuery:
@@ -94,8 +94,8 @@ def _cirr_query(entry: Mapping[str, Any], where: str, split: str) -> ComposedQue
     )
 
 
-def read_circo(folder: Path, split: str) -> ComposedSet:
-    """Return CIRCO's queries, which search COCO's unlabelled images of 2017; `split` is "val" or "test".
+def read_circo(folder: Path, split: str) -> tuple[ComposedSet, list[Path]]:
+    """Return CIRCO's queries, which search COCO's unlabelled images, and their files; `split` is "val" or "test".
 
     Raises:
         GroundingFileError: a file is missing or no JSON.
@@ -113,7 +113,7 @@ def read_circo(folder: Path, split: str) -> ComposedSet:
         for image_id, (where, image) in zip(ids, images, strict=True)
     }
     queries = [_circo_query(entry, where, split) for where, entry in entries(read_json(path), path.name)]
-    return _checked(queries, files, path.name)
+    return _checked(queries, files, path), [path, listed]
 
 
 def _circo_query(entry: Mapping[str, Any], where: str, split: str) -> ComposedQuery:
@@ -125,8 +125,8 @@ def _circo_query(entry: Mapping[str, Any], where: str, split: str) -> ComposedQu
     return ComposedQuery(str(name), str(reference), take(entry, "relative_caption", str, where), right)
 
 
-def read_fashioniq(folder: Path, category: str, split: str) -> ComposedSet:
-    """Return FashionIQ's queries of a category, "dress", "shirt" or "toptee"; `split` is "val" or "test".
+def read_fashioniq(folder: Path, category: str, split: str) -> tuple[ComposedSet, list[Path]]:
+    """Return FashionIQ's queries of a category and their files; `split` is "val" or "test".
 
     Raises:
         GroundingFileError: a file is missing or no JSON.
@@ -145,14 +145,14 @@ def read_fashioniq(folder: Path, category: str, split: str) -> ComposedSet:
         # The file gives its queries no ids; an image may be asked about several times.
         name = f"{category}-{number}"
         queries.append(ComposedQuery(name, take(entry, "candidate", str, where), " and ".join(captions), right))
-    return _checked(queries, files, path.name)
+    return _checked(queries, files, path), [path, listed]
 
 
 def _find(folder: Path, name: str, inner: str, what: str) -> Path:
     return find_file(folder, (name, f"{inner}/{name}"), what)
 
 
-def _checked(queries: list[ComposedQuery], images: dict[str, str], where: str) -> ComposedSet:
+def _checked(queries: list[ComposedQuery], images: dict[str, str], path: Path) -> ComposedSet:
     composed = ComposedSet(queries, images)
-    composed.check(where)
+    composed.check(path.name)
     return composed
