@@ -24,6 +24,16 @@ class CaptionedImage:
     captions: tuple[str, ...]
 
 
+def captions_file(folder: Path, split: str) -> Path:
+    """Return the path of a split's captions.
+
+    Raises:
+        GroundingFileError: the file is missing.
+    """
+    name = f"captions_{split}.json"
+    return find_file(folder, (f"annotations/{name}", name), "file of captions")
+
+
 def read_coco_captions(folder: Path, split: str) -> list[CaptionedImage]:
     """Return the images of a split, such as "val2017", in the order of the file.
 
@@ -32,8 +42,7 @@ def read_coco_captions(folder: Path, split: str) -> list[CaptionedImage]:
         GroundingValueError: a key that is missing, ids that come twice, a caption of an image that is not listed, or an
             image without captions.
     """
-    name = f"captions_{split}.json"
-    path = find_file(folder, (f"annotations/{name}", name), "file of captions")
+    path = captions_file(folder, split)
     content = read_json(path)
     images = entries(take(content, "images", list, path.name), f"{path.name}, images")
     annotations = entries(take(content, "annotations", list, path.name), f"{path.name}, annotations")

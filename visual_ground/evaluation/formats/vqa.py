@@ -48,12 +48,21 @@ def read_vqa(folder: Path, split: str) -> list[VQAQuestion]:
         GroundingFileError: a file is missing or no JSON.
         GroundingValueError: of another split, or of VQA v1; a key that is missing; ids that differ or come twice.
     """
-    questions_file = _find(folder, f"v2_OpenEnded_mscoco_{split}_questions.json", "questions")
-    annotations_file = _find(folder, f"v2_mscoco_{split}_annotations.json", "annotations")
+    questions_file, annotations_file = vqa_files(folder, split)
     questions = _read(questions_file, "questions", split)
     annotations = _read(annotations_file, "annotations", split)
     check_same_ids(questions, annotations, "question ids", (questions_file.name, annotations_file.name))
     return [_question(split, *questions[name], *annotations[name]) for name in questions]
+
+
+def vqa_files(folder: Path, split: str) -> tuple[Path, Path]:
+    """Return the paths of a split's questions and annotations.
+
+    Raises:
+        GroundingFileError: one is missing.
+    """
+    questions = _find(folder, f"v2_OpenEnded_mscoco_{split}_questions.json", "questions")
+    return questions, _find(folder, f"v2_mscoco_{split}_annotations.json", "annotations")
 
 
 def _find(folder: Path, name: str, what: str) -> Path:

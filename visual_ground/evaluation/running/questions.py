@@ -17,6 +17,7 @@ from visual_ground.prompts.encoded import EncodedPrompt
 QUESTION, IMAGE = "{question}", "{image}"
 CHAT = "chat"
 BETWEEN_SHOTS = "\n\n"
+AT_ONCE = 64  # choices of several tokens that are read at once
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class QuestionPrompt:
         GroundingValueError: a template without these, or with one of them twice.
 
     Example:
-        >>> QuestionPrompt("Image of {image}. Question: {question} Answer:").parts(Question("What?", "<features>"))
-        ['Image of ', '<features>', '. Question: What? Answer:']
+        >>> QuestionPrompt("Image of {image}. Question: {question} Answer:").parts(Question("What?", torch.ones(1)))
+        ['Image of ', tensor([1.]), '. Question: What? Answer:']
     """
 
     template: str
@@ -122,12 +123,14 @@ def likeliest(model: GroundedModel, prompts: Sequence[list[Any]], choices: Seque
     best = scores.masked_fill(~single, float("-inf")).amax(1, keepdim=True)
     open_ones = (scores > best) & ~single
     scores = scores.masked_fill(~(single | open_ones), float("-inf"))
-    for number in open_ones.any(0).nonzero()[:, 0].tolist():
-        rows = open_ones[:, number].nonzero()[:, 0].tolist()
-        longer = [EncodedPrompt((*encoded[row].ids, *ids[number]), ()) for row in rows]
-        batch, tokens = batch_of(model, longer, [image for row in rows for image in features[row]])
-        inputs = batch["input_ids"], batch["attention_mask"], [len(ids[number])] * len(rows), tokens
-        scores[rows, number] = model.frozen_lm.log_likelihood(*inputs).float().cpu()
+    pairs = open_ones.nonzero().tolist()
+    for start in range(0, len(pairs), AT_ONCE):
+        part = pairs[start : start + AT_ONCE]
+        longer = [EncodedPrompt((*encoded[row].ids, *ids[number]), ()) for row, number in part]
+        batch, tokens = batch_of(model, longer, [image for row, _ in part for image in features[row]])
+        inputs = batch["input_ids"], batch["attention_mask"], [len(ids[number]) for _, number in part], tokens
+        found = model.frozen_lm.log_likelihood(*inputs).float().cpu()
+        scores[[row for row, _ in part], [number for _, number in part]] = found
     return [int(number) for number in scores.argmax(1)]
 
 
