@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.lm.hook_context import context_of
-
-# Layers whose `update` puts new tensors in the place of the old ones and never writes into these, so that a copy of the
-# layer can share them.
-_COPYABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+from visual_ground.lm.key_values import copy_of, plain_layers
 
 
 def copy_of_running_cache(frozen_lm: FrozenLM, length: int, rows: Tensor) -> DynamicCache | None:
@@ -30,20 +23,6 @@ def copy_of_running_cache(frozen_lm: FrozenLM, length: int, rows: Tensor) -> Dyn
         space, a static cache or nothing.
     """
     context = context_of(frozen_lm.virtual_tokens)
-    cache: Any = None if context is None else context.cache
-    layers = getattr(cache, "layers", None)
-    if type(cache) is not DynamicCache or not layers or any(type(layer) not in _COPYABLE for layer in layers):
+    if context is None or plain_layers(context.cache, length) is None:
         return None
-    if any(layer.get_seq_length() != length or layer.keys.dim() != 4 for layer in layers):
-        return None
-    copied = copy.copy(cache)
-    copied.layers = [_copy(layer, rows) for layer in layers]
-    return copied
-
-
-def _copy(layer: Any, rows: Tensor) -> Any:
-    copied = copy.copy(layer)
-    if len(rows) < len(layer.keys):
-        own = rows.to(layer.keys.device)
-        copied.keys, copied.values = layer.keys[own], layer.values[own]
-    return copied
+    return copy_of(context.cache, lambda tensor: tensor if len(rows) == len(tensor) else tensor[rows.to(tensor.device)])

@@ -184,7 +184,8 @@ def _read_stories(annotations: Sequence[Any], name: str, sort: bool) -> tuple[li
         files.check_unique([*story, order], f"{where}, worker_arranged_photo_order of its story")
         caption, image = (files.entry_of(entry, key, str, where) for key in ("text", "photo_flickr_id"))
         story[order] = caption.strip(), image
-    stories, refused = [], {"stories without five captions": [], "stories with an empty caption": []}
+    stories: list[Story] = []
+    refused: dict[str, list[str]] = {"stories without five captions": [], "stories with an empty caption": []}
     for id_, places in found.items():
         captions, images = zip(*(places[order] for order in (sorted(places) if sort else places)), strict=True)
         if len(captions) != LENGTH:
