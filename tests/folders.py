@@ -30,6 +30,9 @@ ORDER = (
     "model",
     "grounding",
     "evaluation",
+    "evaluation/measures",
+    "evaluation/formats",
+    "evaluation/running",
     "training/data",
     "training/speedups",
     "training/losses",
@@ -40,6 +43,7 @@ ORDER = (
     "transferring",
     "importers/fromage",
     "demo",
+    "evaluation/tasks",
     "server",
     "cli",
 )

@@ -110,7 +110,7 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="folder, file, pattern of files, or Hub id: see docs/training.md")
 
 
-def add_column_options(parser: argparse.ArgumentParser) -> None:
+def add_column_options(parser: argparse._ActionsContainer) -> None:
     """Add the options that say what of a dataset is read."""
     parser.add_argument("--split", metavar="NAME", default="train", help="part of the dataset; train")
     parser.add_argument("--image-column", metavar="NAME", help="else found by its name")

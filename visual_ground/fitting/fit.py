@@ -12,7 +12,7 @@ import torch
 from visual_ground.adapter.initialization import initialize_from_lm
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.evaluation.pairs import image_features
-from visual_ground.lm.autocast import autocast_lm
+from visual_ground.fitting.autocast import autocast_lm
 from visual_ground.model import GroundedModel
 from visual_ground.training import setup
 from visual_ground.training.arguments import GroundingTrainingArguments

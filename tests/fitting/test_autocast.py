@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, grounded
-from visual_ground.lm.autocast import autocast_lm
+from visual_ground.fitting.autocast import autocast_lm
 
 IDS = torch.arange(4, 20)[None]
 
