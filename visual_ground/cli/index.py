@@ -110,7 +110,9 @@ def run_add(options: argparse.Namespace) -> None:
             images.append(name)
     with tempfile.TemporaryDirectory() as folder:
         if images:
-            build_index(load_model(options), images, folder, _build_options(options))
+            model = load_model(options)
+            index.check_model(model.image_space)  # Embedding takes long: what is wrong is said before.
+            build_index(model, images, folder, _build_options(options))
             index.merge(ImageIndex.from_pretrained(folder, everywhere))
         index.save_pretrained(options.index)
     print(f"{len(index) - before} entries added, {len(index)} in all")
@@ -160,6 +162,7 @@ def run_search(options: argparse.Namespace) -> None:
     from visual_ground.prompts.types import is_image_file
 
     model, index = load_model(options), ImageIndex.from_pretrained(options.index)
+    index.check_model(model.image_space)
     is_image = is_image_file(options.query)
     query = model.embed_images([options.query]) if is_image else model.embed_text(options.query)
     found = index.search(query.cpu(), options.k, None if options.filter is None else _parsed(options.filter))

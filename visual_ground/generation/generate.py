@@ -19,6 +19,7 @@ from visual_ground.generation.query_vectors import ret_vectors
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
+from visual_ground.index.image_index import ImageIndex
 from visual_ground.lm.frozen_lm import FrozenLM
 
 
@@ -43,7 +44,7 @@ def generate(
 
     Raises:
         GroundingTypeError: an index that cannot be searched.
-        GroundingValueError: an index of vectors of another width.
+        GroundingValueError: an index of vectors of another width, or one that another adapter built.
     """
     check_index(index, attached)
     image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
@@ -155,7 +156,7 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
 
     Raises:
         GroundingTypeError: not an index.
-        GroundingValueError: vectors of another width.
+        GroundingValueError: vectors of another width, or of another adapter or encoder.
     """
     if index is None:
         return
@@ -169,6 +170,8 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
             f"The index holds vectors of width {index.dim}, this model's retrieval space has width "
             f"{attached.config.retrieval_dim}. Build the index with this model."
         )
+    if isinstance(index, ImageIndex):
+        index.check_model(attached.image_space)
 
 
 def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:

@@ -7,6 +7,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from visual_ground.storage.atomic import resolve, write_folder
 from visual_ground.storage.hub import CARD_FILE, PushOptions, push_folder
 from visual_ground.storage.readme import render_page
 from visual_ground.storage.tensors import read_json, write_json
+from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import to_rgb
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ VECTORS_FILE = "index.safetensors"
 TABLE_FILE = "entries.parquet"
 ENTRIES_FILE = "index.json"
 FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
-KEYS = {"format_version", "num_entries", "dim", "dtype", "has_images", "has_metadata", "next_id", "checksums"}
+SPACE = "image_space"
+KEYS = {"format_version", "num_entries", "dim", "dtype", "has_images", "has_metadata", "next_id", "checksums", SPACE}
 TRIES, PAUSE = 50, 0.05  # How often, and after how many seconds, a reader tries again who met a writer.
 
 
@@ -90,6 +93,7 @@ def _about(contents: IndexState) -> dict[str, Any]:
         "has_images": contents.entries.has_images,
         "has_metadata": contents.entries.has_metadata,
         "next_id": contents.entries.next_id,
+        SPACE: None if contents.space is None else contents.space.to_dict(),
     }
 
 
@@ -131,7 +135,8 @@ def _read_parts(folder: Path, about: dict[str, Any], rules: LinkRules) -> IndexS
     removed = np.zeros(len(engine), dtype=bool)
     segment = Segment(table)
     entries = Entries((segment,), removed, about["has_images"], about["has_metadata"], about["next_id"])
-    return IndexState(engine, entries, folder, rules)
+    space = None if about[SPACE] is None else ImageSpace.from_dict(about[SPACE], engine.dim)
+    return IndexState(engine, entries, folder, rules, space)
 
 
 def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) -> IndexState:
@@ -143,8 +148,9 @@ def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) 
         copy_images: True copies every image that is a path into the index; False leaves the image out, and keeps its
             id, vector and metadata.
     """
+    space = None if contents.space is None else contents.space.published()
     if not contents.entries.has_images:
-        return contents
+        return replace(contents, space=space)
     published: list[Any] = []
     omitted = 0
     for image in images:
@@ -161,7 +167,7 @@ def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) 
     entries, own = contents.entries, contents.entries.positions()
     metadata = [entries.metadata(p) for p in own] if entries.has_metadata else None
     made = make_entries([entries.id(p) for p in own], published, metadata, len(own), 0)
-    return IndexState(ExactIndex(contents.exact.vectors), made)
+    return IndexState(ExactIndex(contents.exact.vectors), made, space=space)
 
 
 def push_index(contents: IndexState, repo_id: str, options: PushOptions) -> str:
@@ -196,7 +202,7 @@ def index_card(contents: IndexState, repo_id: str, page: str | None) -> str:
 
 def _read_about(path: Path) -> dict[str, Any]:
     """Read and check `index.json`."""
-    about = read_json(path, INDEX_FORMAT_VERSION)
+    about = {SPACE: None, **read_json(path, INDEX_FORMAT_VERSION)}  # Indexes that were made elsewhere have none.
     if (
         set(about) != KEYS
         or not all(type(about[name]) is int and about[name] >= 0 for name in ("num_entries", "dim"))

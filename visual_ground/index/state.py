@@ -20,6 +20,7 @@ from visual_ground.index.places import find_image
 from visual_ground.index.remote_images import ImageLink, LinkRules, follow, is_url
 from visual_ground.index.rows import THUMBNAIL
 from visual_ground.vision.decoding import decode_file
+from visual_ground.vision.identity import ImageSpace
 
 # A mask over positions, a filter as in `visual_ground.index.filters`, or a function of an entry's metadata.
 Filter: TypeAlias = Tensor | Mapping[str, Any] | Callable[[Mapping[str, Any]], Any]
@@ -35,12 +36,14 @@ class IndexState:
         entries: by the engine's positions.
         folder: where the index was loaded from, in which its own images are; None where it was made here.
         rules: which images elsewhere may be opened.
+        space: which model the vectors are of; None where that is not known.
     """
 
     engine: VectorIndex
     entries: Entries
     folder: Path | None = None
     rules: LinkRules = field(default_factory=LinkRules)
+    space: ImageSpace | None = None
 
     @property
     def exact(self) -> ExactIndex:
@@ -90,8 +93,8 @@ class IndexState:
             )
         return torch.from_numpy(self.entries.chosen_by(filter))
 
-    def select(self, filter: Filter) -> list[str | int]:
-        """Return the ids of the entries that a filter allows, in order."""
+    def select(self, filter: Filter | None) -> list[str | int]:
+        """Return the ids of the entries that a filter allows, all where None, in order."""
         mask = self.mask(filter)
         return [self.entries.id(p) for p in self.entries.positions() if mask is None or bool(mask[p])]
 
@@ -105,7 +108,17 @@ class IndexState:
             "engine": type(self.engine).__name__,
             "columns": sorted(self.entries.columns()),
             "next_id": self.entries.next_id,
+            "built_with": None if self.space is None else str(self.space),
         }
+
+    def check_space(self, space: ImageSpace | None, whose: str) -> None:
+        """Raise GroundingValueError where the vectors are known to be of another space than those of `whose`."""
+        if space is not None and self.space is not None and not self.space.is_same(space):
+            raise GroundingValueError(
+                f"This index was built with {self.space}, and {whose} {space}: the two give the same pictures other "
+                "vectors, so that a search would find anything. Use the adapter and encoder that it was built with, "
+                "or build it again."
+            )
 
     def find(self, ids: Ids) -> list[int]:
         """Return the positions of ids.
