@@ -12,6 +12,7 @@ from typing import Any
 
 from visual_ground.errors import GroundingError, GroundingStateError
 from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.model import GroundedModel
 from visual_ground.server.chats import Chat, encode
@@ -68,7 +69,9 @@ class Routes:
         settings: what is allowed.
     """
 
-    def __init__(self, model: GroundedModel, index: ImageIndex | None, settings: ServerSettings) -> None:
+    def __init__(
+        self, model: GroundedModel, index: ImageIndex | MilvusImageIndex | None, settings: ServerSettings
+    ) -> None:
         self.model, self.settings = model, settings
         self.pictures, self.metrics = Pictures(index, settings.api_key), Metrics()
         self.engine = Engine(model, settings.limits)
@@ -144,7 +147,7 @@ class Routes:
 
 
 def create_app(
-    model: GroundedModel, index: ImageIndex | None = None, settings: ServerSettings | None = None
+    model: GroundedModel, index: ImageIndex | MilvusImageIndex | None = None, settings: ServerSettings | None = None
 ) -> FastAPI:
     """Return the server as an ASGI application.
 
