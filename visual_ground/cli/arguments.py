@@ -100,7 +100,7 @@ def load_index(options: argparse.Namespace) -> ImageIndex | MilvusImageIndex | N
     if options.index is None:
         return None
     from visual_ground.index.remote_images import LinkRules
-    from visual_ground.index.trust import trusted_folders
+    from visual_ground.indexing.trust import trusted_folders
 
     folders = (*options.images, *trusted_folders(options.index))
     return open_index(options.index, LinkRules(hosts=tuple(options.host), folders=folders))

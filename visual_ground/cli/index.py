@@ -39,6 +39,11 @@ def add_parser(commands: Commands) -> None:
     remove.add_argument("ids", nargs="*", help="their ids")
     remove.add_argument("--filter", help='which entries, as JSON, such as {"licence": "unknown"}')
     remove.set_defaults(run=run_remove)
+    _add_readers(actions)
+    _add_makers(actions)
+
+
+def _add_readers(actions: Commands) -> None:
     search = actions.add_parser("search", help="print the entries nearest to a text or image, as JSON lines")
     add_model_arguments(search)
     search.add_argument("index", help=OPENED)
@@ -49,6 +54,16 @@ def add_parser(commands: Commands) -> None:
     info = actions.add_parser("info", help="print what an index holds, as JSON")
     info.add_argument("index", help=OPENED)
     info.set_defaults(run=run_info)
+
+
+def _add_makers(actions: Commands) -> None:
+    accelerate = actions.add_parser("accelerate", help="build a faiss index, which is searched faster, into an index")
+    accelerate.add_argument("index", help="folder of the index")
+    accelerate.add_argument(
+        "--kind", choices=("flat", "hnsw", "ivfpq"), help="by the number of entries where not given"
+    )
+    accelerate.add_argument("--recall", type=float, default=0.95, help="part of the 10 best entries to find; 0.95")
+    accelerate.set_defaults(run=run_accelerate)
     convert = actions.add_parser("convert", help="read what other tools wrote, or copy an index into Milvus")
     convert.add_argument("source", help="folder with img_emb/*.npy and metadata/*.parquet, one .npy file, or an index")
     convert.add_argument("--table", help="parquet file of the metadata, for one .npy file")
@@ -78,8 +93,8 @@ def _build_options(options: argparse.Namespace) -> BuildOptions:
 
 def run_build(options: argparse.Namespace) -> None:
     """Embed images into an index, and say how many."""
-    from visual_ground.index.trust import trust
     from visual_ground.indexing.build import build_index
+    from visual_ground.indexing.trust import trust
 
     report = build_index(load_model(options), options.images, options.output, _build_options(options))
     trust(options.output, [name if os.path.isdir(name) else os.path.dirname(name) or "." for name in options.images])
@@ -174,6 +189,15 @@ def run_search(options: argparse.Namespace) -> None:
 def run_info(options: argparse.Namespace) -> None:
     """Print what an index holds."""
     print(json.dumps(open_index(options.index).info(), indent=2, ensure_ascii=False))
+
+
+def run_accelerate(options: argparse.Namespace) -> None:
+    """Build a faiss index beside the vectors."""
+    from visual_ground.indexing.accelerating import accelerate_index
+
+    engine = accelerate_index(options.index, options.kind, options.recall)
+    recall = "" if engine.recall is None else f"; a search finds {100 * engine.recall:.1f} % of the 10 best"
+    print(f"{len(engine)} entries in faiss ({engine.kind}){recall}")
 
 
 def run_convert(options: argparse.Namespace) -> None:
