@@ -6,7 +6,8 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,8 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
 
     search: dict[str, Callable[[Path], object]] = {}
     if isinstance(contents.engine, FaissIndex):
-        whole = contents.engine.whole()
-        search = {
-            FAISS_FILE: whole.write,
-            FAISS_ABOUT: lambda path: write_json(path, whole.about(checksums[VECTORS_FILE])),
-        }
+        contents = replace(contents, engine=contents.engine.whole())
+        search = _search_writers(contents, checksums)
         card = index_card(contents, os.fspath(folder), read_page(folder)) if card is None else card
     page = {} if card is None else {CARD_FILE: lambda path: path.write_bytes(card.encode("utf-8"))}
     writers: dict[str, Callable[[Path], object]] = {
@@ -82,6 +80,10 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
         TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
         ENTRIES_FILE: lambda path: write_json(path, {**_about(contents), "checksums": checksums}),
     }
+    _write(folder, writers)
+
+
+def _write(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> None:
     try:
         write_folder(folder, writers)
     except GroundingError:
@@ -90,6 +92,16 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
         raise GroundingFileError(
             f"The index cannot be written to {str(folder)!r}: {error}. What was there before is whole."
         ) from error
+
+
+def _search_writers(contents: IndexState, checksums: Mapping[str, str]) -> dict[str, Callable[[Path], object]]:
+    """Return what writes the files of a `FaissIndex`, when the vectors' checksum is there."""
+    engine = contents.engine
+    assert isinstance(engine, FaissIndex)
+    return {
+        FAISS_FILE: engine.write,
+        FAISS_ABOUT: lambda path: write_json(path, engine.about(checksums[VECTORS_FILE])),
+    }
 
 
 def _about(contents: IndexState) -> dict[str, Any]:
