@@ -24,6 +24,7 @@ ORDER = (
     "prompts",
     "adapter",
     "index",
+    "index/milvus",
     "indexing",
     "generation",
     "components",

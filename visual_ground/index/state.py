@@ -17,9 +17,8 @@ from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.filters import parse_filter
 from visual_ground.index.places import find_image
-from visual_ground.index.remote_images import ImageLink, LinkRules, follow, is_url
+from visual_ground.index.remote_images import LinkRules, shown
 from visual_ground.index.rows import THUMBNAIL
-from visual_ground.vision.decoding import decode_file
 from visual_ground.vision.identity import ImageSpace
 
 # A mask over positions, a filter as in `visual_ground.index.filters`, or a function of an entry's metadata.
@@ -70,11 +69,8 @@ class IndexState:
 
     def shown(self, position: int) -> Any:
         """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere."""
-        image, thumbnail = self.image(position), self.entries.cell(position, THUMBNAIL)
-        away = image is None or isinstance(image, ImageLink) or (isinstance(image, str) and is_url(image))
-        if thumbnail is not None and away:
-            return decode_file(thumbnail, f"the thumbnail of {self.entries.id(position)!r}")
-        return follow(image, self.rules)
+        thumbnail = self.entries.cell(position, THUMBNAIL)
+        return shown(self.image(position), thumbnail, str(self.entries.id(position)), self.rules)
 
     def mask(self, filter: Filter | None) -> Tensor | None:
         """Return the positions that a filter allows, as a mask; None for all.
