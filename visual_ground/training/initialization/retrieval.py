@@ -13,9 +13,10 @@ from torch import Tensor
 from visual_ground.adapter.initialization import initialize_retrieval, retrieval_inputs
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.shared_space.accumulator import MomentAccumulator
+from visual_ground.training.data.reading import without_prompt
 from visual_ground.training.initialization.idf import without_sentence_marks
 from visual_ground.training.losses.objective import GroundingObjective
-from visual_ground.training.losses.retrieval import plain_states
+from visual_ground.training.losses.prompts import Asked
 
 Example: TypeAlias = Mapping[str, Any]
 # Makes a batch of examples, as `ExampleCollator` does.
@@ -36,26 +37,65 @@ REQUESTS = (
 
 
 @torch.no_grad()
-def fit_retrieval(objective: GroundingObjective, batches: Iterable[Sequence[Example]], collate: Collate) -> None:
+def fit_retrieval(
+    objective: GroundingObjective, batches: Iterable[Sequence[Example]], collate: Collate
+) -> MomentAccumulator | None:
     """Fit the retrieval layers to a stream of examples; nothing is kept of these but their second moments.
+
+    Of examples with a prompt, the caption is read: prompts may have images, whose tokens are not fitted yet.
 
     Args:
         objective: the model, and how its text-retrieval pass is run.
         batches: of examples.
         collate: makes a batch of examples.
 
+    Returns:
+        The moments, for `fit_prompts`, where any example has a prompt.
+
     Raises:
         GroundingValueError: pairs of one group only, features that are all alike or not finite; the layers are then
             as they were.
     """
     model, pairs, num_requests = objective.model, MomentAccumulator(), Counter[Any]()
-    for batch in batches:
+    has_prompts = False
+    for given in batches:
+        has_prompts |= any("prompt" in example for example in given)
+        batch = [without_prompt(example) for example in given]
         features, groups = image_features(model, batch), [example["group"] for example in batch]
         pairs.add(*retrieval_inputs(model.adapter, _states(objective, collate(batch)), features), groups)
         # Encoded once: a caption as a request is about the same image.
         if chosen := _without_requests(batch, num_requests):
             states = _states(objective, collate([as_request(batch[i]) for i in chosen]))
             pairs.add(*retrieval_inputs(model.adapter, states, features[chosen]), [groups[i] for i in chosen])
+    initialize_retrieval(model.adapter, pairs.solve(model.config.retrieval_dim))
+    return pairs if has_prompts else None
+
+
+@torch.no_grad()
+def fit_prompts(
+    objective: GroundingObjective,
+    pairs: MomentAccumulator | None,
+    batches: Iterable[Sequence[Example]],
+    collate: Collate,
+) -> None:
+    """Fit the retrieval layers to prompts too, after the image tokens that these may hold.
+
+    Args:
+        objective: as in `fit_retrieval`.
+        pairs: what that returned; None where no example has a prompt, and nothing is done.
+        batches: of the examples; only those with a prompt are read.
+        collate: makes a batch of examples.
+
+    Raises:
+        GroundingValueError: as `fit_retrieval`.
+    """
+    if pairs is None:
+        return
+    model = objective.model
+    for given in batches:
+        if batch := [example for example in given if "prompt" in example]:
+            features, groups = image_features(model, batch), [example["group"] for example in batch]
+            pairs.add(*retrieval_inputs(model.adapter, _states(objective, collate(batch)), features), groups)
     initialize_retrieval(model.adapter, pairs.solve(model.config.retrieval_dim))
 
 
@@ -71,8 +111,10 @@ def _without_requests(batch: Sequence[Example], num_requests: Counter[Any]) -> l
 
 
 def _states(objective: GroundingObjective, batch: Mapping[str, Any]) -> list[Tensor]:
-    sequences, prefixes = batch["retrieval"], objective.prefixes
-    return plain_states(objective.model, sequences) if prefixes is None else prefixes.states(sequences)
+    features = batch.get("prompt_features")
+    if "prompt_pixels" in batch:
+        features = objective.model.vision(batch["prompt_pixels"])
+    return Asked.of(objective.model, batch["retrieval"], features).states(objective.prefixes)
 
 
 def as_request(example: Example) -> dict[str, Any]:
