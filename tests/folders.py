@@ -38,6 +38,7 @@ ORDER = (
     "training/speedups",
     "training/losses",
     "training/initialization",
+    "training/selection",
     "training/saving",
     "training",
     "fitting",

@@ -87,11 +87,23 @@ def retrieval_recalls(texts: Tensor, images: Tensor, groups: Tensor) -> dict[str
         images: (n, q) unit vectors, of each text's image.
         groups: (n,), equal where two pairs are about the same image.
     """
+    scores, right = _of_images(texts, images, groups)
+    return {"text_to_image": recall_at(scores, right=right), "image_to_text": recall_at(scores.T, right=right.T)}
+
+
+def mean_reciprocal_ranks(texts: Tensor, images: Tensor, groups: Tensor) -> dict[str, float]:
+    """Return the means of 1 / rank of the best right candidate both ways; the arguments are of `retrieval_recalls`."""
+    scores, right = _of_images(texts, images, groups)
+    ways = {"text_to_image": (scores, right), "image_to_text": (scores.T, right.T)}
+    return {name: float((1 / ranks_of(*way)).double().mean()) for name, way in ways.items()}
+
+
+def _of_images(texts: Tensor, images: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores (texts, images) of pairs, each image once, and which are right."""
     _, number = torch.unique(groups, return_inverse=True)
     number = number.to(texts.device)
     # The first pair of each group stands for its image.
     first = torch.full((int(number.max()) + 1,), len(number), device=number.device)
     first = first.scatter_reduce(0, number, torch.arange(len(number), device=number.device), "amin")
-    scores = texts @ images[first].T
     right = number[:, None] == torch.arange(len(first), device=number.device)
-    return {"text_to_image": recall_at(scores, right=right), "image_to_text": recall_at(scores.T, right=right.T)}
+    return texts @ images[first].T, right

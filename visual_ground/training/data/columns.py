@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +9,11 @@ from itertools import islice
 from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.training.data.prompts import PROMPT, SplitPrompt, is_given, prompt_problem
 from visual_ground.training.data.rows import check_not_empty, has_images, is_missing, rows_by_number
+from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.link_rules import is_address
 
-logger = logging.getLogger(__name__)
-
-# How many skipped names are logged and shown in an error.
-NUM_SHOWN = 10
-# A stream's skipped part is judged as if it had at least so many rows: one bad row among the first ten is no 10 %.
-MIN_ROWS_TO_JUDGE = 1000
 # How many rows of a stream have their captions checked before training.
 NUM_CHECKED = 100
 
@@ -76,59 +71,29 @@ class Columns:
             given = [text for text in _as_list(row.get(name)) if not is_missing(text)]
             if given and not self.texts(row, name):
                 return f"its {name} {self.problem(given[0])}"
-        return None
+        problem = None if (prompt := self.prompt(row)) is None else prompt_problem(prompt, self.problem)
+        return None if problem is None else f"its prompt {problem}"
+
+    def prompt(self, row: Mapping[str, Any]) -> Any:
+        """Return a row's prompt as it is, or None where it has none."""
+        # Datasets of generated pictures call their captions so.
+        given = self.caption != PROMPT and is_given(row.get(PROMPT))
+        return row[PROMPT] if given else None
+
+    def split_prompt(self, row: Mapping[str, Any]) -> SplitPrompt | None:
+        """Return a row's prompt, which has no problem, with its images apart; None where it has none."""
+        prompt = self.prompt(row)
+        return None if prompt is None else SplitPrompt.of(prompt, self._resolve)
+
+    def prompt_images(self, row: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the images of a row's prompt."""
+        split = self.split_prompt(row)
+        return () if split is None else split.images
 
     def _resolve(self, image: Any) -> Any:
         if self.folder is not None and isinstance(image, (str, os.PathLike)) and not is_address(image):
             return os.path.join(self.folder, image)
         return image
-
-
-class Skipped:
-    """Counts what cannot be used, logs it by name, and raises where it is too much.
-
-    Args:
-        limit: the part that may be skipped.
-        total: how many there are; None where that is not known, as in a stream.
-
-    Attributes:
-        names: what was skipped, and why.
-    """
-
-    def __init__(self, limit: float, total: int | None = None) -> None:
-        self.limit, self.total, self.seen = limit, total, 0
-        self.names: list[str] = []
-
-    def add(self, name: str, check: bool = True) -> None:
-        """Skip one, with its reason.
-
-        Args:
-            name: what is skipped, and why.
-            check: whether to raise where it is one too many.
-
-        Raises:
-            GroundingValueError: too many by now.
-        """
-        self.names.append(name)
-        if len(self.names) <= NUM_SHOWN:
-            logger.warning("Skipped %s", self.names[-1])
-        if check:
-            self.check(self.total or max(self.seen, MIN_ROWS_TO_JUDGE))
-
-    def check(self, total: int) -> None:
-        """Raise GroundingValueError where more than the allowed part of `total` was skipped."""
-        if len(self.names) <= self.limit * total:
-            return
-        shown = "\n  ".join(self.names[:NUM_SHOWN])
-        raise GroundingValueError(
-            f"{len(self.names)} of {total} images and captions cannot be used, and max_skipped={self.limit:g} of them "
-            f"may be skipped. Fix them, or raise max_skipped. The first are:\n  {shown}"
-        )
-
-    def finish(self) -> None:
-        """Log how many were skipped in all."""
-        if self.names:
-            logger.warning("Skipped %d images and captions that cannot be used.", len(self.names))
 
 
 def open_rows(rows: Any, columns: Columns) -> Any:
