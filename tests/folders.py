@@ -41,6 +41,8 @@ ORDER = (
     "importers/fromage",
     "demo",
     "server",
+    "app",
+    "terminal",
     "cli",
 )
 # Files that only name what is elsewhere: the package's and folders' own pages, and `python -m visual_ground`.

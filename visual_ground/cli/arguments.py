@@ -94,15 +94,18 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_index(options: argparse.Namespace) -> ImageIndex | None:
-    """Return the index that the options name, if any; one that was built on this machine opens its own pictures."""
-    if options.index is None:
-        return None
+    """Return the index that the options name, if any."""
+    return None if options.index is None else open_index(options.index, options)
+
+
+def open_index(name: str, options: argparse.Namespace) -> ImageIndex:
+    """Return an index by its folder or Hub id; one that was built on this machine opens its own pictures."""
     from visual_ground import ImageIndex
     from visual_ground.index.remote_images import LinkRules
     from visual_ground.index.trust import trusted_folders
 
-    folders = (*options.images, *trusted_folders(options.index))
-    return ImageIndex.from_pretrained(options.index, LinkRules(hosts=tuple(options.host), folders=folders))
+    folders = (*options.images, *trusted_folders(name))
+    return ImageIndex.from_pretrained(name, LinkRules(hosts=tuple(options.host), folders=folders))
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
