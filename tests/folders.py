@@ -47,6 +47,8 @@ ORDER = (
     "demo",
     "evaluation/tasks",
     "server",
+    "app",
+    "terminal",
     "cli",
 )
 # Files that only name what is elsewhere: the package's and folders' own pages, and `python -m visual_ground`.

@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
 from visual_ground.cli import chat
-from visual_ground.cli.conversation import Conversation, split_line
+from visual_ground.terminal.conversation import Conversation, split_line
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 OPTIONS = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, ret_bias=1e3, max_images=1)

@@ -12,7 +12,7 @@ from tests.paths import ROOT
 from tests.storage.hub_client import hub  # noqa: F401
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
-from visual_ground.cli.main import main
+from visual_ground.cli.main import COMMANDS, main
 from visual_ground.storage.tensors import WEIGHTS_FILE
 
 
@@ -113,7 +113,7 @@ def test_an_index_is_changed_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "train", "index", "chat", "serve", "eval", "push", "import-fromage", "transfer", "demo"]
+    "command", ["fit", "train", "index", "chat", "serve", "app", "eval", "push", "import-fromage", "transfer", "demo"]
 )
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -129,5 +129,7 @@ def test_help_lists_all_commands_and_loads_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     listed = re.findall(r"^    ([a-z-]+)(?:  |$)", shown, re.MULTILINE)
-    assert listed == ["fit", "train", "transfer", "index", "chat", "serve", "eval", "push", "import-fromage", "demo"]
+    assert (
+        listed == [command.__name__.rsplit(".", 1)[1].replace("_", "-") for command in COMMANDS] and len(listed) == 11
+    )
     assert shown.endswith("False False\n")

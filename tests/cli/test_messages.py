@@ -24,6 +24,7 @@ CALLS = {
     "index": ["build", "lm", "adapter", "images", "--output", "out"],
     "serve": ["lm", "adapter"],
     "chat": ["lm", "adapter"],
+    "app": [],
     "eval": ["lm", "adapter", "data"],
     "push": ["folder", "me/repo"],
     "import-fromage": ["folder", "--output", "out"],

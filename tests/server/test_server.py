@@ -152,7 +152,10 @@ def test_a_stop_string_ends_an_answer_before_it(running):
 
 @torch.no_grad()
 def test_embeddings_and_search(running):
-    found = running.client.embeddings.create(model="visual-ground", input=["w4 w5", "w6"]).data
+    answer = running.client.embeddings.create(model="visual-ground", input=["w4 w5", "w6"])
+    found = answer.data
+    read = [len(running.model.processor.encode_queries([text])[0].ids) for text in ("w4 w5", "w6")]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(read) and read[0] == read[1] + 1
     assert torch.allclose(torch.tensor(found[0].embedding), running.model.embed_text(["w4 w5"])[0].cpu(), atol=1e-5)
     body = {"query": {"type": "image_url", "image_url": {"url": data_url(picture(1))}}, "n": 1}
     best = running.client.post("/images/search", body=body, cast_to=object)["data"]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from visual_ground.index.image_index import ImageIndex
     from visual_ground.index.milvus.image_index import MilvusImageIndex
-    from visual_ground.index.remote_images import LinkRules
     from visual_ground.model import GroundedModel
     from visual_ground.training.data.columns import Columns
 
@@ -96,22 +95,27 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_index(options: argparse.Namespace) -> ImageIndex | MilvusImageIndex | None:
-    """Return the index that the options name, if any; one that was built on this machine opens its own pictures."""
-    if options.index is None:
-        return None
-    from visual_ground.index.remote_images import LinkRules
-    from visual_ground.indexing.trust import trusted_folders
-
-    folders = (*options.images, *trusted_folders(options.index))
-    return open_index(options.index, LinkRules(hosts=tuple(options.host), folders=folders))
+    """Return the index that the options name, if any."""
+    return None if options.index is None else open_index(options.index, options)
 
 
-def open_index(name: str, rules: LinkRules | None = None) -> ImageIndex | MilvusImageIndex:
-    """Return the index in a folder, on the Hub, or in Milvus: `images.db`, `http://localhost:19530#photos`."""
+def open_index(name: str, options: argparse.Namespace | None = None) -> ImageIndex | MilvusImageIndex:
+    """Return the index in a folder, on the Hub, or in Milvus: `images.db`, `http://localhost:19530#photos`.
+
+    Args:
+        name: its folder, Hub id or address.
+        options: which hosts and folders its pictures may come from; one that was built on this machine opens its own.
+            None opens no pictures.
+    """
     from visual_ground import ImageIndex
     from visual_ground.index.milvus.connection import named_place
     from visual_ground.index.milvus.image_index import MilvusImageIndex
+    from visual_ground.index.remote_images import LinkRules
+    from visual_ground.indexing.trust import trusted_folders
 
+    rules = None
+    if options is not None:
+        rules = LinkRules(hosts=tuple(options.host), folders=(*options.images, *trusted_folders(name)))
     if (place := named_place(name)) is not None:
         return MilvusImageIndex.open(*place, rules=rules)
     return ImageIndex.from_pretrained(name, rules)

@@ -19,8 +19,8 @@ from visual_ground.errors import GroundingError
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
-    from visual_ground.cli.conversation import Conversation
     from visual_ground.generation.output import Part
+    from visual_ground.terminal.conversation import Conversation
 
 HELP = """\
 Write a line and press Enter. Paths of images in it are shown to the model; put quotes around those with spaces.
@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer line by line until the input ends, or once; return the exit code."""
-    from visual_ground.cli.conversation import Conversation
+    from visual_ground.terminal.conversation import Conversation
 
     conversation = Conversation(load_model(options), load_index(options), answer_options(options))
     try:

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from visual_ground.cli import chat, demo, fit, import_fromage, index, push, serve, train, transfer
+from visual_ground.cli import app, chat, demo, fit, import_fromage, index, push, serve, train, transfer
 from visual_ground.cli import eval as evaluate
 from visual_ground.cli.messages import FAILED, one_line, quiet
 
 # A new command is a module with `add_parser` and `run`; its heavy imports stay inside `run`, so that --help is quick.
-COMMANDS = (fit, train, transfer, index, chat, serve, evaluate, push, import_fromage, demo)
+COMMANDS = (fit, train, transfer, index, chat, serve, app, evaluate, push, import_fromage, demo)
 
 
 INTERRUPTED = 130  # The exit code of shells for Ctrl-C.

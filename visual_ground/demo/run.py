@@ -23,6 +23,7 @@ from visual_ground.demo.conversations import CONVERSATIONS, Exchange, Request, c
 from visual_ground.demo.page import as_text, request_summary, table, write_page
 from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.recalls import adapter_recalls, baseline_recalls
+from visual_ground.demo.saved import ADAPTER, save_demo
 from visual_ground.demo.sheet import write_contact_sheet
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.evaluation import caption_pair_accuracy
@@ -159,8 +160,8 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
         conversations = converse_all(model, pairs, bias)
         requests = requests_for_seen(model, pairs)
     with clock.step("save, load on a fresh language model, converse again"):
-        model.save_pretrained(out / "adapter")
-        fresh = GroundedModel.from_pretrained(*load_lm(cache)[:1], out / "adapter", vision, tokenizer)
+        save_demo(model, build_index(model, pairs), pairs.concepts, out, cache / "emoji")
+        fresh = GroundedModel.from_pretrained(*load_lm(cache)[:1], out / ADAPTER, vision, tokenizer)
         same = _answers(converse_all(fresh, pairs, bias)) == _answers(conversations)
     clock.total()
     shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in conversations.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,23 @@ def stream(
     for said in said_tokens(frozen_lm, attached, batch, settings, options):
         yield from answer.add(said.token, said.vector)
     yield from answer.end()
+
+
+def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Return parts with the pieces of a text made one.
+
+    Example:
+        >>> joined(["A c", "at.", ""])
+        ('A cat.',)
+    """
+    whole: list[Part] = []
+    for part in parts:
+        last = whole[-1] if whole else None
+        if isinstance(part, str) and isinstance(last, str):
+            whole[-1] = last + part
+        else:
+            whole.append(part)
+    return tuple(whole)
 
 
 def said_tokens(

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingError
 from visual_ground.generation.generate import silent_ids
 from visual_ground.generation.output import Part, RetrievedImage
@@ -23,13 +24,18 @@ from visual_ground.server.requests import ChatRequest
 Event = tuple[int, Part | Finished]
 
 
-def encode(engine: Engine, request: ChatRequest) -> EncodedPrompt:
+def encode(engine: Engine, request: ChatRequest, attached: AttachedAdapter | None = None) -> EncodedPrompt:
     """Return a request's prompt.
+
+    Args:
+        engine: what will answer it.
+        request: what is asked for.
+        attached: the adapter that reads it; the active one where None.
 
     Raises:
         RequestFailure: a prompt that the LM cannot read, or has no room to answer.
     """
-    processor = engine.model.processor
+    processor = engine.model.processor if attached is None else attached.processor
     parts = [part for message in request.messages for part in message["content"]]
     try:
         # Each part says whether it is a text, so that none is taken for the path of a file on this machine.

@@ -54,6 +54,7 @@ class Engine:
     def __init__(self, model: GroundedModel, limits: EngineLimits | None = None) -> None:
         self.model, self.limits = model, EngineLimits() if limits is None else limits
         self._jobs: queue.Queue[Job | None] = queue.Queue()
+        self._next: list[Job | None] = []  # Taken out of the queue, but for another adapter than the batch's.
         self._closed = False
         self.batches = [0, 0]
         self._thread = threading.Thread(target=self._work, name="visual_ground engine", daemon=True)
@@ -85,7 +86,7 @@ class Engine:
         self._thread.join()
 
     def _work(self) -> None:
-        while (first := self._jobs.get()) is not None:
+        while (first := self._next.pop() if self._next else self._jobs.get()) is not None:
             batch = [job for job in self._gather(first) if job.is_wanted or job.finish("timeout")]
             if not batch:
                 continue
@@ -101,22 +102,25 @@ class Engine:
                 left.finish("cancelled")
 
     def _gather(self, first: Job) -> list[Job]:
-        """Return the first job and those that come soon after it."""
+        """Return the first job and those for the same adapter that come soon after it."""
         jobs, until = [first], time.monotonic() + self.limits.gather_seconds
         while len(jobs) < self.limits.max_batch:
             try:
                 job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 break
-            if job is None:
-                self._jobs.put(None)
+            if job is None or job.adapter != first.adapter:
+                self._next.append(job)
                 break
             jobs.append(job)
         return jobs
 
     @torch.no_grad()
     def _run(self, jobs: list[Job]) -> None:
-        model, attached = self.model, self.model.active
+        model = self.model
+        if jobs[0].adapter not in (None, model.active_adapter):
+            model.set_adapter(str(jobs[0].adapter))
+        attached = model.active
         batch = attached.processor.batch([job.prompt for job in jobs]).to(model.frozen_lm.device)
         image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
         ends = end_tokens(model)

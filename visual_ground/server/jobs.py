@@ -68,6 +68,7 @@ class Job:
         stop: cuts the text.
         emit: takes each part, and `Finished` at the end; called in the engine's thread.
         deadline: of `time.monotonic`.
+        adapter: the name of the adapter that answers; the active one where None.
     """
 
     prompt: EncodedPrompt
@@ -77,6 +78,7 @@ class Job:
     stop: StopText
     emit: Callable[[Part | Finished], None]
     deadline: float
+    adapter: str | None = None
     tokens: int = 0
     finished: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event)

@@ -39,9 +39,9 @@ def read_address(address: Any, rules: LinkRules) -> Image.Image:
         raise RequestFailure(400, 'image_url must be {"url": "data:image/...;base64,..."}.')
     try:
         if address.startswith("data:"):
-            return _decode(_data_of(address))
+            return decode_picture(_data_of(address))
         if rules.allow_host(address):
-            return _decode(rules.fetch(address))
+            return decode_picture(rules.fetch(address))
     except GroundingError as error:
         raise RequestFailure(400, f"The image cannot be read: {error}", code="invalid_image") from error
     message = "This server fetches no images from that address. Send the image itself as a data URL."
@@ -58,7 +58,13 @@ def _data_of(address: str) -> bytes:
         raise RequestFailure(400, "The data URL is not valid base64.", code="invalid_image_url") from error
 
 
-def _decode(data: bytes) -> Image.Image:
+def decode_picture(data: bytes) -> Image.Image:
+    """Return the picture of a stranger's file as upright RGB.
+
+    Raises:
+        RequestFailure: no picture, or one with too many pixels.
+        GroundingValueError: a damaged one.
+    """
     try:
         with Image.open(io.BytesIO(data)) as opened:  # Reads the head only.
             pixels = opened.width * opened.height

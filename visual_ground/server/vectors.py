@@ -35,7 +35,14 @@ def embeddings(model: GroundedModel, body: Any, rules: LinkRules, name: str) -> 
         {"object": "embedding", "index": i, "embedding": _base64(vector) if as_base64 else vector.tolist()}
         for i, vector in enumerate(vectors)
     ]
-    return {"object": "list", "model": name, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+    read = sum(_tokens(model, one) for one in inputs)
+    usage = {"prompt_tokens": read, "total_tokens": read}
+    return {"object": "list", "model": name, "data": data, "usage": usage}
+
+
+def _tokens(model: GroundedModel, given: Any) -> int:
+    """Return how many tokens the LM read for an input; an image passes through the vision encoder alone."""
+    return len(model.processor.encode_queries([given])[0].ids) if isinstance(given, str) else 0
 
 
 def _base64(vector: Tensor) -> str:

@@ -39,7 +39,7 @@ class GroundingTrainer(Trainer):
 
     Image features are computed first and kept on disk. A loss or gradient that is not finite stops the run before it
     changes the adapter. The result is the state, the start among them, that is best on groups held out
-    (`args.held_out`). A killed run resumes with `train(resume_from_checkpoint=True)`, and ends as if it had not been killed.
+    (`args.held_out`). A killed run, resumed with `train(resume_from_checkpoint=True)`, ends as if it had not been.
 
     Args:
         model: the grounded model; its adapter is trained in place.

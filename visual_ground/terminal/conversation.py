@@ -11,6 +11,7 @@ from typing import Any
 from visual_ground.errors import GroundingValueError
 from visual_ground.generation.generate import check_index
 from visual_ground.generation.output import InterleavedOutput, Part, RetrievedImage
+from visual_ground.generation.stream import joined
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.chat import chat_message
@@ -76,7 +77,7 @@ class Conversation:
             raise
         finally:
             if said:
-                answer = InterleavedOutput(_joined(said))
+                answer = InterleavedOutput(joined(said))
                 self._messages += [question, *answer.to_messages()]
                 shown = (RetrievedImage(part, None, part) if is_image_file(part) else part for part in parts)
                 self.turns += [("user", InterleavedOutput(tuple(shown))), ("assistant", answer)]
@@ -120,15 +121,3 @@ def split_line(line: str) -> list[str]:
             parts += [line[start : word.start()].strip(), path]
             start = word.end()
     return [part for part in (*parts, line[start:].strip()) if part]
-
-
-def _joined(parts: list[Part]) -> tuple[Part, ...]:
-    """Return parts with pieces of text that follow one another made one."""
-    joined: list[Part] = []
-    for part in parts:
-        last = joined[-1] if joined else None
-        if isinstance(part, str) and isinstance(last, str):
-            joined[-1] = last + part
-        else:
-            joined.append(part)
-    return tuple(joined)

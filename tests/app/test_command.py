@@ -1,0 +1,56 @@
+"""`visual-ground app`: what it loads, and what it says where something is missing."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import grounded, picture
+from visual_ground import ImageIndex
+from visual_ground.cli import app
+from visual_ground.cli.main import main
+from visual_ground.demo import saved
+from visual_ground.demo.emoji import Concept
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app", "lm", "adapter"]) == 2
+    assert 'pip install "visual-ground[app]"' in capsys.readouterr().err
+
+
+def test_before_the_demo_has_run_it_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(Exception, match="make demo"):
+        saved.load_demo(tmp_path, tmp_path)
+
+
+def test_what_the_demo_saves_is_loaded_with_pictures_and_credits(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    pictures = tmp_path / "cache" / "emoji"
+    pictures.mkdir(parents=True)
+    picture(0).save(pictures / "fox.png")
+    model = grounded()
+    index = ImageIndex.build(model, [str(pictures / "fox.png")], ["fox"])
+    saved.save_demo(model, index, [Concept("1f98a", "fox", (), "train", "animal")], tmp_path, pictures)
+    monkeypatch.setattr(saved, "load_lm", lambda cache: (grounded().unground(), model.tokenizer))
+    monkeypatch.setattr(saved, "load_vision", lambda: model.vision)
+    _, loaded = saved.load_demo(tmp_path, tmp_path / "cache")
+    name, image, metadata = loaded.entry(0)
+    assert name == "fox" and Path(image).read_bytes() == (pictures / "fox.png").read_bytes()
+    assert metadata["credit"] and metadata["licence"] and metadata["source"].endswith("1F98A/")
+
+
+def test_several_indexes_and_adapters_by_name(tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="make test-app installs the extra `app-tests`")
+    model = grounded()
+    model.save_pretrained(tmp_path / "birds")
+    for name in ("photos", "more"):
+        ImageIndex.build(model, [picture(0)]).save_pretrained(tmp_path / name)
+    monkeypatch.setattr(app, "load_model", lambda options: model)
+    options = dict(lm="lm", adapter="a", another_adapter=[f"birds={tmp_path / 'birds'}"], title="T", system="S")
+    indexes = [f"mine={tmp_path / 'photos'}", str(tmp_path / "more")]
+    given = Namespace(**options, index=indexes, images=[], host=[], example=["Hi?"], demo=tmp_path)
+    loaded, albums, settings = app.load(given)
+    assert list(albums) == ["mine", "more"] and list(loaded.adapters) == ["default", "birds"]
+    assert (settings.title, settings.system, tuple(settings.examples)) == ("T", "S", ("Hi?",))

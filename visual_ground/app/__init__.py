@@ -1,0 +1,1 @@
+"""A page to talk to a grounded model with, in a browser."""

@@ -1,0 +1,93 @@
+"""One question of the page, put to the server's engine, and its answer piece by piece."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from visual_ground.generation.generate import silent_ids
+from visual_ground.generation.output import Part
+from visual_ground.generation.stream import GrowingAnswer
+from visual_ground.index.image_index import ImageIndex
+from visual_ground.server.chats import encode
+from visual_ground.server.engine import Engine
+from visual_ground.server.failures import RequestFailure
+from visual_ground.server.jobs import Finished, Job, StopText
+from visual_ground.server.requests import ChatRequest
+from visual_ground.server.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and how it is to be answered.
+
+    Args:
+        messages: the conversation so far, with this question as the last message.
+        index: the pictures that may be shown, or None.
+        adapter: the name of an adapter of the model.
+        sampling: how tokens are chosen, and when pictures come.
+        max_tokens: the most tokens of the answer.
+    """
+
+    messages: list[dict[str, Any]]
+    index: ImageIndex | None
+    adapter: str
+    sampling: Sampling
+    max_tokens: int
+
+
+class Asked:
+    """A question that the engine answers.
+
+    Args:
+        engine: what generates.
+        question: what is asked.
+
+    Attributes:
+        is_cut: whether the answer ran out of tokens.
+
+    Raises:
+        RequestFailure: a conversation that does not fit into the context, or a full queue.
+    """
+
+    def __init__(self, engine: Engine, question: Question) -> None:
+        attached, retrieval = engine.model.adapters[question.adapter], question.sampling.retrieval
+        silent = silent_ids(engine.model.frozen_lm, attached)
+        request = ChatRequest(question.messages, [question.sampling], question.max_tokens, (), True, False)
+        self.is_cut = False
+        self._events: queue.SimpleQueue[Part | Finished] = queue.SimpleQueue()
+        self._job = Job(
+            encode(engine, request, attached),
+            question.sampling,
+            question.max_tokens,
+            GrowingAnswer(attached, question.index, retrieval, silent),
+            StopText(()),
+            self._events.put,
+            time.monotonic() + engine.limits.timeout,
+            question.adapter,
+        )
+        engine.submit([self._job])
+
+    def cancel(self) -> None:
+        """End the answer with the token that it is at."""
+        self._job.cancel()
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts of the answer when they are said; whoever leaves early ends it.
+
+        Raises:
+            RequestFailure: an answer that failed or took too long.
+        """
+        try:
+            while not isinstance(event := self._events.get(), Finished):
+                yield event
+            self.is_cut = event.reason == "length"
+            if event.reason == "timeout":
+                raise RequestFailure(504, "The answer took too long and was stopped.")
+            if event.reason == "error":
+                raise RequestFailure(500, "The answer failed; the log of the app says why.")
+        finally:
+            self.cancel()

@@ -1,0 +1,54 @@
+"""What the demo leaves behind to talk to: its adapter, and an index of its pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from visual_ground.demo.emoji import Concept
+from visual_ground.demo.weights import load_lm, load_vision
+from visual_ground.errors import GroundingStateError
+from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.remote_images import LinkRules
+from visual_ground.indexing.trust import trust, trusted_folders
+from visual_ground.model import GroundedModel
+
+ADAPTER, INDEX = "adapter", "index"
+# Who drew the pictures that the demo shows.
+CREDIT = {"credit": "OpenMoji", "licence": "CC BY-SA 4.0"}
+PAGE = "https://openmoji.org/library/emoji-{}/"
+
+
+def save_demo(model: GroundedModel, index: ImageIndex, concepts: list[Concept], out: Path, pictures: Path) -> None:
+    """Write the adapter and the index.
+
+    Args:
+        model: the grounded model.
+        index: the pictures of all concepts, by their names.
+        concepts: in the order of the index.
+        out: where to.
+        pictures: the folder that the index's pictures are in.
+    """
+    model.save_pretrained(out / ADAPTER)
+    index.update(index.ids, metadata=[{**CREDIT, "source": PAGE.format(c.code.upper())} for c in concepts])
+    index.save_pretrained(out / INDEX)
+    trust(out / INDEX, [pictures])
+
+
+def load_demo(out: Path, cache: Path) -> tuple[GroundedModel, ImageIndex]:
+    """Return the demo's model with its adapter, and its index.
+
+    Args:
+        out: where the demo wrote them.
+        cache: its folder for weights.
+
+    Raises:
+        GroundingStateError: the demo has not run.
+    """
+    if not all((out / name).is_dir() for name in (ADAPTER, INDEX)):
+        raise GroundingStateError(
+            f"{out} has no adapter and index of the demo. Run `make demo` first, or name a language model, an adapter "
+            "and an index."
+        )
+    index = ImageIndex.from_pretrained(out / INDEX, LinkRules(folders=trusted_folders(out / INDEX)))
+    lm, tokenizer = load_lm(cache)
+    return GroundedModel.from_pretrained(lm, out / ADAPTER, load_vision(), tokenizer), index
