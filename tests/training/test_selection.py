@@ -43,7 +43,8 @@ def test_an_absurd_learning_rate_leaves_the_start_and_ends_soon(tmp_path, caplog
         trainer = trained(tmp_path, 10.0, patience=3)
     start, *others = scores_of(trainer)
     assert trainer.state.global_step < trainer.state.max_steps and all(other[1] < start[1] for other in others)
-    assert now(trainer)[0] >= start[0] and now(trainer)[1] == start[1]
+    # `[RET]` belongs to retrieval, and is a column of every softmax.
+    assert now(trainer)[0] >= start[0] and now(trainer)[1] == pytest.approx(start[1], abs=0.01)
     assert "as at the start" in caplog.text
 
 
