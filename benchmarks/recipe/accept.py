@@ -20,6 +20,7 @@ from lm import CACHE
 
 from visual_ground import GroundingTrainingArguments, fit, ground
 from visual_ground.demo import emoji
+from visual_ground.demo.run import has_bf16_instructions
 from visual_ground.demo.templates import REQUESTS
 from visual_ground.demo.weights import load_lm, load_vision
 
@@ -74,7 +75,9 @@ def main() -> None:
     lm, tokenizer = load_lm(CACHE)
     model, data = ground(lm, load_vision(), tokenizer), Data(tokenizer)
     with tempfile.TemporaryDirectory() as out:
-        args = GroundingTrainingArguments(output_dir=out, use_cpu=True, prefix_cache_gb=2, disable_tqdm=True)
+        args = GroundingTrainingArguments(
+            output_dir=out, use_cpu=True, prefix_cache_gb=2, disable_tqdm=True, bf16=has_bf16_instructions()
+        )
         start, wall = time.process_time(), time.perf_counter()
         fit(model, rows_of(data, seed), args)
         seconds = {"cpu": round(time.process_time() - start), "wall": round(time.perf_counter() - wall)}
