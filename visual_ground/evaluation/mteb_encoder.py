@@ -59,7 +59,7 @@ class MTEBEncoder:
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """Return the cosine of each pair, (n,)."""
-        return torch.linalg.vecdot(_matrix(embeddings1), _matrix(embeddings2))
+        return (_matrix(embeddings1) * _matrix(embeddings2)).sum(-1)
 
     def _encode(self, batch: Mapping[str, Any]) -> Tensor:
         texts, images = batch.get(TEXT), batch.get(IMAGE)
