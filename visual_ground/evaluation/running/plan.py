@@ -70,9 +70,13 @@ class Scores:
     files: Mapping[str, Any] = field(default_factory=dict)
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each unit and metric the sum of its values, and how many they are, both (units, metrics)."""
-        sums = [[float(np.sum(values)) for values in units] for units in self.values.values()]
-        counts = [[len(values) for values in units] for units in self.values.values()]
+        """Return for each unit and metric the sum of its values, and how many they are, both (units, metrics).
+
+        Metrics without any value are left out, as in `means`.
+        """
+        measured = [units for units in self.values.values() if any(map(len, units))]
+        sums = [[float(np.sum(values)) for values in units] for units in measured]
+        counts = [[len(values) for values in units] for units in measured]
         return np.array(sums, dtype=np.float64).T, np.array(counts, dtype=np.float64).T
 
     def means(self) -> dict[str, float]:

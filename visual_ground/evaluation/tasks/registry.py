@@ -13,6 +13,7 @@ from visual_ground.evaluation.running.task import Task
 # Each is "module:class", imported where it is first asked for. A class takes the folder of the data, where it needs
 # one, and its settings by name.
 TASKS: dict[str, str] = {
+    "visdial": "visual_ground.evaluation.tasks.visdial:VisDial",
     "vist": "visual_ground.evaluation.tasks.vist:Vist",
 }
 
