@@ -14,6 +14,7 @@ from visual_ground.evaluation.running.task import Task
 # one, and its settings by name.
 TASKS: dict[str, str] = {
     "visdial": "visual_ground.evaluation.tasks.visdial:VisDial",
+    "interleaved": "visual_ground.evaluation.tasks.interleaved:Interleaved",
     "karpathy": "visual_ground.evaluation.tasks.karpathy:Karpathy",
     "vist": "visual_ground.evaluation.tasks.vist:Vist",
 }
