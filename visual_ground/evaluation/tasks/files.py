@@ -12,7 +12,15 @@ from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.prompts.types import IMAGE_SUFFIXES
 
 T = TypeVar("T")
-KINDS = {dict: "an object", list: "a list", str: "a string", int: "a whole number", float: "a number", bool: "a bool"}
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "a bool",
+    object: "a value",
+}
 
 
 def find_file(data: str | os.PathLike[str], name: str) -> Path:
@@ -73,7 +81,7 @@ def entry_of(mapping: Any, key: str, kind: type[T], where: str) -> T:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise GroundingValueError(f"{where}: {key!r} must be {KINDS[kind]}, got {_kind_of(value)}.")
+        raise GroundingValueError(f"{where}: {key!r} must be {KINDS.get(kind, kind.__name__)}, got {_kind_of(value)}.")
     return value
 
 
