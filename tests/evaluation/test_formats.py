@@ -98,32 +98,32 @@ READERS = {
 WRONG = [
     ("vqa", QUESTIONS, drop("question", "questions", 3), r"questions, entry 3 has no 'question', only \['image_id'"),
     ("vqa", QUESTIONS, drop("questions"), r"has no 'questions'"),
-    ("vqa", QUESTIONS, put("400", "questions", 0, "question_id"), "should be a whole number, got '400'"),
-    ("vqa", QUESTIONS, twice("questions"), r"the question ids \[400\] come twice"),
+    ("vqa", QUESTIONS, put("400", "questions", 0, "question_id"), "'question_id' must be a whole number, got a string"),
+    ("vqa", QUESTIONS, twice("questions"), r"question_id: these ids come twice: \[400\]"),
     ("vqa", QUESTIONS, drop(5, "questions"), r"only the second \[405\] \(1\)"),
     ("vqa", QUESTIONS, put("train2014", "data_subtype"), "of the split 'train2014', and 'val2014' was expected"),
     ("vqa", QUESTIONS, put("1.9", "info", "version"), "is of VQA version 1.9"),
     ("vqa", QUESTIONS, put(7, "questions", 0, "image_id"), "is about image 7, but .* about another"),
-    ("vqa", QUESTIONS, put([], "questions"), "should be a list of entries, got an empty list"),
+    ("vqa", QUESTIONS, put([], "questions"), "must be a list of entries, got an empty one"),
     ("vqa", ANNOTATIONS, drop(9, "annotations", 1, "answers"), "entry 1 has 9 answers; VQAv2 has 10"),
     ("vqa", ANNOTATIONS, drop("answer", "annotations", 1, "answers", 4), "entry 1, answers, entry 4 has no 'answer'"),
     ("captions", CAPTIONS, drop("images"), "has no 'images'"),
-    ("captions", CAPTIONS, twice("images"), r"the image ids \[70\] come twice"),
-    ("captions", CAPTIONS, twice("annotations"), r"the caption ids \[0\] come twice"),
+    ("captions", CAPTIONS, twice("images"), r"images: these ids come twice: \[70\]"),
+    ("captions", CAPTIONS, twice("annotations"), r"annotations: these ids come twice: \[0\]"),
     ("captions", CAPTIONS, put(1, "annotations", 0, "image_id"), "about the image 1, which .* does not list"),
     ("captions", CAPTIONS, drop(0, "annotations"), r"no captions of 1 images, such as \[70\]"),
-    ("captions", CAPTIONS, put(None, "annotations", 0, "caption"), "'caption' should be a string, got 'None'"),
+    ("captions", CAPTIONS, put(None, "annotations", 0, "caption"), "'caption' must be a string, got NoneType"),
     ("cirr", CIRR, drop("caption", 2), "entry 2 has no 'caption'"),
     ("cirr", CIRR, drop("target_hard", 0), "entry 0 has no 'target_hard'"),
-    ("cirr", CIRR, twice(), r"the query ids \['9'\] come twice"),
+    ("cirr", CIRR, twice(), r"ids of queries: these ids come twice: \['9'\]"),
     ("cirr", CIRR, put("dev-1", 0, "target_hard"), "the query 9 names the image 'dev-1', which is not among the 8"),
     ("cirr", CIRR, put("dev-1", 0, "reference"), "the reference 'dev-1' is not among the members"),
-    ("cirr", CIRR_IMAGES, lambda content: [], "should map the images' names to files, got list"),
+    ("cirr", CIRR_IMAGES, put(7, "val-0-0-img0"), "'val-0-0-img0' must be a string, got a whole number"),
     ("circo", CIRCO, drop("gt_img_ids", 0), "entry 0 has no 'gt_img_ids'"),
     ("circo", CIRCO, put([], 0, "gt_img_ids"), "gt_img_ids is empty"),
-    ("circo", CIRCO, put([501, 501], 0, "gt_img_ids"), r"the gt_img_ids \['501'\] come twice"),
-    ("circo", CIRCO, put([True], 0, "gt_img_ids"), "should be a whole number, got 'True'"),
-    ("circo", CIRCO_IMAGES, twice("images"), r"the image ids \[500\] come twice"),
+    ("circo", CIRCO, put([501, 501], 0, "gt_img_ids"), r"gt_img_ids: these ids come twice: \['501'\]"),
+    ("circo", CIRCO, put([True], 0, "gt_img_ids"), "must be a whole number, got a bool"),
+    ("circo", CIRCO_IMAGES, twice("images"), r"images: these ids come twice: \[500\]"),
     ("fashioniq", DRESSES, drop("target", 0), "entry 0 has no 'target'"),
     ("fashioniq", DRESSES, put("B9", 0, "candidate"), "names the image 'B9'"),
 ]
@@ -140,11 +140,11 @@ def test_a_wrong_entry_is_named_with_its_file(tmp_path, name, file, change, mess
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_folder_without_the_files_is_told_which_are_missing(tmp_path, name):
-    with pytest.raises(GroundingFileError, match=r"has no (file|list) of .*json'.* is missing"):
+    with pytest.raises(GroundingFileError, match=r"must hold one file '.*json'"):
         READERS[name][1](tmp_path)
 
 
 def test_a_file_that_is_no_json_is_named(tmp_path):
     (miniatures.vqa(tmp_path) / QUESTIONS).write_text(json.dumps({"questions": []})[:-3])
-    with pytest.raises(GroundingFileError, match=rf"{QUESTIONS} is not JSON"):
+    with pytest.raises(GroundingFileError, match=rf"{QUESTIONS}' cannot be read as JSON"):
         read_vqa(tmp_path, "val2014")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -107,3 +109,39 @@ def _of_images(texts: Tensor, images: Tensor, groups: Tensor) -> tuple[Tensor, T
     first = first.scatter_reduce(0, number, torch.arange(len(number), device=number.device), "amin")
     right = number[:, None] == torch.arange(len(first), device=number.device)
     return texts @ images[first].T, right
+
+
+def all_ranks(scores: Sequence[float]) -> list[int]:
+    """Return the rank, from 1, of every candidate; candidates with equal scores all get the worst of their ranks.
+
+    Raises:
+        GroundingValueError: a score that is NaN.
+
+    Example:
+        >>> all_ranks([0.5, 2.0, 0.5, 1.0])
+        [4, 1, 4, 2]
+    """
+    if any(math.isnan(score) for score in scores):
+        raise GroundingValueError(f"Of {len(scores)} candidates' scores some are NaN, so they have no ranks.")
+    ordered = sorted(scores)
+    return [len(scores) - bisect_left(ordered, score) for score in scores]
+
+
+def ndcg(relevance: Sequence[float], ranks: Sequence[int]) -> float | None:
+    """Return the normalised discounted cumulative gain at k, the number of relevant candidates; None where k = 0.
+
+    The gain of a candidate with rank r is its relevance / log2(r + 1).
+
+    Args:
+        relevance: of each candidate, 0 for none.
+        ranks: of each candidate, from 1.
+
+    Example:
+        >>> round(ndcg([1.0, 0.5, 0.0], [2, 1, 3]), 4)
+        0.8597
+    """
+    k = sum(value > 0 for value in relevance)
+    gain = sum(value / math.log2(rank + 1) for value, rank in zip(relevance, ranks, strict=True) if rank <= k)
+    best = sorted(relevance, reverse=True)[:k]
+    ideal = sum(value / math.log2(place + 2) for place, value in enumerate(best))
+    return gain / ideal if ideal else None

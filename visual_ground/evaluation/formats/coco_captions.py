@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visual_ground.errors import GroundingValueError
-from visual_ground.evaluation.formats.checked import check_unique, entries, find_file, read_json, take
+from visual_ground.evaluation.formats import files
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ def captions_file(folder: Path, split: str) -> Path:
     Raises:
         GroundingFileError: the file is missing.
     """
-    name = f"captions_{split}.json"
-    return find_file(folder, (f"annotations/{name}", name), "file of captions")
+    return files.find_file(folder, f"captions_{split}.json")
 
 
 def read_coco_captions(folder: Path, split: str) -> list[CaptionedImage]:
@@ -43,21 +42,23 @@ def read_coco_captions(folder: Path, split: str) -> list[CaptionedImage]:
             image without captions.
     """
     path = captions_file(folder, split)
-    content = read_json(path)
-    images = entries(take(content, "images", list, path.name), f"{path.name}, images")
-    annotations = entries(take(content, "annotations", list, path.name), f"{path.name}, annotations")
-    ids = [take(image, "id", int, where) for where, image in images]
-    check_unique(ids, path.name, "the image ids")
-    check_unique((take(one, "id", int, where) for where, one in annotations), path.name, "the caption ids")
+    content = files.read_json(path, dict)
+    images = files.placed(files.entry_of(content, "images", list, path.name), f"{path.name}, images")
+    annotations = files.placed(files.entry_of(content, "annotations", list, path.name), f"{path.name}, annotations")
+    ids = [files.entry_of(image, "id", int, where) for where, image in images]
+    files.check_unique(ids, f"{path.name}, images")
+    files.check_unique(
+        (files.entry_of(one, "id", int, where) for where, one in annotations), f"{path.name}, annotations"
+    )
     captions: dict[int, list[str]] = {image_id: [] for image_id in ids}
     for where, annotation in annotations:
-        image_id = take(annotation, "image_id", int, where)
+        image_id = files.entry_of(annotation, "image_id", int, where)
         if image_id not in captions:
             raise GroundingValueError(f"{where} is about the image {image_id}, which {path.name} does not list.")
-        captions[image_id].append(take(annotation, "caption", str, where))
+        captions[image_id].append(files.entry_of(annotation, "caption", str, where))
     if bare := [image_id for image_id in ids if not captions[image_id]]:
         raise GroundingValueError(f"{path.name} has no captions of {len(bare)} images, such as {bare[:5]}.")
     return [
-        CaptionedImage(image_id, f"{split}/{take(image, 'file_name', str, where)}", tuple(captions[image_id]))
+        CaptionedImage(image_id, f"{split}/{files.entry_of(image, 'file_name', str, where)}", tuple(captions[image_id]))
         for image_id, (where, image) in zip(ids, images, strict=True)
     ]

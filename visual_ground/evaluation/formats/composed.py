@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingValueError
-from visual_ground.evaluation.formats.checked import check_unique, entries, find_file, read_json, take, take_all
+from visual_ground.evaluation.formats import files
 
 # CIRR calls its test set test1, and asks its server about both lists.
 TEST_SPLITS = ("test", "test1")
@@ -51,7 +51,7 @@ class ComposedSet:
         Raises:
             GroundingValueError: names the query and the image.
         """
-        check_unique((query.name for query in self.queries), where, "the query ids")
+        files.check_unique((query.name for query in self.queries), f"{where}, ids of queries")
         for query in self.queries:
             for image in (query.reference, *query.right, *query.members):
                 if image not in self.images:
@@ -68,27 +68,26 @@ def read_cirr(folder: Path, split: str) -> tuple[ComposedSet, list[Path]]:
         GroundingFileError: a file is missing or no JSON.
         GroundingValueError: a key that is missing, ids that come twice, an image that is not in the split.
     """
-    captions = _find(folder, f"captions/cap.rc2.{split}.json", "cirr", "file of queries")
-    listed = _find(folder, f"image_splits/split.rc2.{split}.json", "cirr", "list of images")
-    images = read_json(listed)
-    if not isinstance(images, Mapping) or not images:
-        raise GroundingValueError(f"{listed.name} should map the images' names to files, got {type(images).__name__}.")
-    files = {name: take(images, name, str, listed.name).removeprefix("./") for name in images}
-    queries = [_cirr_query(entry, where, split) for where, entry in entries(read_json(captions), captions.name)]
-    return _checked(queries, files, captions), [captions, listed]
+    captions = files.find_file(folder, f"cap.rc2.{split}.json")
+    listed = files.find_file(folder, f"split.rc2.{split}.json")
+    images = files.read_json(listed, dict)
+    paths = {name: files.entry_of(images, name, str, listed.name).removeprefix("./") for name in images}
+    entries = files.placed(files.read_json(captions, list), captions.name)
+    queries = [_cirr_query(entry, where, split) for where, entry in entries]
+    return _checked(queries, paths, captions), [captions, listed]
 
 
 def _cirr_query(entry: Mapping[str, Any], where: str, split: str) -> ComposedQuery:
-    reference = take(entry, "reference", str, where)
-    image_set = take(entry, "img_set", dict, where)
-    members = take_all(image_set, "members", str, f"{where}, img_set")
+    reference = files.entry_of(entry, "reference", str, where)
+    image_set = files.entry_of(entry, "img_set", dict, where)
+    members = files.entries_of(image_set, "members", str, f"{where}, img_set")
     if reference not in members:
         raise GroundingValueError(f"{where}: the reference {reference!r} is not among the members {members}.")
-    right = () if split in TEST_SPLITS else (take(entry, "target_hard", str, where),)
+    right = () if split in TEST_SPLITS else (files.entry_of(entry, "target_hard", str, where),)
     return ComposedQuery(
-        str(take(entry, "pairid", int, where)),
+        str(files.entry_of(entry, "pairid", int, where)),
         reference,
-        take(entry, "caption", str, where),
+        files.entry_of(entry, "caption", str, where),
         right,
         tuple(member for member in members if member != reference),
     )
@@ -101,28 +100,27 @@ def read_circo(folder: Path, split: str) -> tuple[ComposedSet, list[Path]]:
         GroundingFileError: a file is missing or no JSON.
         GroundingValueError: as in `read_cirr`.
     """
-    path = find_file(folder, (f"annotations/{split}.json",), "file of queries")
-    name = "annotations/image_info_unlabeled2017.json"
-    listed = find_file(folder, (f"COCO2017_unlabeled/{name}", name), "list of images")
-    images = entries(take(read_json(listed), "images", list, listed.name), f"{listed.name}, images")
-    ids = [take(image, "id", int, where) for where, image in images]
-    check_unique(ids, listed.name, "the image ids")
-    # The files' numbers alone are not enough: the official names are padded with zeros.
-    files = {
-        str(image_id): f"COCO2017_unlabeled/unlabeled2017/{take(image, 'file_name', str, where)}"
+    path = files.find_file(folder, f"annotations/{split}.json")
+    listed = files.find_file(folder, "image_info_unlabeled2017.json")
+    content = files.entry_of(files.read_json(listed, dict), "images", list, listed.name)
+    images = files.placed(content, f"{listed.name}, images")
+    ids = [files.entry_of(image, "id", int, where) for where, image in images]
+    files.check_unique(ids, f"{listed.name}, images")
+    paths = {
+        str(image_id): f"COCO2017_unlabeled/unlabeled2017/{files.entry_of(image, 'file_name', str, where)}"
         for image_id, (where, image) in zip(ids, images, strict=True)
     }
-    queries = [_circo_query(entry, where, split) for where, entry in entries(read_json(path), path.name)]
-    return _checked(queries, files, path), [path, listed]
+    entries = files.placed(files.read_json(path, list), path.name)
+    return _checked([_circo_query(entry, where, split) for where, entry in entries], paths, path), [path, listed]
 
 
 def _circo_query(entry: Mapping[str, Any], where: str, split: str) -> ComposedQuery:
-    name, reference = take(entry, "id", int, where), take(entry, "reference_img_id", int, where)
-    right = () if split in TEST_SPLITS else tuple(map(str, take_all(entry, "gt_img_ids", int, where)))
+    name, reference = files.entry_of(entry, "id", int, where), files.entry_of(entry, "reference_img_id", int, where)
+    right = () if split in TEST_SPLITS else tuple(map(str, files.entries_of(entry, "gt_img_ids", int, where)))
     if not right and split not in TEST_SPLITS:
         raise GroundingValueError(f"{where}: gt_img_ids is empty, so that nothing is right.")
-    check_unique(right, where, "the gt_img_ids")
-    return ComposedQuery(str(name), str(reference), take(entry, "relative_caption", str, where), right)
+    files.check_unique(right, f"{where}, gt_img_ids")
+    return ComposedQuery(str(name), str(reference), files.entry_of(entry, "relative_caption", str, where), right)
 
 
 def read_fashioniq(folder: Path, category: str, split: str) -> tuple[ComposedSet, list[Path]]:
@@ -132,24 +130,22 @@ def read_fashioniq(folder: Path, category: str, split: str) -> tuple[ComposedSet
         GroundingFileError: a file is missing or no JSON.
         GroundingValueError: as in `read_cirr`.
     """
-    path = find_file(folder, (f"captions/cap.{category}.{split}.json",), "file of queries")
-    listed = find_file(folder, (f"image_splits/split.{category}.{split}.json",), "list of images")
-    names = take_all({"images": read_json(listed)}, "images", str, listed.name)
-    check_unique(names, listed.name, "the images")
+    path = files.find_file(folder, f"cap.{category}.{split}.json")
+    listed = files.find_file(folder, f"split.{category}.{split}.json")
+    names = files.entries_of({"images": files.read_json(listed, list)}, "images", str, listed.name)
+    files.check_unique(names, listed.name)
     suffix = next((end for end in ("png", "jpg") if names and (folder / f"images/{names[0]}.{end}").is_file()), "png")
-    files = {name: f"images/{name}.{suffix}" for name in names}
+    paths = {name: f"images/{name}.{suffix}" for name in names}
     queries = []
-    for number, (where, entry) in enumerate(entries(read_json(path), path.name)):
-        captions = [caption.strip(" .,?") for caption in take_all(entry, "captions", str, where)]
-        right = () if split in TEST_SPLITS else (take(entry, "target", str, where),)
+    for number, (where, entry) in enumerate(files.placed(files.read_json(path, list), path.name)):
+        captions = [caption.strip(" .,?") for caption in files.entries_of(entry, "captions", str, where)]
+        right = () if split in TEST_SPLITS else (files.entry_of(entry, "target", str, where),)
         # The file gives its queries no ids; an image may be asked about several times.
         name = f"{category}-{number}"
-        queries.append(ComposedQuery(name, take(entry, "candidate", str, where), " and ".join(captions), right))
-    return _checked(queries, files, path), [path, listed]
-
-
-def _find(folder: Path, name: str, inner: str, what: str) -> Path:
-    return find_file(folder, (name, f"{inner}/{name}"), what)
+        queries.append(
+            ComposedQuery(name, files.entry_of(entry, "candidate", str, where), " and ".join(captions), right)
+        )
+    return _checked(queries, paths, path), [path, listed]
 
 
 def _checked(queries: list[ComposedQuery], images: dict[str, str], path: Path) -> ComposedSet:

@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingValueError
-from visual_ground.evaluation.formats.checked import (
-    check_same_ids,
-    check_unique,
-    entries,
-    find_file,
-    read_json,
-    take,
-)
+from visual_ground.evaluation.formats import files
 
 PEOPLE = 10
 
@@ -51,7 +44,7 @@ def read_vqa(folder: Path, split: str) -> list[VQAQuestion]:
     questions_file, annotations_file = vqa_files(folder, split)
     questions = _read(questions_file, "questions", split)
     annotations = _read(annotations_file, "annotations", split)
-    check_same_ids(questions, annotations, "question ids", (questions_file.name, annotations_file.name))
+    files.check_same_ids(questions, annotations, "question ids", (questions_file.name, annotations_file.name))
     return [_question(split, *questions[name], *annotations[name]) for name in questions]
 
 
@@ -61,17 +54,13 @@ def vqa_files(folder: Path, split: str) -> tuple[Path, Path]:
     Raises:
         GroundingFileError: one is missing.
     """
-    questions = _find(folder, f"v2_OpenEnded_mscoco_{split}_questions.json", "questions")
-    return questions, _find(folder, f"v2_mscoco_{split}_annotations.json", "annotations")
-
-
-def _find(folder: Path, name: str, what: str) -> Path:
-    return find_file(folder, (name, f"{what}/{name}", f"{what.capitalize()}/{name}"), f"file of {what}")
+    questions = files.find_file(folder, f"v2_OpenEnded_mscoco_{split}_questions.json")
+    return questions, files.find_file(folder, f"v2_mscoco_{split}_annotations.json")
 
 
 def _read(path: Path, key: str, split: str) -> dict[int, tuple[str, Mapping[str, Any]]]:
-    content = read_json(path)
-    listed = entries(take(content, key, list, path.name), f"{path.name}, {key}")
+    content = files.read_json(path, dict)
+    listed = files.placed(files.entry_of(content, key, list, path.name), f"{path.name}, {key}")
     said = content.get("data_subtype", split)
     if said != split:
         raise GroundingValueError(f"{path.name} is of the split {said!r}, and {split!r} was expected. Take its file.")
@@ -79,25 +68,25 @@ def _read(path: Path, key: str, split: str) -> dict[int, tuple[str, Mapping[str,
     release = str(info.get("version", "2")) if isinstance(info, Mapping) else "2"
     if release.startswith("1"):
         raise GroundingValueError(f"{path.name} is of VQA version {release}, and this task is VQAv2. Take its files.")
-    ids = [take(entry, "question_id", int, where) for where, entry in listed]
-    check_unique(ids, path.name, "the question ids")
+    ids = [files.entry_of(entry, "question_id", int, where) for where, entry in listed]
+    files.check_unique(ids, f"{path.name}, question_id")
     return dict(zip(ids, listed, strict=True))
 
 
 def _question(
     split: str, asked_at: str, asked: Mapping[str, Any], answered_at: str, answered: Mapping[str, Any]
 ) -> VQAQuestion:
-    image_id = take(asked, "image_id", int, asked_at)
-    if take(answered, "image_id", int, answered_at) != image_id:
+    image_id = files.entry_of(asked, "image_id", int, asked_at)
+    if files.entry_of(answered, "image_id", int, answered_at) != image_id:
         raise GroundingValueError(f"{asked_at} is about image {image_id}, but {answered_at} about another.")
-    people = entries(take(answered, "answers", list, answered_at), f"{answered_at}, answers")
+    people = files.placed(files.entry_of(answered, "answers", list, answered_at), f"{answered_at}, answers")
     if len(people) != PEOPLE:
         raise GroundingValueError(f"{answered_at} has {len(people)} answers; VQAv2 has {PEOPLE} for each question.")
     return VQAQuestion(
         asked["question_id"],
         f"{split}/COCO_{split}_{image_id:012d}.jpg",
-        take(asked, "question", str, asked_at),
-        take(answered, "answer_type", str, answered_at),
-        tuple(take(person, "answer", str, where) for where, person in people),
-        take(answered, "multiple_choice_answer", str, answered_at),
+        files.entry_of(asked, "question", str, asked_at),
+        files.entry_of(answered, "answer_type", str, answered_at),
+        tuple(files.entry_of(person, "answer", str, where) for where, person in people),
+        files.entry_of(answered, "multiple_choice_answer", str, answered_at),
     )

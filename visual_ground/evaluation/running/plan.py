@@ -74,9 +74,13 @@ class Scores:
         object.__setattr__(self, "values", {name: units for name, units in self.values.items() if any(units)})
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each unit and metric the sum of its values, and how many they are, both (units, metrics)."""
-        sums = [[float(np.sum(values)) for values in units] for units in self.values.values()]
-        counts = [[len(values) for values in units] for units in self.values.values()]
+        """Return for each unit and metric the sum of its values, and how many they are, both (units, metrics).
+
+        Metrics without any value are left out, as in `means`.
+        """
+        measured = [units for units in self.values.values() if any(map(len, units))]
+        sums = [[float(np.sum(values)) for values in units] for units in measured]
+        counts = [[len(values) for values in units] for units in measured]
         return np.array(sums, dtype=np.float64).T, np.array(counts, dtype=np.float64).T
 
     def means(self) -> dict[str, float]:

@@ -162,10 +162,10 @@ class Evaluation:
                 "measured. Check the settings, and that the data have what this metric needs."
             )
         intervals = {}
-        if len(records) > 1 and scores.values:
+        means = [name for name in metrics if name not in scores.whole]
+        if len(records) > 1 and means:
             bounds = bootstrap_intervals(*scores.sums(), self.samples, self.seed)
-            pairs = zip(scores.values, bounds.tolist(), strict=True)
-            intervals = {name: (low, high) for name, (low, high) in pairs if name in metrics}
+            intervals = {name: (low, high) for name, (low, high) in zip(means, bounds.tolist(), strict=True)}
         about["settings"] |= {"seed": self.seed, "samples": self.samples}
         return EvaluationReport(
             **about, primary_metric=self.primary_metric, metrics=metrics, intervals=intervals, files=scores.files

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingValueError
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.formats.coco_captions import captions_file, read_coco_captions
 from visual_ground.evaluation.measures.captions import caption_scores, tokenise_in_python, tokenise_with_java
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import answer_encoded
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.generation.sentences import sentence_ends
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt

@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.formats.composed import read_circo
 from visual_ground.evaluation.measures.composed import average_precision_at
 from visual_ground.evaluation.running.composed import DEPTH, composed_plan, values_by_way
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.model import GroundedModel
 
 RANKS = (5, 10, 25, 50)

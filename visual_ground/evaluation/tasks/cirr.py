@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.formats.composed import read_cirr
 from visual_ground.evaluation.measures.composed import recalls
 from visual_ground.evaluation.running.composed import composed_plan, values_by_way
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.model import GroundedModel
 
 RANKS, SUBSET_RANKS = (1, 5, 10, 50), (1, 2, 3)

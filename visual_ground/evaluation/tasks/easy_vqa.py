@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.questions import Question, QuestionPrompt, likeliest
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.model import GroundedModel
 
 # The question comes first, so that an image's tokens are read by an LM that knows what is asked of them.

@@ -14,12 +14,12 @@ from torch import Tensor
 from visual_ground.demo import emoji
 from visual_ground.demo.baselines import bag_of_words_ridge, chance
 from visual_ground.errors import GroundingStateError
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import hits, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import embed_prompts
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.model import GroundedModel
 
 AT_ONCE = 64

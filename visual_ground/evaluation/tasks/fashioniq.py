@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.formats.composed import read_fashioniq
 from visual_ground.evaluation.measures.composed import recalls
 from visual_ground.evaluation.running.composed import WAYS, composed_plan, values_by_way
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.model import GroundedModel
 
 CATEGORIES = ("dress", "shirt", "toptee")

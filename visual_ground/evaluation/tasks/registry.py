@@ -19,6 +19,9 @@ TASKS: dict[str, str] = {
     "easy-vqa": "visual_ground.evaluation.tasks.easy_vqa:EasyVQA",
     "emoji": "visual_ground.evaluation.tasks.emoji:EmojiRetrieval",
     "fashioniq": "visual_ground.evaluation.tasks.fashioniq:FashionIQ",
+    "interleaved": "visual_ground.evaluation.tasks.interleaved:Interleaved",
+    "karpathy": "visual_ground.evaluation.tasks.karpathy:Karpathy",
+    "visdial": "visual_ground.evaluation.tasks.visdial:VisDial",
     "vist": "visual_ground.evaluation.tasks.vist:Vist",
     "vqav2": "visual_ground.evaluation.tasks.vqav2:VQAv2",
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingValueError
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.formats.vqa import VQAQuestion, read_vqa, vqa_files
 from visual_ground.evaluation.measures.vqa import vqa_accuracy
 from visual_ground.evaluation.running.images import ImageFeatures, Images
@@ -17,7 +18,6 @@ from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import answer_prompts
 from visual_ground.evaluation.running.questions import Question, QuestionPrompt, likeliest
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.model import GroundedModel
 
 PROMPT = "Image of {image}.\nQuestion: {question}\nAnswer:"
