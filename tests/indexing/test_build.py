@@ -123,7 +123,7 @@ def test_bad_input_is_said(tmp_path):
     for source, words in (
         (tmp_path / "none", "no file or folder"),
         (tmp_path / "x.png", "no image that can be read"),
-        (tmp_path / "x.tar", "damaged"),
+        (tmp_path / "x.tar", "no tar file"),
         (3, "must be paths or rows"),
         ([{"n": 3}], "needs an image"),
         (twice, "distinct"),
@@ -161,3 +161,16 @@ def test_processes_read_the_same(tmp_path):
         build_index(Model(), source, tmp_path / str(workers), options)
     assert files_of(tmp_path / "0") == files_of(tmp_path / "1")
     Image.new("RGB", (2, 2)).save(source / "new.png")
+
+
+def test_a_damaged_shard_gives_what_is_whole_in_it(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for i in range(3):
+            picture(i).save(tmp_path / "one.png")
+            shard.add(tmp_path / "one.png", f"{i}.png")
+    whole = (tmp_path / "0.tar").read_bytes()
+    second = whole.index(b"1.png")
+    (tmp_path / "0.tar").write_bytes(whole[:second] + b"\xff" + whole[second + 1 :])
+    report = build_index(MODEL, tmp_path / "0.tar", tmp_path / "index", OPTIONS)
+    assert ImageIndex.from_pretrained(tmp_path / "index").ids == ["0.tar/0", "0.tar/2"]
+    assert len(report.unreadable) == 1 and "of 0.tar are damaged" in report.unreadable[0][0]

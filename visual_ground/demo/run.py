@@ -145,7 +145,7 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
     clock = Clock()
     with clock.step("load the language model and the vision encoder"):
         lm, tokenizer = load_lm(cache)
-        vision = load_vision()
+        vision = load_vision(cache)
     with clock.step("draw the pictures and compute their features"):
         pairs = Pairs(cache, vision, 20 if short else None)
     torch.manual_seed(settings["seed"])
@@ -161,7 +161,7 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
         requests = requests_for_seen(model, pairs)
     with clock.step("save, load on a fresh language model, converse again"):
         save_demo(model, build_index(model, pairs), pairs.concepts, out, cache / "emoji")
-        fresh = GroundedModel.from_pretrained(*load_lm(cache)[:1], out / ADAPTER, vision, tokenizer)
+        fresh = GroundedModel.from_pretrained(str(out / ADAPTER))  # It names the model and the encoder.
         same = _answers(converse_all(fresh, pairs, bias)) == _answers(conversations)
     clock.total()
     shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in conversations.values())

@@ -6,15 +6,15 @@ import dataclasses
 import json
 import math
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.index.rows import COLUMN_TYPES
 from visual_ground.prompts.types import IMAGE_SUFFIXES
+from visual_ground.storage.shards import read_shard
 from visual_ground.vision.images import ImageLike
 
 # The usual names of a dataset's column of images, the likeliest first.
@@ -82,28 +82,17 @@ def _read_path(path: Path) -> Iterator[SourceImage]:
 
 
 def _read_shard(path: Path) -> Iterator[SourceImage]:
-    """Yield the samples of a tar shard: members that follow each other and have the same name up to the first dot."""
-    key, members = None, dict[str, bytes]()
-    try:
-        with tarfile.open(path, "r|*") as shard:
-            for member in shard:
-                name = PurePosixPath(member.name)
-                stem, _, suffix = name.name.partition(".")
-                file = shard.extractfile(member) if member.isfile() and stem else None
-                if file is None:
-                    continue
-                if str(name.parent / stem) != key:
-                    yield from _sample(path, key, members)
-                    key, members = str(name.parent / stem), {}
-                members[suffix.lower()] = file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise GroundingFileError(f"The shard {str(path)!r} is damaged: {error}.") from error
-    yield from _sample(path, key, members)
+    """Yield the images of a tar shard; a damaged part of it is one that cannot be read."""
+    for sample in read_shard(path):
+        if sample.problem is not None:
+            yield SourceImage(f"{path.name}: {sample.problem}", {"bytes": b"", "path": sample.problem})
+        else:
+            yield from _sample(path, sample.key, sample.members)
 
 
-def _sample(path: Path, key: str | None, members: Mapping[str, bytes]) -> Iterator[SourceImage]:
+def _sample(path: Path, key: str, members: Mapping[str, bytes]) -> Iterator[SourceImage]:
     suffix = next((one for one in members if f".{one}" in IMAGE_SUFFIXES), None)
-    if key is None or suffix is None:
+    if suffix is None:
         return
     metadata: dict[str, Any] = {}
     if "json" in members:

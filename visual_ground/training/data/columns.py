@@ -10,7 +10,15 @@ from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.training.data.prompts import PROMPT, SplitPrompt, is_given, prompt_problem
-from visual_ground.training.data.rows import check_not_empty, has_images, is_missing, rows_by_number
+from visual_ground.training.data.rows import (
+    PROBLEM,
+    check_not_empty,
+    has_images,
+    is_missing,
+    is_unicode,
+    named_by,
+    rows_by_number,
+)
 from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.link_rules import is_address
 
@@ -56,13 +64,15 @@ class Columns:
             return "is empty"
         if not isinstance(text, str):
             return f"is a {type(text).__name__} and no text"
-        if "\ufffd" in text or not _is_unicode(text):
+        if "\ufffd" in text or not is_unicode(text):
             return "has characters that could not be read as UTF-8"
         found = next((word for word in self.forbidden if word in text), None)
         return None if found is None else f"contains {found}, which must not stand in a text"
 
     def problem_of(self, row: Mapping[str, Any]) -> str | None:
-        """Return why a row's texts cannot be used; None where one of each kind can."""
+        """Return why a row or its texts cannot be used; None where one text of each kind can."""
+        if row.get(PROBLEM):
+            return str(row[PROBLEM])
         texts = _as_list(row[self.caption])
         problems = [self.problem(text) for text in texts]
         if None not in problems:
@@ -138,14 +148,12 @@ def usable_rows(rows: Any, columns: Columns, skipped: Skipped) -> list[int]:
     usable, captioned = [], False
     for number, row in enumerate(texts):
         captioned |= _has_caption(row, number, columns)
-        problem = columns.problem_of(row)
         has_image = "image_features" in row or (shown[number] if shown else bool(columns.images(row)))
-        if problem is None and not has_image:
-            problem = "it has no image"
+        problem = columns.problem_of(row) or (None if has_image else "it has no image")
         if problem is None:
             usable.append(number)
         else:
-            skipped.add(f"row {number}: {problem}", check=captioned)
+            skipped.add(f"row {number}{named_by(row)}: {problem}", check=captioned)
     if not captioned:
         raise _no_captions(columns)
     skipped.check(len(texts))
@@ -157,13 +165,6 @@ def without_images(rows: Any, columns: Columns) -> Any:
     if not hasattr(rows, "remove_columns") or columns.image not in (rows.column_names or ()):
         return rows
     return rows.remove_columns([columns.image])
-
-
-def select_rows(rows: Any, indices: Sequence[int]) -> Any:
-    """Return the rows at these indices."""
-    if len(indices) == len(rows):
-        return rows
-    return rows.select(indices) if hasattr(rows, "select") else [rows[i] for i in indices]
 
 
 def is_stream(rows: Any) -> bool:
@@ -205,11 +206,3 @@ def _undecoded(rows: Any, columns: Columns) -> Any:
 
 def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # Half of a pair of surrogates, which no tokenizer takes.
-        return False
-    return True

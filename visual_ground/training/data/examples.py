@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
-from visual_ground.training.data.columns import Columns, open_rows, select_rows, without_images
+from visual_ground.training.data.columns import Columns, open_rows, without_images
 from visual_ground.training.data.prompts import PromptIds
 from visual_ground.training.data.reading import example_of, prompt_of, read_image, without_prompt
+from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.sampler import first, happens, picker
 from visual_ground.training.data.sequences import TokenSequence, number_images, with_retrieval_prompt
 

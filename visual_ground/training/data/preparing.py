@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visual_ground.errors import GroundingError, GroundingValueError
-from visual_ground.training.data.columns import Columns, open_rows, select_rows, usable_rows, without_images
+from visual_ground.training.data.columns import Columns, open_rows, usable_rows, without_images
 from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.feature_cache import FeatureCache
 from visual_ground.vision.feature_store import FeatureFile
