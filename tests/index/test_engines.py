@@ -2,6 +2,7 @@
 
 import tempfile
 import threading
+from itertools import count
 
 import pytest
 import torch
@@ -16,14 +17,24 @@ from visual_ground.index.base import VectorIndex
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.milvus.engine import MilvusIndex
 
 DIM = 8
+LITE = tempfile.TemporaryDirectory()
+NUMBERS = count()
+
+
+def in_milvus(vectors):
+    return MilvusIndex.create(f"{LITE.name}/images.db", vectors, f"images{next(NUMBERS)}")
+
+
 ENGINES = {
     "exact": ExactIndex,
     "float16": lambda v: ExactIndex(v.half()),
     "list": lambda v: ListEngine(v, DIM),
     "faiss flat": lambda v: FaissIndex(v, "flat"),
     "faiss hnsw": lambda v: FaissIndex(v, "hnsw"),
+    "milvus": in_milvus,
 }
 IDS = st.one_of(st.integers(0, 9), st.sampled_from(list("abcdefgh")))
 METADATA = st.fixed_dictionaries(

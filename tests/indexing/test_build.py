@@ -27,7 +27,7 @@ class StopsAt:
     """A model that stops the process's work at the n-th batch."""
 
     def __init__(self, batches):
-        self.left, self.vision = batches, MODEL.vision
+        self.left, self.vision, self.image_space = batches, MODEL.vision, MODEL.image_space
 
     def embed_images(self, *, image_features):
         self.left -= 1
@@ -139,6 +139,7 @@ def test_processes_read_the_same(tmp_path):
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     from visual_ground.vision.encoder import VisionEncoder
+    from visual_ground.vision.identity import ImageSpace
 
     config = ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
@@ -148,6 +149,7 @@ def test_processes_read_the_same(tmp_path):
     class Model:
         def __init__(self):
             self.vision = vision
+            self.image_space = ImageSpace.of(torch.eye(2, 8))
 
         def embed_images(self, *, image_features):
             return torch.nn.functional.normalize(image_features, dim=-1)

@@ -17,8 +17,10 @@ import uvicorn
 
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
+from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.server.engine import EngineLimits
 from visual_ground.server.http import ServerSettings, create_app
+from visual_ground.server.pictures import Pictures
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 SHOWS = {"ret_bias": 1e3, "max_images": 1}
@@ -271,3 +273,11 @@ def test_a_batch_that_fails_leaves_the_server_up(running, monkeypatch):
         with pytest.raises(openai.InternalServerError, match="log"):
             running.ask()
     assert running.ask().choices
+
+
+def test_pictures_of_an_index_in_milvus_are_found_by_their_ids(tmp_path):
+    index = MilvusImageIndex.create(tmp_path / "images.db", 2)
+    index.add(torch.eye(2), ["a", 7], [picture(0), None])
+    pictures = Pictures(index)
+    assert pictures.find("a").size == picture(0).size
+    assert pictures.find("7") is None and pictures.find("none") is None and pictures.find("9" * 30) is None

@@ -130,6 +130,7 @@ class AdapterSet(nn.Module):
             raise
         attached.metadata, attached.anchors, attached.is_trainable = files.metadata, files.anchors, is_trainable
         attached.keep_encoder_name()
+        attached.source = files.name
         base = files.metadata.provenance.get("base_model_name_or_path")
         warn_of_differences(files.metadata.fingerprint, attached.spec.fingerprint, base)
         attached.adapter.requires_grad_(is_trainable and name == self.active_name)

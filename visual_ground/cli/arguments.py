@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from visual_ground.index.image_index import ImageIndex
+    from visual_ground.index.milvus.image_index import MilvusImageIndex
+    from visual_ground.index.remote_images import LinkRules
     from visual_ground.model import GroundedModel
     from visual_ground.training.data.columns import Columns
 
@@ -84,7 +86,7 @@ def load_model(options: argparse.Namespace) -> GroundedModel:
 
 def add_index_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `load_index` reads."""
-    parser.add_argument("--index", metavar="DIR", help="folder or Hub id of an index")
+    parser.add_argument("--index", metavar="DIR", help="folder or Hub id of an index, or its address in Milvus")
     parser.add_argument(
         "--images", metavar="DIR", action="append", default=[], help="folder that the index's paths may lead into"
     )
@@ -93,16 +95,26 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_index(options: argparse.Namespace) -> ImageIndex | None:
+def load_index(options: argparse.Namespace) -> ImageIndex | MilvusImageIndex | None:
     """Return the index that the options name, if any; one that was built on this machine opens its own pictures."""
     if options.index is None:
         return None
-    from visual_ground import ImageIndex
     from visual_ground.index.remote_images import LinkRules
-    from visual_ground.index.trust import trusted_folders
+    from visual_ground.indexing.trust import trusted_folders
 
     folders = (*options.images, *trusted_folders(options.index))
-    return ImageIndex.from_pretrained(options.index, LinkRules(hosts=tuple(options.host), folders=folders))
+    return open_index(options.index, LinkRules(hosts=tuple(options.host), folders=folders))
+
+
+def open_index(name: str, rules: LinkRules | None = None) -> ImageIndex | MilvusImageIndex:
+    """Return the index in a folder, on the Hub, or in Milvus: `images.db`, `http://localhost:19530#photos`."""
+    from visual_ground import ImageIndex
+    from visual_ground.index.milvus.connection import named_place
+    from visual_ground.index.milvus.image_index import MilvusImageIndex
+
+    if (place := named_place(name)) is not None:
+        return MilvusImageIndex.open(*place, rules=rules)
+    return ImageIndex.from_pretrained(name, rules)
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +122,7 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="folder, file, pattern of files, or Hub id: see docs/training.md")
 
 
-def add_column_options(parser: argparse.ArgumentParser) -> None:
+def add_column_options(parser: argparse._ActionsContainer) -> None:
     """Add the options that say what of a dataset is read."""
     parser.add_argument("--split", metavar="NAME", default="train", help="part of the dataset; train")
     parser.add_argument("--image-column", metavar="NAME", help="else found by its name")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from visual_ground.errors import GroundingValueError
+
 RANKS = (1, 5, 10)  # those that retrieval papers report, FROMAGe's among them
 
 
@@ -26,8 +28,52 @@ def recall_at(scores: Tensor, ks: Sequence[int] = RANKS, right: Tensor | None = 
     """
     if right is None:
         right = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    better = _num_better(scores, right)
-    return {f"r{k}": 100 * float((better < k).double().mean()) for k in ks}
+    ranks = ranks_of(scores, right)
+    return {f"r{k}": 100 * float((ranks <= k).double().mean()) for k in ks}
+
+
+def ranks_of(scores: Tensor, right: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Return the rank, from 1, of each query's best right candidate, (queries,) long.
+
+    A wrong candidate with the same score counts as better.
+
+    Args:
+        scores: (queries, candidates).
+        right: (queries, candidates) bool, which candidates are right.
+        left_out: (queries, candidates) bool, candidates that are not searched; none where None.
+
+    Raises:
+        GroundingValueError: a score that is NaN, or a query without a right candidate.
+
+    Example:
+        >>> import torch
+        >>> right = torch.tensor([[True, False, False]])
+        >>> ranks_of(torch.tensor([[0.5, 0.5, 0.9]]), right).tolist()
+        [3]
+    """
+    searched = torch.ones_like(right) if left_out is None else ~left_out
+    right, wrong = right & searched, ~right & searched
+    if not bool(right.any(1).all()):
+        query = int(right.any(1).long().argmin())
+        raise GroundingValueError(f"Query {query} has no right candidate among those that are searched. Leave it out.")
+    if bool(scores.isnan().any()):
+        query = int(scores.isnan().any(1).long().argmax())
+        raise GroundingValueError(
+            f"The scores of query {query} hold NaN. The adapter or the language model gives vectors that are no "
+            "numbers; look at its weights and dtype."
+        )
+    best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+    return ((scores >= best) & wrong).sum(1) + 1
+
+
+def hits(rank: int | None, ks: Sequence[int] = RANKS) -> dict[str, list[float]]:
+    """Return for each k, as `r<k>`, 100 where a rank is at most k and 0 else, in a list; empty lists without a rank.
+
+    Example:
+        >>> hits(3)
+        {'r1': [0.0], 'r5': [100.0], 'r10': [100.0]}
+    """
+    return {f"r{k}": [] if rank is None else [100.0 * (rank <= k)] for k in ks}
 
 
 def retrieval_recalls(texts: Tensor, images: Tensor, groups: Tensor) -> dict[str, dict[str, float]]:
@@ -49,13 +95,7 @@ def mean_reciprocal_ranks(texts: Tensor, images: Tensor, groups: Tensor) -> dict
     """Return the means of 1 / rank of the best right candidate both ways; the arguments are of `retrieval_recalls`."""
     scores, right = _of_images(texts, images, groups)
     ways = {"text_to_image": (scores, right), "image_to_text": (scores.T, right.T)}
-    return {name: float((1 / (1 + _num_better(*way))).double().mean()) for name, way in ways.items()}
-
-
-def _num_better(scores: Tensor, right: Tensor) -> Tensor:
-    """Return how many wrong candidates come before each query's best right one, (queries,)."""
-    best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
-    return ((scores >= best) & ~right).sum(1)
+    return {name: float((1 / ranks_of(*way)).double().mean()) for name, way in ways.items()}
 
 
 def _of_images(texts: Tensor, images: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,12 @@ from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener, OnToken
 from visual_ground.generation.options import complete_options
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
-from visual_ground.generation.query_vectors import query_vectors
+from visual_ground.generation.query_vectors import ret_vectors
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
+from visual_ground.index.image_index import ImageIndex
 from visual_ground.lm.frozen_lm import FrozenLM
-
-# How many contexts that end with a `[RET]` are read together; a bound on the memory that long answers take.
-QUERIES_PER_RUN = 32
 
 
 @torch.no_grad()
@@ -46,7 +44,7 @@ def generate(
 
     Raises:
         GroundingTypeError: an index that cannot be searched.
-        GroundingValueError: an index of vectors of another width.
+        GroundingValueError: an index of vectors of another width, or one that another adapter built.
     """
     check_index(index, attached)
     image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
@@ -147,48 +145,10 @@ def generate_ids(
         processor,
         options,
         ids,
-        RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings),
+        RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings, processor.tokenizer.decode),
         ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
     )
     return frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
-
-
-def ret_vectors(
-    frozen_lm: FrozenLM,
-    attached: AttachedAdapter,
-    sequences: Tensor,
-    mask: Tensor,
-    start: int,
-    image_tokens: Tensor | None,
-) -> list[Tensor]:
-    """Return, for each sequence, the retrieval vectors (r, q) of the `[RET]`s in its answer.
-
-    The finished sequences are read once more up to each `[RET]`, so beams, sampling and caches make no difference.
-
-    Args:
-        frozen_lm: the LM.
-        attached: the active adapter.
-        sequences: (b, s), prompts and answers.
-        mask: (b, start), of the prompts.
-        start: where the answers begin.
-        image_tokens: (n * k, d), of the prompts' images.
-    """
-    processor = attached.processor
-    prompts = [row[:start][kept.bool()].tolist() for row, kept in zip(sequences, mask, strict=True)]
-    answers = sequences[:, start:].tolist()
-    contexts, counts = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        places = [i for i, token in enumerate(answer) if token == processor.ret_token_id]
-        contexts += [[*prompt, *answer[:place]] for place in places]
-        counts.append(len(places))
-    if not contexts:
-        return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
-    # If the context and the suffix together are longer than the LM's limit, the oldest ids are dropped.
-    limit = -(processor.max_length or 0)
-    queries = [[*context, *processor.retrieval_suffix(context)][limit:] for context in contexts]
-    parts = [queries[i : i + QUERIES_PER_RUN] for i in range(0, len(queries), QUERIES_PER_RUN)]
-    vectors = torch.cat([query_vectors(frozen_lm, attached, part, image_tokens).cpu() for part in parts])
-    return list(torch.split(vectors, counts))
 
 
 def check_index(index: Any, attached: AttachedAdapter) -> None:
@@ -196,7 +156,7 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
 
     Raises:
         GroundingTypeError: not an index.
-        GroundingValueError: vectors of another width.
+        GroundingValueError: vectors of another width, or of another adapter or encoder.
     """
     if index is None:
         return
@@ -210,6 +170,8 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
             f"The index holds vectors of width {index.dim}, this model's retrieval space has width "
             f"{attached.config.retrieval_dim}. Build the index with this model."
         )
+    if isinstance(index, ImageIndex):
+        index.check_model(attached.image_space)
 
 
 def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:

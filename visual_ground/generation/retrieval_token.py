@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import LogitsProcessor
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.generation.output import RetrievedImage
+from visual_ground.generation.sentences import sentence_ends
 from visual_ground.index.base import RetrievalIndex
 
 
@@ -25,6 +26,7 @@ class RetrievalSettings:
         ret_bias: added to `[RET]`'s logit; larger values give more images.
         min_new_tokens_before_ret: the fewest tokens before an answer's first `[RET]`.
         min_new_tokens_between_rets: the fewest tokens between two `[RET]`s; 0 lets one follow another at once.
+        only_after_sentences: whether `[RET]` may come only where a sentence of the answer has just ended.
         allow_repeats: whether one answer may show an image twice.
         filter: which entries of the index may be shown, as in `ImageIndex.search`; all where None.
         complete_sentences: cut an answer that ran out of tokens behind its last whole sentence; one that the LM ended
@@ -40,6 +42,7 @@ class RetrievalSettings:
     ret_bias: float = 0.0
     min_new_tokens_before_ret: int = 0
     min_new_tokens_between_rets: int = 8
+    only_after_sentences: bool = False
     allow_repeats: bool = False
     filter: Any = None
     complete_sentences: bool = False
@@ -65,10 +68,18 @@ class RetLogitsProcessor(LogitsProcessor):
         ret_token_id: its id.
         prompt_length: ids before the first generated one.
         settings: what to apply.
+        decode: the tokenizer's, which `only_after_sentences` needs.
     """
 
-    def __init__(self, ret_token_id: int, prompt_length: int, settings: RetrievalSettings) -> None:
-        self.ret_token_id, self.prompt_length, self.settings = ret_token_id, prompt_length, settings
+    def __init__(
+        self,
+        ret_token_id: int,
+        prompt_length: int,
+        settings: RetrievalSettings,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        self.ret_token_id, self.prompt_length = ret_token_id, prompt_length
+        self.settings, self._decode = settings, decode
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come.
@@ -86,9 +97,17 @@ class RetLogitsProcessor(LogitsProcessor):
             column = column.masked_fill(num_rets >= self.settings.max_images, float("-inf"))
         if gap := self.settings.min_new_tokens_between_rets:
             column = column.masked_fill((new[:, -gap:] == self.ret_token_id).any(-1), float("-inf"))
+        if self.settings.only_after_sentences:
+            column = column.masked_fill(self._within_sentences(new).to(column.device), float("-inf"))
         scores = scores.clone()
         scores[:, self.ret_token_id] = column
         return scores
+
+    def _within_sentences(self, new: Tensor) -> Tensor:
+        """Return the mask (b,) of answers (b, n) that have not just ended a sentence."""
+        assert self._decode is not None, "only_after_sentences needs it"
+        texts = [self._decode([i for i in row if i < self.ret_token_id]).rstrip() for row in new.tolist()]
+        return torch.tensor([sentence_ends(text)[-1:] != [len(text)] for text in texts])
 
 
 def split_at_ret(ids: Sequence[int], ret_token_id: int, tokenizer: Any) -> list[str | None]:

@@ -122,7 +122,7 @@ def stream(
 
     Raises:
         GroundingTypeError: an index that cannot be searched.
-        GroundingValueError: an index of vectors of another width, several prompts, or beam search.
+        GroundingValueError: an index that does not fit, several prompts, or beam search.
     """
     settings = RetrievalSettings.take_from(options)
     check_index(index, attached)

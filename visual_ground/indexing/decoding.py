@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingError, GroundingStateError, GroundingValueError
 from visual_ground.indexing.sources import SourceImage
+from visual_ground.vision.decoding import to_thumbnail
 from visual_ground.vision.images import image_name, to_rgb
 from visual_ground.vision.preprocessing import Preprocessing
 
 AHEAD = 2  # Batches that each process has waiting, so that none of them waits for the encoder.
-JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
@@ -135,14 +134,6 @@ def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_
             unreadable.append((image_name(item.image) if item.id is None else str(item.id), str(error)))
             continue
         read.append(item)
-        thumbnails.append(None if thumbnail_size is None else _thumbnail(picture, thumbnail_size))
+        thumbnails.append(None if thumbnail_size is None else to_thumbnail(picture, thumbnail_size))
     stacked = torch.cat(pixels) if pixels else torch.from_numpy(np.zeros((0, 3, 1, 1), dtype=np.float32))
     return Batch(read, stacked, thumbnails, unreadable, len(items))
-
-
-def _thumbnail(picture: Any, size: int) -> bytes:
-    small = picture.copy()
-    small.thumbnail((size, size))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
