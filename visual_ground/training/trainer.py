@@ -38,8 +38,8 @@ class GroundingTrainer(Trainer):
     """Trains the adapter of a grounded model on image-caption pairs.
 
     Image features are computed first and kept on disk. A loss or gradient that is not finite stops the run before it
-    changes the adapter. The result is the state, the start among them, that is best on groups held out
-    (`args.held_out`). A killed run, resumed with `train(resume_from_checkpoint=True)`, ends as if it had not been.
+    changes the adapter. The result is the best state on held-out groups (`args.held_out`), the start among them. A
+    killed run resumes with `train(resume_from_checkpoint=True)`, and ends as if it had not been killed.
 
     Args:
         model: the grounded model; its adapter is trained in place.
