@@ -48,7 +48,8 @@ def report(model, data: Data) -> dict:
         return torch.cat([model.embed_text(texts[i : i + 32]) for i in range(0, len(texts), 32)])
 
     def both_ways(places: torch.Tensor) -> dict:
-        captions = [embedded([data.captions(kind)[i] for i in places.tolist()]) for kind in (0, 1)]
+        of_all = [data.captions(kind) for kind in (0, 1)]
+        captions = [embedded([of_kind[i] for i in places.tolist()]) for of_kind in of_all]
         pairs = [(text, image[places]) for text in captions for image in images]
         return {
             "text_to_image": recall(torch.cat([ranks(text @ image.T) for text, image in pairs])),
