@@ -43,6 +43,20 @@ def test_a_stopped_evaluation_goes_on_with_the_same_report(folder, tmp_path):
     assert nothing_kept.to_json() == whole.to_json()
 
 
+def test_what_a_killed_process_left_half_written_is_measured_again(folder, tmp_path):
+    model, calls = grounded(), []
+    whole = evaluate(model, Nearness(folder), batch_size=2, progress=False).to_json()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, Nearness(folder, calls, 2), work_dir=tmp_path / "w", batch_size=2, progress=False)
+    records = next((tmp_path / "w").glob("nearness-*"))
+    with open(records / "records.jsonl", "ab") as file:
+        file.write(b'{"nearness": 0.')
+    with open(records / "index.jsonl", "ab") as file:
+        file.write(b'{"row": 4, "keys": ["4", ')
+    report = evaluate(model, Nearness(folder, calls), work_dir=tmp_path / "w", batch_size=2, progress=False)
+    assert report.to_json() == whole and calls == [[0, 1], [2, 3], [4, 5], [6]]
+
+
 def test_records_are_those_of_one_adapter_and_one_way_of_measuring(folder, tmp_path):
     model, calls = grounded(), []
     evaluation = Evaluation(Nearness(folder, calls), tmp_path, batch_size=7)
