@@ -172,6 +172,13 @@ def test_easy_vqa_has_the_question_only_majority_beside(easy):
     assert report.counts == {"units": 3, "questions": 8} and report.data.keys() == {"questions.json"}
 
 
+def test_easy_vqa_can_be_measured_on_some_pictures(easy):
+    report = run(grounded(), "easy-vqa", prompt=PROMPT, images=2, seed=3)
+    assert report.counts["units"] == 2 and report.dataset == "easy-VQA (2 images)"
+    with pytest.raises(GroundingValueError, match="images must be at least 1"):
+        EasyVQA(images=0)
+
+
 def test_easy_vqa_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(GroundingStateError, match=r"visual-ground\[demo\]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,21 +33,30 @@ class EasyVQA(Task):
     Args:
         split: "test" or "train".
         prompt: how a question is put, see `QuestionPrompt`.
+        images: measure only so many pictures, drawn at random, with all their questions; None: all.
+        seed: of the draw.
 
     Raises:
+        GroundingValueError: images below 1.
         GroundingStateError: the package is not installed.
     """
 
-    name, primary_metric, unit, dataset = "easy-vqa", "accuracy", "image", "easy-VQA"
+    name, primary_metric, unit = "easy-vqa", "accuracy", "image"
 
-    def __init__(self, split: str = "test", prompt: str = PROMPT) -> None:
+    def __init__(self, split: str = "test", prompt: str = PROMPT, images: int | None = None, seed: int = 0) -> None:
+        if images is not None and images < 1:
+            raise GroundingValueError(f"images must be at least 1 or None, got {images}.")
         self.split: str | None = files.choose(split, ("test", "train"), "split")
         self.prompt = QuestionPrompt(prompt)
-        self.settings: Mapping[str, Any] = {"split": split, "prompt": prompt}
+        self.settings: Mapping[str, Any] = {"split": split, "prompt": prompt, "images": images, "seed": seed}
+        self.dataset = "easy-VQA" if images is None else f"easy-VQA ({images} images)"
         self.answers = tuple(_package().get_answers())
         self._images: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for question, answer, image in self.read(split):
             self._images[image].append((question, answer))
+        if images is not None and images < len(self._images):
+            kept = random.Random(seed).sample(sorted(self._images), images)
+            self._images = {image: self._images[image] for image in sorted(kept)}
         self.files = [Path(_package().__file__).parent / "data" / split / "questions.json"]
 
     def read(self, split: str) -> list[tuple[str, str, int]]:

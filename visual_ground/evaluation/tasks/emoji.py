@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,14 +50,15 @@ class EmojiRetrieval(Task):
     def __init__(self, data: str | os.PathLike[str] | None = None, split: str = "test", baseline: bool = True) -> None:
         self.split: str | None = files.choose(split, ("test", "validation", "train"), "split")
         self.settings: Mapping[str, Any] = {"split": split, "baseline": baseline}
-        self._temporary = tempfile.TemporaryDirectory() if data is None else None
-        self.folder = Path(self._temporary.name if self._temporary else os.fspath(data or ""))
         try:
             concepts = emoji.concepts()
         except ImportError as error:
             raise GroundingStateError(
                 'The emoji come out of the demo\'s packages. Run pip install "visual-ground[demo]".'
             ) from error
+        self.folder = Path(tempfile.mkdtemp() if data is None else data)
+        if data is None:
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.concepts = [concept for concept in concepts if concept.split == split]
         self.trained = [concept for concept in concepts if concept.split == "train"] if baseline else []
 

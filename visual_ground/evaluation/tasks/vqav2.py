@@ -75,6 +75,7 @@ class VQAv2(Task):
         self.files = [path for one in dict.fromkeys(splits) for path in vqa_files(self.folder, one)]
         common = Counter(question.common_answer for question in self.train)
         self.choices = [answer for answer, _ in common.most_common(choices)] if choices else []
+        self._shown = {question.image for question in self.train}
         self._by_image = _sampled(self.questions, images, seed)
 
     def prepare(self, model: GroundedModel, images: ImageFeatures) -> Plan:
@@ -130,9 +131,9 @@ class VQAv2(Task):
         """Return the answered questions before one: about other images, and the same in any order of questions."""
         draw = random.Random(f"{self.seed} {question.question_id}")
         chosen: list[VQAQuestion] = []
-        others = {one.image for one in self.train} - {question.image} if self.shots else set()
-        if len(others) < self.shots:
-            raise GroundingValueError(f"train2014 has {len(others)} other images, too few for {self.shots} shots.")
+        others = len(self._shown) - (question.image in self._shown)
+        if others < self.shots:
+            raise GroundingValueError(f"train2014 has {others} other images, too few for {self.shots} shots.")
         while len(chosen) < self.shots:
             shot = draw.choice(self.train)
             if shot.image != question.image and all(shot.image != one.image for one in chosen):
