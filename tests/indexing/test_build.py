@@ -1,5 +1,8 @@
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
 
 import datasets
@@ -7,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.paths import ROOT
 from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
 from visual_ground.index.files import FILES
@@ -55,6 +59,49 @@ def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):
             build_index(StopsAt(n), source, folder, OPTIONS)
         assert build_index(MODEL, source, folder, OPTIONS).unreadable == report.unreadable
         assert files_of(folder) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "points",
+    [
+        [("write_table", 1), ("write_table", 2), ("write_json", 3)],
+        [("write_json", 1), ("write_index", 1), ("write_index", 1)],
+        [("_write_part", 3), ("read_table", 2), ("_features", 1)],
+    ],
+)
+def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):
+    source = photos(tmp_path / "photos", 11)
+    build_index(MODEL, source, tmp_path / "whole", OPTIONS)
+    for point in points:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.indexing.killed",
+            str(source),
+            str(tmp_path / "killed"),
+            *map(str, point),
+        ]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL, point
+    build_index(MODEL, source, tmp_path / "killed", OPTIONS)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_features_are_a_source_like_images(tmp_path):
+    source = photos(tmp_path / "photos", 5)
+    paths = sorted(source.iterdir())
+    features = MODEL.vision.encode([str(path) for path in paths])
+    rows = [
+        {"id": path.name, "image_features": row.tolist(), "n": i}
+        for i, (path, row) in enumerate(zip(paths, features, strict=True))
+    ]
+    build_index(MODEL, rows, tmp_path / "index", OPTIONS)
+    index = ImageIndex.from_pretrained(tmp_path / "index")
+    assert index.ids == [path.name for path in paths] and index.metadata[3] == {"n": 3}
+    assert torch.allclose(index.vectors, MODEL.embed_images([str(path) for path in paths]), atol=1e-5)
+    for wrong in ([0.0, 1.0], [float("nan")] * MODEL.vision.feature_dim):
+        with pytest.raises(GroundingError, match="has features of width"):
+            build_index(MODEL, [{"image_features": wrong}], tmp_path / "wrong", BuildOptions(progress=False))
 
 
 def test_a_build_that_is_repeated_replaces_the_index(tmp_path):

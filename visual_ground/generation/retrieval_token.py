@@ -14,6 +14,9 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.generation.output import RetrievedImage
 from visual_ground.generation.sentences import sentence_ends
 from visual_ground.index.base import RetrievalIndex
+from visual_ground.index.remote_images import ImageLink
+
+SPARE = 4  # Images that are looked up besides, in case some are gone from where they were.
 
 
 @dataclass(frozen=True)
@@ -150,16 +153,30 @@ def retrieve(
         return [(RetrievedImage(),) for _ in vectors]
     shown = set() if shown is None else shown
     # Enough for each [RET] even where all the ones before it have taken its best images.
-    count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors))
+    count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors)) + SPARE
     options = {} if settings.filter is None else {"filter": settings.filter}
     results = index.search(vectors, count if settings.allow_repeats else count + len(shown), **options)
     answers = []
     for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True):
         hits = [hit for hit in zip(positions, scores, strict=True) if settings.allow_repeats or hit[0] not in shown]
-        hits = hits[: settings.images_per_ret]
-        shown.update(position for position, _ in hits)
-        answers.append(tuple(_image(index, position, score) for position, score in hits))
+        answers.append(_readable(index, hits[: settings.images_per_ret + SPARE], settings.images_per_ret, shown))
     return answers
+
+
+def _readable(
+    index: RetrievalIndex, hits: list[tuple[int, float]], count: int, shown: set[int]
+) -> tuple[RetrievedImage, ...]:
+    """Return the first `count` images of some hits; one that could not be fetched comes only where no other does."""
+    found: list[RetrievedImage] = []
+    failed: list[RetrievedImage] = []
+    for position, score in hits:
+        if len(found) == count:
+            break
+        image = _image(index, position, score)
+        is_lost = isinstance(image.image, ImageLink) and image.image.failed
+        (failed if is_lost else found).append(image)
+        shown.add(position)
+    return tuple([*found, *failed][:count])
 
 
 def _image(index: RetrievalIndex, position: int, score: float) -> RetrievedImage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
@@ -22,9 +22,11 @@ class ImageLink:
 
     Args:
         address: a URL or a path.
+        failed: whether it was allowed and could not be fetched.
     """
 
     address: str
+    failed: bool = field(default=False, compare=False)
 
     @property
     def is_remote(self) -> bool:
@@ -62,5 +64,6 @@ def follow(image: Any, rules: LinkRules) -> Any:
         try:
             return to_rgb(address, rules)
         except (GroundingFileError, GroundingValueError) as error:
-            logger.warning("An image of the index is shown as its address: %s", error)
+            logger.warning("An image of the index cannot be shown: %s", error)
+            return ImageLink(address, failed=True)
     return ImageLink(address)

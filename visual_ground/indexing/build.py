@@ -185,7 +185,7 @@ def _write_part(
     part: dict[str, Any] = {"consumed": 0, "unreadable": []}
     for batch in batches:
         if batch.items:
-            vectors.append(model.embed_images(image_features=model.vision(batch.pixels)).float().cpu())
+            vectors.append(model.embed_images(image_features=_features(model, batch)).float().cpu())
         items += batch.items
         thumbnails += batch.thumbnails
         part["consumed"] += batch.consumed
@@ -205,6 +205,23 @@ def _write_part(
         ExactIndex(block.half() if options.half else block).save(parts / f"{number:06d}.safetensors")
     write_json(parts / f"{number:06d}.done.json", part)
     return part
+
+
+def _features(model: PixelEmbedder, batch: Batch) -> Tensor:
+    """Return the features (b, f) of a batch of pixels, or of features.
+
+    Raises:
+        GroundingValueError: features of another width than the encoder's, or not finite.
+    """
+    if batch.pixels.dim() == 4:
+        return model.vision(batch.pixels)
+    wanted, width = model.vision.feature_dim, batch.pixels.shape[-1]
+    if width != wanted or not bool(torch.isfinite(batch.pixels).all()):
+        raise GroundingValueError(
+            f"The encoder {model.vision.name or type(model.vision.model).__name__} has features of width {wanted}, and "
+            f"the source has some of width {width} or not finite. Give features of this encoder, or images."
+        )
+    return batch.pixels
 
 
 def _finish(folder: Path, parts: Path, done: list[dict[str, Any]], space: ImageSpace) -> None:

@@ -32,7 +32,7 @@ class Batch:
 
     Args:
         items: those that could be read.
-        pixels: (b, c, h, w) of them.
+        pixels: (b, c, h, w) of them; (b, f) where the source has features.
         thumbnails: JPEG files of them; None for each where none were asked for.
         unreadable: names of the others, and why.
         consumed: how many images of the source these were, the unreadable included.
@@ -127,6 +127,16 @@ def _read_there(items: list[SourceImage]) -> tuple[Any, ...]:
 def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_size: int | None) -> Batch:
     read, pixels, thumbnails, unreadable = [], [], list[bytes | None](), []
     for item in items:
+        if isinstance(item.image, Tensor):
+            if item.image.dim() != 1 or (pixels and pixels[0].shape[1:] != item.image.shape):
+                raise GroundingValueError(
+                    f"Features must be (f,), all of the same width and without images between them, got "
+                    f"{tuple(item.image.shape)} for {item.id!r}."
+                )
+            pixels.append(item.image[None])
+            read.append(item)
+            thumbnails.append(None)
+            continue
         try:
             picture = to_rgb(item.image)
             pixels.append(preprocessing([picture]))
