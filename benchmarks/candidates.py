@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 
 from visual_ground import ground
-from visual_ground.generation.candidates import CandidateScorer
+from visual_ground.scoring.candidates import CandidateScorer
 
 # The lengths of VisDial: ten rounds of about six and three words, of which the fifth is asked here.
 ROUNDS_BEFORE, QUESTION, ANSWER, CANDIDATES, LONGEST = 5, 8, 5, 100, 12

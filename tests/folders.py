@@ -26,6 +26,7 @@ ORDER = (
     "index",
     "index/milvus",
     "indexing",
+    "scoring",
     "generation",
     "components",
     "model",

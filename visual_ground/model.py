@@ -21,12 +21,12 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.generation.generate import generate
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.retrieval_token import RetrievalSettings
-from visual_ground.generation.scoring import embed_prompts, log_likelihood
-from visual_ground.generation.stream import stream
+from visual_ground.generation.stream import generate_seeing, stream
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.processor import GroundingProcessor
 from visual_ground.prompts.types import Prompts
+from visual_ground.scoring.prompts import embed_prompts, log_likelihood
 from visual_ground.storage.hub import HubOptions, PushOptions
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.identity import ImageSpace
@@ -125,17 +125,17 @@ class GroundedModel(nn.Module):
             prompts: as in `prepare`.
             index: where `[RET]`'s images are searched; with None the parts say that an image was meant.
             max_new_tokens: the most tokens, `[RET]`s included; where None, as the generation config says, or 64.
-            options: the fields of `RetrievalSettings` (`images_per_ret`, `max_images`, `ret_bias` and others), and any
-                argument of transformers' `generate`.
+            options: fields of `RetrievalSettings` (`see_images` and others), and any of transformers' `generate`.
 
         Returns:
             One output per prompt, or `num_return_sequences` for each, in order.
         """
         settings, options = RetrievalSettings.take_from(options), {"max_new_tokens": max_new_tokens, **options}
-        return generate(self.frozen_lm, self.active, self.prepare(prompts), index, settings, options)
+        given = self.frozen_lm, self.active, self.prepare(prompts), index, settings, options
+        return generate_seeing(*given) if settings.see_images else generate(*given)
 
     def stream(self, prompts: Prompts, index: RetrievalIndex | None = None, **options: Any) -> Iterator[Part]:
-        """Answer one prompt; yield texts and images when they are said. The arguments are those of `generate`."""
+        """Answer one prompt; yield texts and images when they are said. Arguments are those of `generate`."""
         return stream(self.frozen_lm, self.active, self.prepare(prompts), index, options)
 
     def add_adapter(

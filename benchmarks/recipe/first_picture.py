@@ -22,7 +22,7 @@ from visual_ground.demo.emoji import stable_number
 from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.templates import UNFITTED_REQUESTS
 from visual_ground.demo.weights import load_lm, load_vision
-from visual_ground.generation.query_vectors import query_vectors
+from visual_ground.scoring.query_vectors import query_vectors
 from visual_ground.training.initialization.answers import answers_to, place_of_picture
 
 STEP = 7

@@ -14,8 +14,8 @@ from tests.tiny import Eye, grounded, image_processor, picture
 from visual_ground import GroundingConfig, ImageIndex, RetrievedImage
 from visual_ground.app.bubbles import Album, bubble
 from visual_ground.app.talk import Talk, Wishes
+from visual_ground.generation.growing import joined
 from visual_ground.generation.retrieval_token import RetrievalSettings
-from visual_ground.generation.stream import joined
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.server.engine import Engine, EngineLimits
 from visual_ground.server.pictures import Pictures

@@ -8,7 +8,7 @@ import torch
 from tests.tiny import FAMILIES, grounded, picture
 from visual_ground import GroundingError, ImageIndex, RetrievedImage
 from visual_ground.generation import generate as generation
-from visual_ground.generation.stream import GrowingText
+from visual_ground.generation.growing import GrowingText
 
 PROMPT = [["w4 w5", picture(0), "w6"]]
 GREEDY = dict(do_sample=False, max_new_tokens=8, min_new_tokens=8)

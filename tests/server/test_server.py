@@ -125,6 +125,22 @@ def test_pictures_of_both_sides_are_seen_in_the_next_turn(running):
     assert len(running.model.active.recent_features) >= 2
 
 
+def test_answers_that_see_their_pictures_are_those_of_generate_beside_others_that_do_not(running):
+    shows = {"ret_bias": 1e3, "max_images": 2, "min_new_tokens_before_ret": 1, "min_new_tokens_between_rets": 2}
+    texts = [f"w{i} w{i + 1}" for i in range(4, 12)]
+
+    def ask(text):
+        return running.ask(text, max_tokens=7, extra_body={**shows, "see_images": text[1] != "4"}).choices[0].message
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        together = list(pool.map(ask, texts))
+    for text, message in zip(texts, together, strict=True):
+        options = {**shows, "see_images": text[1] != "4", "do_sample": False}
+        chat = [{"role": "user", "content": text}]
+        expected = running.model.generate(chat, running.index, max_new_tokens=7, **options)[0]
+        assert [p.get("id", p.get("text")) for p in message.parts] == [getattr(p, "id", p) for p in expected.parts]
+
+
 def test_sampling_is_by_seed_and_choice(running):
     options = dict(temperature=1.0, seed=3, n=3, max_tokens=8)
     said = [[choice.message.content for choice in running.ask(**options).choices] for _ in range(2)]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from visual_ground.generation.generate import silent_ids
+from visual_ground.generation.growing import GrowingAnswer
 from visual_ground.generation.output import Part
-from visual_ground.generation.stream import GrowingAnswer
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.server.chats import encode
 from visual_ground.server.engine import Engine

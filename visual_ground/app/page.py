@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from visual_ground.app.bubbles import STYLE, Album
@@ -119,13 +119,15 @@ class Page:
             gr.Slider(1, 1024, self.settings.max_tokens, step=1, label="Longest answer, in tokens"),
             gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest word"),
             gr.Slider(0.05, 1, 1, step=0.05, label="Only the likeliest words (top p)"),
+            gr.Checkbox(False, label="The model sees the pictures that it shows"),
             gr.Textbox(self.settings.system, lines=4, label="System message"),
         ]
 
     def wishes(self, album: str, adapter: str, bias: float, most: int, at_once: int, *rest: Any) -> Wishes:
         """Return what the controls say."""
-        length, temperature, top_p, system = rest
-        retrieval = RetrievalSettings(int(at_once), int(most), float(bias), complete_sentences=True)
+        length, temperature, top_p, sees, system = rest
+        shown = RetrievalSettings(int(at_once), int(most), float(bias), complete_sentences=True)
+        retrieval = replace(shown, see_images=bool(sees))
         sampling = Sampling(float(temperature), float(top_p), None, retrieval)
         return Wishes(self.albums.get(album), adapter, sampling, int(length), system or "")
 

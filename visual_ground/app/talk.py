@@ -10,10 +10,10 @@ from typing import Any
 from visual_ground.app.asking import Asked, Question
 from visual_ground.app.bubbles import Album, bubble
 from visual_ground.errors import GroundingError
+from visual_ground.generation.growing import joined
 from visual_ground.generation.markdown import made_harmless
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.sentences import cut_to_sentences
-from visual_ground.generation.stream import joined
 from visual_ground.server.engine import Engine
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.pictures import decode_picture

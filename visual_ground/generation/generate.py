@@ -15,12 +15,13 @@ from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener, OnToken
 from visual_ground.generation.options import complete_options
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
-from visual_ground.generation.query_vectors import ret_vectors
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
+from visual_ground.generation.seeing import SeenImages
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.scoring.query_vectors import ret_vectors
 
 
 @torch.no_grad()
@@ -62,10 +63,10 @@ def generate(
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
         return outputs
-    return _whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
+    return whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
 
 
-def _whole_sentences(
+def whole_sentences(
     outputs: Sequence[InterleavedOutput], answers: Sequence[Sequence[int]], stops: set[int]
 ) -> list[InterleavedOutput]:
     """Cut each answer that the LM did not end itself, right after the answer's last whole sentence."""
@@ -114,13 +115,15 @@ def listen(
     image_tokens: Tensor | None,
     on_token: OnToken = lambda row, token, vector: True,
     per_prompt: int = 1,
+    seen: SeenImages | None = None,
 ) -> AnswerListener:
     """Return a listener to a `generate` of this batch; see `AnswerListener`."""
 
     def read_again(sequences: Tensor, mask: Tensor, start: int) -> list[Tensor]:
-        return ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
+        tokens = image_tokens if seen is None else seen.image_tokens
+        return ret_vectors(frozen_lm, attached, sequences, mask, start, tokens)
 
-    return AnswerListener(frozen_lm, attached, batch["attention_mask"], read_again, on_token, per_prompt)
+    return AnswerListener(frozen_lm, attached, batch["attention_mask"], read_again, on_token, per_prompt, seen)
 
 
 def heard_by(listener: AnswerListener, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +139,7 @@ def generate_ids(
     image_tokens: Tensor | None,
     settings: RetrievalSettings,
     options: Mapping[str, Any],
+    seen: SeenImages | None = None,
 ) -> Tensor:
     """Run transformers' `generate`; return ids (b * num_return_sequences, s), which begin with the prompts'."""
     processor, ids = attached.processor, batch["input_ids"]
@@ -145,9 +149,17 @@ def generate_ids(
         processor,
         options,
         ids,
-        RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings, processor.tokenizer.decode),
+        RetLogitsProcessor(
+            processor.ret_token_id,
+            ids.shape[1],
+            settings,
+            () if seen is None else seen.places,
+            processor.tokenizer.decode,
+        ),
         ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
     )
+    if seen is not None:  # After all others: what comes next in an image is certain.
+        options["logits_processor"].append(seen)
     return frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
 
 

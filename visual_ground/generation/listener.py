@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from visual_ground.adapter.attached import AttachedAdapter
-from visual_ground.generation.query_vectors import reads_opening, with_opening
 from visual_ground.generation.running_cache import copy_of_running_cache
+from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.scoring.query_vectors import reads_opening, with_opening
 
 # Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
 OnToken = Callable[[int, int, Tensor | None], bool]
@@ -34,6 +35,7 @@ class AnswerListener(StoppingCriteria):
         read_again: for LMs without plain keys and values.
         on_token: as `OnToken` says; not called again for a sequence once it has returned False for it.
         per_prompt: how many answers each prompt gets. If `generate` follows more sequences, it is a beam search.
+        seen: puts images into the context; its tokens are not heard.
 
     Attributes:
         lost: whether it cannot follow, because tokens were taken back or sequences swapped.
@@ -47,9 +49,10 @@ class AnswerListener(StoppingCriteria):
         read_again: ReadAgain,
         on_token: OnToken = lambda row, token, vector: True,
         per_prompt: int = 1,
+        seen: SeenImages | None = None,
     ) -> None:
         self.frozen_lm, self.attached, self.mask, self.read_again = frozen_lm, attached, mask, read_again
-        self.on_token, self.per_prompt = on_token, per_prompt
+        self.on_token, self.per_prompt, self.seen = on_token, per_prompt, seen
         self.start = mask.shape[1]
         self._heard: Tensor | None = None  # What had been said at the latest step.
         self._ended: set[int] = set()
@@ -64,8 +67,12 @@ class AnswerListener(StoppingCriteria):
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         vectors = self._read(input_ids)
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            if row not in self._ended and not self.on_token(row, token, vectors.get(row)):
+            if row in self._ended or (self.seen is not None and self.seen.passes(row, token)):
+                continue
+            if not self.on_token(row, token, vectors.get(row)):
                 self._ended.add(row)
+        if self.seen is not None:
+            self.seen.write(input_ids)  # In place: what `generate` goes on with.
         ended = [row in self._ended for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,6 +32,7 @@ class RetrievalSettings:
         only_after_sentences: whether `[RET]` may come only where a sentence of the answer has just ended.
         allow_repeats: whether one answer may show an image twice.
         filter: which entries of the index may be shown, as in `ImageIndex.search`; all where None.
+        see_images: whether the LM sees the images of an answer when it goes on with it.
         complete_sentences: cut an answer that ran out of tokens behind its last whole sentence; one that the LM ended
             itself stays as it is.
 
@@ -49,6 +50,7 @@ class RetrievalSettings:
     allow_repeats: bool = False
     filter: Any = None
     complete_sentences: bool = False
+    see_images: bool = False
 
     def __post_init__(self) -> None:
         if self.images_per_ret < 1:
@@ -71,6 +73,7 @@ class RetLogitsProcessor(LogitsProcessor):
         ret_token_id: its id.
         prompt_length: ids before the first generated one.
         settings: what to apply.
+        places: ids that stand for a `[RET]` too, see `SeenImages`; the set may grow.
         decode: the tokenizer's, which `only_after_sentences` needs.
     """
 
@@ -79,10 +82,11 @@ class RetLogitsProcessor(LogitsProcessor):
         ret_token_id: int,
         prompt_length: int,
         settings: RetrievalSettings,
+        places: Collection[int] = (),
         decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.ret_token_id, self.prompt_length = ret_token_id, prompt_length
-        self.settings, self._decode = settings, decode
+        self.settings, self.places, self._decode = settings, places, decode
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come.
@@ -92,14 +96,16 @@ class RetLogitsProcessor(LogitsProcessor):
         if scores.shape[-1] <= self.ret_token_id:
             return scores
         new = input_ids[:, self.prompt_length :]
+        rets = new == self.ret_token_id
+        if self.places:
+            rets |= torch.isin(new, torch.tensor(list(self.places), device=new.device))
         column = scores[:, self.ret_token_id] + self.settings.ret_bias
         if new.shape[1] < self.settings.min_new_tokens_before_ret:
             column = torch.full_like(column, float("-inf"))
         elif self.settings.max_images is not None:
-            num_rets = (new == self.ret_token_id).sum(-1)
-            column = column.masked_fill(num_rets >= self.settings.max_images, float("-inf"))
+            column = column.masked_fill(rets.sum(-1) >= self.settings.max_images, float("-inf"))
         if gap := self.settings.min_new_tokens_between_rets:
-            column = column.masked_fill((new[:, -gap:] == self.ret_token_id).any(-1), float("-inf"))
+            column = column.masked_fill(rets[:, -gap:].any(-1), float("-inf"))
         if self.settings.only_after_sentences:
             column = column.masked_fill(self._within_sentences(new).to(column.device), float("-inf"))
         scores = scores.clone()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,100 +14,22 @@ from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.generate import check_index, generate_ids, heard_by, listen, silent_ids, with_padding
-from visual_ground.generation.output import Part
-from visual_ground.generation.retrieval_token import RetrievalSettings, retrieve
+from visual_ground.generation.generate import (
+    check_index,
+    end_ids,
+    generate_ids,
+    heard_by,
+    listen,
+    silent_ids,
+    whole_sentences,
+    with_padding,
+)
+from visual_ground.generation.growing import GrowingAnswer, joined
+from visual_ground.generation.output import InterleavedOutput, Part
+from visual_ground.generation.retrieval_token import RetrievalSettings
+from visual_ground.generation.seeing import SeenImages
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
-
-
-@dataclass(frozen=True)
-class Said:
-    """A token of an answer.
-
-    Args:
-        row: whose answer.
-        token: its id.
-        vector: (q,), where it is `[RET]`.
-    """
-
-    row: int
-    token: int
-    vector: Tensor | None
-
-
-class GrowingText:
-    """Turns ids into text as they come; a character whose bytes have not all come is held back.
-
-    All ids are decoded again each time, because many tokenizers drop the space at the beginning of what is decoded
-    alone.
-
-    Args:
-        tokenizer: the LM's.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._before = ""
-
-    def add(self, token: int) -> str:
-        """Return the text that one more id adds, which may be nothing yet."""
-        self._ids.append(token)
-        text = self._decode()
-        return "" if text.endswith("\ufffd") else self._since(text)
-
-    def flush(self) -> str:
-        """Return what was held back."""
-        return self._since(self._decode())
-
-    def _decode(self) -> str:
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    def _since(self, text: str) -> str:
-        if len(text) <= len(self._before):
-            return ""
-        added, self._before = text[len(self._before) :], text
-        return added
-
-
-class GrowingAnswer:
-    """Turns what is said in one answer into texts and images.
-
-    Args:
-        attached: the active adapter.
-        index: where images are searched.
-        settings: how many are shown.
-        silent: ids that are no text, though the tokenizer may decode them; see `generate.silent_ids`.
-    """
-
-    def __init__(
-        self,
-        attached: AttachedAdapter,
-        index: RetrievalIndex | None,
-        settings: RetrievalSettings,
-        silent: Collection[int] = (),
-    ) -> None:
-        self.vocabulary, self.ret_token_id = attached.processor.vocabulary, attached.processor.ret_token_id
-        self.index, self.settings, self.silent = index, settings, silent
-        self._text = GrowingText(attached.processor.tokenizer)
-        self._shown: set[int] = set()
-
-    def add(self, token: int, vector: Tensor | None) -> list[Part]:
-        """Return what a token adds."""
-        if token != self.ret_token_id:
-            # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
-            is_text = token < self.vocabulary.num_tokens and token not in self.silent
-            text = self._text.add(token) if is_text else ""
-            return [text] if text else []
-        assert vector is not None, "the listener reads one at each [RET]"
-        return [*self.end(), *retrieve(vector[None], self.index, self.settings, self._shown)[0]]
-
-    def end(self) -> list[Part]:
-        """Return what was held back."""
-        text = self._text.flush()
-        return [text] if text else []
 
 
 def stream(
@@ -132,58 +53,28 @@ def stream(
             "one interleaved prompt is a list within the list."
         )
     answer = GrowingAnswer(attached, index, settings, silent_ids(frozen_lm, attached))
-    for said in said_tokens(frozen_lm, attached, batch, settings, options):
-        yield from answer.add(said.token, said.vector)
+
+    def run(say: Callable[[Part], None], closed: threading.Event) -> None:
+        hear(frozen_lm, attached, batch, settings, options, [answer], lambda row, part: say(part), closed)
+
+    yield from from_thread(run)
     yield from answer.end()
 
 
-def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Return parts with the pieces of a text made one.
-
-    Example:
-        >>> joined(["A c", "at.", ""])
-        ('A cat.',)
-    """
-    whole: list[Part] = []
-    for part in parts:
-        last = whole[-1] if whole else None
-        if isinstance(part, str) and isinstance(last, str):
-            whole[-1] = last + part
-        else:
-            whole.append(part)
-    return tuple(whole)
-
-
-def said_tokens(
-    frozen_lm: FrozenLM,
-    attached: AttachedAdapter,
-    batch: BatchFeature,
-    settings: RetrievalSettings,
-    options: Mapping[str, Any],
-) -> Iterator[Said]:
-    """Run transformers' `generate` in a thread; yield each token of each answer when it is said.
-
-    Where the iterator is closed, `generate` ends with the token that it is at. The arguments are those of `generate`.
-    """
-    events: queue.SimpleQueue[Said | BaseException | None] = queue.SimpleQueue()
+def from_thread(run: Callable[[Callable[[Part], None], threading.Event], None]) -> Iterator[Part]:
+    """Call a function in a thread with where to say parts, and yield these; the event is set where nobody listens."""
+    events: queue.SimpleQueue[Part | BaseException | None] = queue.SimpleQueue()
     closed = threading.Event()
 
-    def hear(row: int, token: int, vector: Tensor | None) -> bool:
-        events.put(Said(row, token, vector))
-        return not closed.is_set()
-
     @torch.no_grad()
-    def run() -> None:
+    def work() -> None:
         try:
-            image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
-            image_tokens, padded = with_padding(attached, image_tokens, options)
-            listener = listen(frozen_lm, attached, batch, image_tokens, hear)
-            generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, padded))
-            events.put(_beams() if listener.lost else None)
+            run(events.put, closed)
+            events.put(None)
         except BaseException as error:  # Raised again where the answer is read.
             events.put(error)
 
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
     thread.start()
     try:
         while (event := events.get()) is not None:
@@ -195,8 +86,71 @@ def said_tokens(
         thread.join()
 
 
+@torch.no_grad()
+def generate_seeing(
+    frozen_lm: FrozenLM,
+    attached: AttachedAdapter,
+    batch: BatchFeature,
+    index: RetrievalIndex | None,
+    settings: RetrievalSettings,
+    options: Mapping[str, Any],
+) -> list[InterleavedOutput]:
+    """Answer a batch of prompts with `see_images`; the arguments and errors are those of `generate`."""
+    check_index(index, attached)
+    silent, count = (
+        silent_ids(frozen_lm, attached),
+        len(batch["input_ids"]) * (options.get("num_return_sequences") or 1),
+    )
+    answers = [GrowingAnswer(attached, index, settings, silent) for _ in range(count)]
+    said: list[list[Part]] = [[] for _ in answers]
+    with frozen_lm.bind():  # As in `generate`.
+        sequences = hear(
+            frozen_lm, attached, batch, settings, options, answers, lambda row, part: said[row].append(part)
+        )
+    outputs = [InterleavedOutput(joined([*parts, *one.end()])) for parts, one in zip(said, answers, strict=True)]
+    if not settings.complete_sentences:
+        return outputs
+    ids = sequences[:, batch["input_ids"].shape[1] :].tolist()
+    return whole_sentences(outputs, ids, end_ids(frozen_lm, attached, options))
+
+
+def hear(
+    frozen_lm: FrozenLM,
+    attached: AttachedAdapter,
+    batch: BatchFeature,
+    settings: RetrievalSettings,
+    options: Mapping[str, Any],
+    answers: Sequence[GrowingAnswer],
+    say: Callable[[int, Part], None],
+    closed: threading.Event | None = None,
+) -> Tensor:
+    """Run transformers' `generate` and say each part of each answer when it comes; return the ids as `generate_ids`.
+
+    Raises:
+        GroundingValueError: tokens that are not final when they are said.
+    """
+    image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
+    seen = SeenImages(frozen_lm, attached, image_tokens) if settings.see_images else None
+
+    def take(row: int, token: int, vector: Tensor | None) -> bool:
+        parts = answers[row].add(token, vector)
+        for part in parts:
+            say(row, part)
+        if seen is not None:
+            seen.take(row, parts)
+        return closed is None or not closed.is_set()
+
+    per_prompt = options.get("num_return_sequences") or 1
+    listener = listen(frozen_lm, attached, batch, image_tokens, take, per_prompt, seen)
+    heard = heard_by(listener, options)
+    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard, seen)
+    if listener.lost:
+        raise _beams()
+    return sequences
+
+
 def _beams() -> GroundingValueError:
     return GroundingValueError(
-        "An answer can be streamed where each token is final when it is said, not with beam search or speculative "
-        "decoding. Leave out num_beams and the like, or call generate."
+        "An answer can be streamed, and can see its images, where each token is final when it is said, not with beam "
+        "search or speculative decoding. Leave out num_beams and the like, or call generate without see_images."
     )

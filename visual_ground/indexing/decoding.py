@@ -125,7 +125,7 @@ def _read_there(items: list[SourceImage]) -> tuple[Any, ...]:
 
 
 def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_size: int | None) -> Batch:
-    read, pixels, thumbnails, unreadable = [], [], list[bytes | None](), []
+    read, pixels, thumbnails, unreadable = [], list[Tensor](), list[bytes | None](), []
     for item in items:
         if isinstance(item.image, Tensor):
             if item.image.dim() != 1 or (pixels and pixels[0].shape[1:] != item.image.shape):

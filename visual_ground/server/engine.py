@@ -15,6 +15,7 @@ from visual_ground.errors import GroundingStateError
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.generate import generate_ids, heard_by, listen, with_padding
 from visual_ground.generation.retrieval_token import RetrievalSettings
+from visual_ground.generation.seeing import SeenImages
 from visual_ground.model import GroundedModel
 from visual_ground.server.failures import busy
 from visual_ground.server.jobs import Job
@@ -125,24 +126,37 @@ class Engine:
         image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
         ends = end_tokens(model)
 
-        def hear(row: int, token: int, vector: Any) -> bool:
-            return jobs[row].hear(token, vector, token in ends)
-
         image_tokens, padding = with_padding(attached, image_tokens, {})
+        sees = [job.sampling.retrieval.see_images for job in jobs]
+        seen = SeenImages(model.frozen_lm, attached, image_tokens) if any(sees) else None
+
+        def hear(row: int, token: int, vector: Any) -> bool:
+            goes_on = jobs[row].hear(token, vector, token in ends)
+            if seen is not None and sees[row] and vector is not None:
+                seen.take(row, jobs[row].answer.latest)
+            return goes_on
+
         count = 0 if image_tokens is None else len(image_tokens)
         forbidden = ForbiddenColumns(attached.processor.vocabulary, attached.config.mask_spare_columns, count)
-        listener = listen(model.frozen_lm, attached, batch, image_tokens, hear)
-        rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], [job.sampling for job in jobs])
+        listener = listen(model.frozen_lm, attached, batch, image_tokens, hear, seen=seen)
+        places = () if seen is None else seen.places
+        rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], [job.sampling for job in jobs], places)
         options = {
             **{name: None for name in ("temperature", "top_p", "top_k")},
             "do_sample": False,
             "num_beams": 1,
-            "max_new_tokens": max(job.max_tokens for job in jobs),
+            # Jobs count their own tokens; those of images that are seen come on top.
+            "max_new_tokens": max(job.max_tokens for job in jobs) * (1 if seen is None else 1 + self._sight(jobs)),
             "logits_processor": [forbidden, rows],
             **padding,
         }
-        settings = RetrievalSettings()
-        generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
+        # Each job has its own, which `RowSampling` applies.
+        settings = RetrievalSettings(max_images=None, min_new_tokens_between_rets=0)
+        generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options), seen)
+
+    def _sight(self, jobs: list[Job]) -> int:
+        """Return the most tokens that the images at one `[RET]` have."""
+        return self.model.config.num_visual_tokens * max(job.sampling.retrieval.images_per_ret for job in jobs)
 
 
 def end_tokens(model: GroundedModel) -> frozenset[int]:

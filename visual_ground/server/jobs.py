@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from visual_ground.generation.growing import GrowingAnswer
 from visual_ground.generation.output import Part
-from visual_ground.generation.stream import GrowingAnswer
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.server.sampling import Sampling
 

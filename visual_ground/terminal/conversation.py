@@ -10,8 +10,8 @@ from typing import Any
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.generation.generate import check_index
+from visual_ground.generation.growing import joined
 from visual_ground.generation.output import InterleavedOutput, Part, RetrievedImage
-from visual_ground.generation.stream import joined
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.chat import chat_message

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from visual_ground.generation.generate import generate_ids, silent_ids, with_padding
-from visual_ground.generation.query_vectors import last_vectors
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
+from visual_ground.scoring.query_vectors import last_vectors
 
 # As `GroundedModel.prepare` reads it, but an image is a tensor (f,), its features, and a string is always text.
 FeaturePrompt: TypeAlias = str | Sequence[Any]

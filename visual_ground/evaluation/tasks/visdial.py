@@ -17,10 +17,10 @@ from visual_ground.evaluation.running.prompts import batch_of, embed_prompts, wi
 from visual_ground.evaluation.running.task import Task
 from visual_ground.evaluation.running.vectors import pack, unpack
 from visual_ground.evaluation.tasks.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
-from visual_ground.generation.candidates import CandidateScorer
-from visual_ground.generation.query_vectors import last_vectors
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
+from visual_ground.scoring.candidates import CandidateScorer
+from visual_ground.scoring.query_vectors import last_vectors
 
 PARTS = ("all", "answers", "retrieval")
 VARIANTS = ("standard", "published")

@@ -16,9 +16,9 @@ from visual_ground.evaluation.running.images import ImageFeatures, Images
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import batch_of, embed_prompts
 from visual_ground.evaluation.running.task import Task
-from visual_ground.generation.query_vectors import last_vectors
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
+from visual_ground.scoring.query_vectors import last_vectors
 
 LENGTH = 5  # captions of a story
 # What is read before the last picture is asked for: how many of the last captions, and how many pictures between them.

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import FAMILIES, LLAMA, build, grounded, picture
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.candidates import CandidateScorer
 from visual_ground.prompts.encoded import EncodedPrompt
+from visual_ground.scoring.candidates import CandidateScorer
 
 CANDIDATES = ["w9", "w20 w21 w22", "w5", "w30 w31 w32 w33 w34 w35 w36", "w20 w21", "w20 [RET]", "w9"]
 SHARED = {family: family != "mamba" for family in FAMILIES}

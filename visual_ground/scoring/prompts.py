@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from visual_ground.adapter.attached import AttachedAdapter
-from visual_ground.generation.query_vectors import last_vectors
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.types import Prompts
+from visual_ground.scoring.query_vectors import last_vectors
 
 
 @torch.no_grad()

@@ -1,0 +1,109 @@
+"""An answer that grows: ids become texts and images as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import Tensor
+
+from visual_ground.adapter.attached import AttachedAdapter
+from visual_ground.generation.output import Part
+from visual_ground.generation.retrieval_token import RetrievalSettings, retrieve
+from visual_ground.index.base import RetrievalIndex
+
+
+class GrowingText:
+    """Turns ids into text as they come; a character whose bytes have not all come is held back.
+
+    All ids are decoded again each time, because many tokenizers drop the space at the beginning of what is decoded
+    alone.
+
+    Args:
+        tokenizer: the LM's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._before = ""
+
+    def add(self, token: int) -> str:
+        """Return the text that one more id adds, which may be nothing yet."""
+        self._ids.append(token)
+        text = self._decode()
+        return "" if text.endswith("\ufffd") else self._since(text)
+
+    def flush(self) -> str:
+        """Return what was held back."""
+        return self._since(self._decode())
+
+    def _decode(self) -> str:
+        text = self.tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _since(self, text: str) -> str:
+        if len(text) <= len(self._before):
+            return ""
+        added, self._before = text[len(self._before) :], text
+        return added
+
+
+class GrowingAnswer:
+    """Turns what is said in one answer into texts and images.
+
+    Args:
+        attached: the active adapter.
+        index: where images are searched.
+        settings: how many are shown.
+        silent: ids that are no text, though the tokenizer may decode them; see `generate.silent_ids`.
+
+    Attributes:
+        latest: what the latest `[RET]` added.
+    """
+
+    def __init__(
+        self,
+        attached: AttachedAdapter,
+        index: RetrievalIndex | None,
+        settings: RetrievalSettings,
+        silent: Collection[int] = (),
+    ) -> None:
+        self.vocabulary, self.ret_token_id = attached.processor.vocabulary, attached.processor.ret_token_id
+        self.index, self.settings, self.silent = index, settings, silent
+        self._text = GrowingText(attached.processor.tokenizer)
+        self._shown: set[int] = set()
+        self.latest: list[Part] = []
+
+    def add(self, token: int, vector: Tensor | None) -> list[Part]:
+        """Return what a token adds."""
+        if token != self.ret_token_id:
+            # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
+            is_text = token < self.vocabulary.num_tokens and token not in self.silent
+            text = self._text.add(token) if is_text else ""
+            return [text] if text else []
+        assert vector is not None, "the listener reads one at each [RET]"
+        self.latest = [*self.end(), *retrieve(vector[None], self.index, self.settings, self._shown)[0]]
+        return self.latest
+
+    def end(self) -> list[Part]:
+        """Return what was held back."""
+        text = self._text.flush()
+        return [text] if text else []
+
+
+def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Return parts with the pieces of a text made one.
+
+    Example:
+        >>> joined(["A c", "at.", ""])
+        ('A cat.',)
+    """
+    whole: list[Part] = []
+    for part in parts:
+        last = whole[-1] if whole else None
+        if isinstance(part, str) and isinstance(last, str):
+            whole[-1] = last + part
+        else:
+            whole.append(part)
+    return tuple(whole)
