@@ -30,6 +30,8 @@ ORDER = (
     "model",
     "grounding",
     "evaluation",
+    "evaluation/measures",
+    "evaluation/formats",
     "evaluation/running",
     "training/data",
     "training/speedups",

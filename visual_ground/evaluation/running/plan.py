@@ -69,6 +69,10 @@ class Scores:
     whole: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # A metric that nothing gives a value is no metric: it has neither a mean nor an interval.
+        object.__setattr__(self, "values", {name: units for name, units in self.values.items() if any(units)})
+
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Return for each unit and metric the sum of its values, and how many they are, both (units, metrics).
 

@@ -86,7 +86,15 @@ def answer_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt], **opt
     """
     read = [without_features(prompt) for prompt in prompts]
     encoded = [model.processor.encode(prompt) for prompt, _ in read]
-    batch, tokens = batch_of(model, encoded, [one for _, features in read for one in features])
+    return answer_encoded(model, encoded, [one for _, features in read for one in features], **options)
+
+
+@torch.no_grad()
+def answer_encoded(
+    model: GroundedModel, encoded: Sequence[EncodedPrompt], features: Sequence[Tensor], **options: Any
+) -> list[str]:
+    """Return the text that the LM writes behind each prompt; see `answer_prompts`, and `batch_of` for the arguments."""
+    batch, tokens = batch_of(model, encoded, features)
     tokens, padded = with_padding(model.active, tokens, {"do_sample": False, **options})
     parts = model.frozen_lm, model.active
     sequences = generate_ids(*parts, batch, tokens, RetrievalSettings(max_images=0), padded)

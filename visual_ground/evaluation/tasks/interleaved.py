@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.running.images import ImageFeatures, Images
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingValueError
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import RANKS, hits, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import embed_prompts
 from visual_ground.evaluation.running.task import Task
 from visual_ground.evaluation.running.vectors import pack, unpack
-from visual_ground.evaluation.tasks import files
 from visual_ground.model import GroundedModel
 
 # The folds in which COCO's 5,000 test images are also reported; Flickr30k's test images are 1,000.

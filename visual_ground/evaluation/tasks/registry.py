@@ -13,10 +13,17 @@ from visual_ground.evaluation.running.task import Task
 # Each is "module:class", imported where it is first asked for. A class takes the folder of the data, where it needs
 # one, and its settings by name.
 TASKS: dict[str, str] = {
-    "visdial": "visual_ground.evaluation.tasks.visdial:VisDial",
+    "captions": "visual_ground.evaluation.tasks.captions:Captions",
+    "circo": "visual_ground.evaluation.tasks.circo:Circo",
+    "cirr": "visual_ground.evaluation.tasks.cirr:Cirr",
+    "easy-vqa": "visual_ground.evaluation.tasks.easy_vqa:EasyVQA",
+    "emoji": "visual_ground.evaluation.tasks.emoji:EmojiRetrieval",
+    "fashioniq": "visual_ground.evaluation.tasks.fashioniq:FashionIQ",
     "interleaved": "visual_ground.evaluation.tasks.interleaved:Interleaved",
     "karpathy": "visual_ground.evaluation.tasks.karpathy:Karpathy",
+    "visdial": "visual_ground.evaluation.tasks.visdial:VisDial",
     "vist": "visual_ground.evaluation.tasks.vist:Vist",
+    "vqav2": "visual_ground.evaluation.tasks.vqav2:VQAv2",
 }
 
 

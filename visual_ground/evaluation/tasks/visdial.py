@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import RANKS, all_ranks, hits, ndcg, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures, Images
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import batch_of, embed_prompts, without_features
 from visual_ground.evaluation.running.task import Task
 from visual_ground.evaluation.running.vectors import pack, unpack
-from visual_ground.evaluation.tasks import files
 from visual_ground.evaluation.tasks.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
 from visual_ground.generation.candidates import CandidateScorer
 from visual_ground.generation.query_vectors import last_vectors

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingValueError
-from visual_ground.evaluation.tasks import files
+from visual_ground.evaluation.formats import files
 
 SPLIT = "val"  # The only split that has answers for all, and dense annotations.
 DIALOGS_FILE = f"visdial_1.0_{SPLIT}.json"

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import hits, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures, Images
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import batch_of, embed_prompts
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks import files
 from visual_ground.generation.query_vectors import last_vectors
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt

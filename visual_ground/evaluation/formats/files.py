@@ -85,6 +85,41 @@ def entry_of(mapping: Any, key: str, kind: type[T], where: str) -> T:
     return value
 
 
+def entries_of(mapping: Any, key: str, kind: type[T], where: str) -> list[T]:
+    """Return an entry that is a list of one kind of values; see `entry_of`."""
+    values = entry_of(mapping, key, list, where)
+    return [entry_of({key: value}, key, kind, f"{where}, {key}[{number}]") for number, value in enumerate(values)]
+
+
+def placed(values: Any, where: str) -> list[tuple[str, Any]]:
+    """Return the values of a list, each with its place for messages.
+
+    Raises:
+        GroundingValueError: no list, or an empty one.
+    """
+    if not isinstance(values, list) or not values:
+        found = "an empty one" if isinstance(values, list) else _kind_of(values)
+        raise GroundingValueError(
+            f"{where} must be a list of entries, got {found}. This is another file than the task's."
+        )
+    return [(f"{where}, entry {number}", value) for number, value in enumerate(values)]
+
+
+def check_same_ids(ids: Iterable[Any], others: Iterable[Any], what: str, where: tuple[str, str]) -> None:
+    """Raise where two files are not about the same ids.
+
+    Raises:
+        GroundingValueError: names the first few that only one of the files has.
+    """
+    one, other = set(ids), set(others)
+    if one != other:
+        raise GroundingValueError(
+            f"{where[0]} and {where[1]} are not about the same {what}: only the first has {sorted(one - other)[:5]} "
+            f"({len(one - other)}), only the second {sorted(other - one)[:5]} ({len(other - one)}). Take both files of "
+            "the same split and year."
+        )
+
+
 def number_in(sequence: Sequence[T], number: int, where: str) -> T:
     """Return an entry by number.
 
