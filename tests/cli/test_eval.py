@@ -24,7 +24,19 @@ def command(tmp_path, monkeypatch):
 
 
 def test_a_task_is_reported_saved_and_recorded(command, tmp_path, capsys):
-    options = ["--data", "data", "--set", "fold_size=0", "--seed", "5", "--output", "out/report.json", "--record"]
+    options = [
+        "--data",
+        "data",
+        "--set",
+        "fold_size=0",
+        "--seed",
+        "5",
+        "--output",
+        "out/report.json",
+        "--record",
+        "--device",
+        "cpu",
+    ]
     assert main([*command, *options]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["metrics"]["text_to_image_r5"] == 100 and report["settings"]["seed"] == 5

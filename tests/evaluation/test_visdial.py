@@ -95,7 +95,7 @@ def answers(model, folder, score, shift=1):
     return {
         "mrr": 100 * mean([1 / rank for rank in right]),
         "mean_rank": mean(right),
-        **{f"r{k}": 100 * mean([rank <= k for rank in right]) for k in (1, 5, 10)},
+        **{f"answer_r{k}": 100 * mean([rank <= k for rank in right]) for k in (1, 5, 10)},
         "ndcg": mean([gain(flat[ROUNDS * d + shift]) for d in (0, 1)]),
     }
 

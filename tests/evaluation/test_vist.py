@@ -183,9 +183,15 @@ def test_what_is_wrong_with_the_files_is_named(folder, content, tmp_path):
 def test_stories_that_are_none_are_counted(folder, content):
     content["annotations"] += [annotation(3, 0, photo_flickr_id=IMAGES[0])]
     content["annotations"][7] = annotation(1, 2, text=" ")
+    content["images"].append({"id": IMAGES[3]})
     write(folder, content)
     report = evaluate(grounded(), "vist", data=folder, progress=False)
-    assert report.missing == {"stories without five captions": ["s3"], "stories with an empty caption": ["s1"]}
+    assert report.missing == {
+        "stories without five captions": ["s3"],
+        "stories with an empty caption": ["s1"],
+        "further entries of an image": [IMAGES[3]],
+    }
+    assert report.counts["images"] == len(IMAGES)
 
 
 def test_an_empty_gallery_is_refused(folder, content):

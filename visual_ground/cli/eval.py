@@ -46,6 +46,7 @@ def add_parser(commands: Commands) -> None:
     task.add_argument(
         "--work-dir", metavar="DIR", default=WORK_DIR, help=f"where a killed evaluation goes on from; {WORK_DIR}"
     )
+    task.add_argument("--device", metavar="NAME", help="where the models run, such as cuda:1; a GPU if there is one")
     pairs = parser.add_argument_group("for pairs")
     pairs.add_argument("--dataset-revision", help="for --record: of the dataset")
     add_column_options(pairs)
@@ -69,9 +70,11 @@ def _run_task(options: argparse.Namespace) -> None:
 
     # Before the models are loaded, which takes long.
     task = load_task(options.dataset, options.data, **dict(map(_setting, options.set)))
-    model = load_model(options)
+    processes, model = Processes(), load_model(options)
+    if not getattr(model.lm, "is_quantized", False):  # Such an LM has been put where it runs.
+        model.to(options.device or processes.device)
     report = Evaluation(task, options.work_dir, options.batch_size, options.seed, progress=True).report(model)
-    if not Processes().is_main:
+    if not processes.is_main:
         return
     print(report.to_json())
     if options.output:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -21,11 +22,14 @@ class Processes:
     Attributes:
         index: the number of this process, from 0.
         count: how many there are.
+        device: the GPU of this process, where there is one; else the CPU.
     """
 
     def __init__(self) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_initialized():
             PartialState()  # Joins the others of the launch; without one, it would choose a device for the program.
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         together = _is_initialized()
         self.index: int = dist.get_rank() if together else 0
         self.count: int = dist.get_world_size() if together else 1

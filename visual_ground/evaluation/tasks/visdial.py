@@ -28,7 +28,7 @@ WAYS = ("dialog_to_image", "image_to_dialog")
 
 
 class VisDial(Task):
-    """VisDial 1.0 val: `ndcg`, `mrr`, `r1`, `r5`, `r10` in percent and `mean_rank` of the answers; recalls both ways.
+    """VisDial 1.0 val: `ndcg`, `mrr`, `answer_r<k>` in percent and `mean_rank` of the answers; recalls both ways.
 
     Answers: behind the image and the dialogue up to a question, each candidate's log-likelihood is summed over its
     tokens. `ndcg` is that of the rounds with dense annotations, the others are over all rounds. Retrieval:
@@ -112,7 +112,7 @@ class VisDial(Task):
 
     def _answer_values(self, records: Sequence[Record]) -> dict[str, list[list[float]]]:
         values: dict[str, list[list[float]]] = {name: [] for name in ("ndcg", "mrr", "mean_rank")}
-        values |= {f"r{k}": [] for k in RANKS}
+        values |= {f"answer_r{k}": [] for k in RANKS}
         flat = [ranks for record in records for ranks in record["ranks"]]
         begin = 0
         for record in records:
@@ -120,7 +120,7 @@ class VisDial(Task):
             values["mrr"].append([100 / rank for rank in ranks])
             values["mean_rank"].append([float(rank) for rank in ranks])
             for k in RANKS:
-                values[f"r{k}"].append([hits(rank)[f"r{k}"][0] for rank in ranks])
+                values[f"answer_r{k}"].append([hits(rank)[f"r{k}"][0] for rank in ranks])
             values["ndcg"].append([])
             if record["dense_round"] is not None:
                 # The published script counts rounds from 0 where the file counts from 1, also beyond the dialog's end.

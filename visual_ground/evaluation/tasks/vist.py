@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,11 +73,11 @@ class Vist(Task):
         content = files.read_json(path, dict)
         listed = files.entry_of(content, "images", list, path.name)
         ids = [files.entry_of(entry, "id", str, f"{path.name}, image {i}") for i, entry in enumerate(listed)]
-        self._ids = list(dict.fromkeys(ids))
+        self._twice = sorted({id_ for id_, count in Counter(ids).items() if count > 1})
         annotations = files.entry_of(content, "annotations", list, path.name)
         self._stories, self._refused = _read_stories(annotations, path.name, sort=not self.is_published)
         folder = files.ImageFolder(data)
-        self._paths = {name: folder.path(name) for name in self._ids}
+        self._paths = {name: folder.path(name) for name in ids}
 
     def prepare(self, model: GroundedModel, images: ImageFeatures) -> Plan:
         """Embed all pictures."""
@@ -88,6 +89,7 @@ class Vist(Task):
         missing = {
             **found.missing,
             **self._refused,
+            "further entries of an image": self._twice,
             "stories without a picture that is needed": [one.id for one in self._stories if one.id not in kept],
             "stories that lack an earlier picture, not in captions_5_images_4": [
                 story.id for story in stories if not all(name in found for name in story.images)
