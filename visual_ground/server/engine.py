@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from visual_ground.errors import GroundingStateError
+from visual_ground.generation.ends import end_ids
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.generate import generate_ids, heard_by, listen, with_padding
 from visual_ground.generation.retrieval_token import RetrievalSettings
@@ -119,7 +120,7 @@ class Engine:
         model, attached = self.model, self.model.active
         batch = attached.processor.batch([job.prompt for job in jobs]).to(model.frozen_lm.device)
         image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
-        ends = end_tokens(model)
+        ends = end_ids(model.frozen_lm, attached)
 
         def hear(row: int, token: int, vector: Any) -> bool:
             return jobs[row].hear(token, vector, token in ends)
@@ -139,10 +140,3 @@ class Engine:
         }
         settings = RetrievalSettings()
         generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
-
-
-def end_tokens(model: GroundedModel) -> frozenset[int]:
-    """Return the ids that end an answer."""
-    configured: Any = getattr(model.lm.generation_config, "eos_token_id", None)
-    configured = model.tokenizer.eos_token_id if configured is None else configured
-    return frozenset([] if configured is None else [configured] if isinstance(configured, int) else configured)

@@ -80,10 +80,13 @@ def _samplings(body: Mapping[str, Any]) -> list[Sampling]:
     seed = number(body, "seed", None, -(2**63), 2**63 - 1, whole=True)
     retrieval = RetrievalSettings(
         images_per_ret=number(body, "images_per_ret", 1, 1, 16, whole=True),
-        max_images=number(body, "max_images", None, 0, 1000, whole=True),
+        max_images=number(body, "max_images", RetrievalSettings.max_images, 0, 1000, whole=True),
         ret_bias=number(body, "ret_bias", 0.0, -1e6, 1e6),
         min_new_tokens_before_ret=number(body, "min_new_tokens_before_ret", 0, 0, 1e6, whole=True),
-        min_new_tokens_between_rets=number(body, "min_new_tokens_between_rets", 0, 0, 1e6, whole=True),
+        min_new_tokens_between_rets=number(
+            body, "min_new_tokens_between_rets", RetrievalSettings.min_new_tokens_between_rets, 0, 1e6, whole=True
+        ),
+        complete_sentences=body.get("complete_sentences") is True,
     )
     temperature, top_p = number(body, "temperature", 1.0, 0, 2), number(body, "top_p", 1.0, 0, 1)
     seeds = (None if seed is None else seed + i for i in range(number(body, "n", 1, 1, MAX_CHOICES, whole=True)))
