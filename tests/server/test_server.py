@@ -99,6 +99,15 @@ def test_a_streamed_answer_is_the_whole_one(running):
     assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+def test_an_answer_ends_at_a_sentence_where_that_is_asked_for(running):
+    options = dict(max_new_tokens=5, do_sample=False, complete_sentences=True)
+    expected = running.model.generate([{"role": "user", "content": "w4 w5"}], **options)[0]
+    given = dict(max_tokens=5, extra_body={"complete_sentences": True})
+    assert running.ask(**given).choices[0].message.content == expected.text
+    said = "".join(c.choices[0].delta.content or "" for c in running.ask(stream=True, **given) if c.choices)
+    assert said == expected.text and said.endswith("\u2026")
+
+
 def test_pictures_have_addresses_and_no_paths(running):
     message = running.ask(extra_body={**SHOWS, "images_per_ret": 2}).choices[0].message
     shown = {part["id"]: part for part in message.parts if part["type"] == "image"}

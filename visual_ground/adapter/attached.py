@@ -176,6 +176,7 @@ class AttachedAdapter(nn.Module):
             beside = {**beside, ANCHORS_FILE: self.anchors.write}
         # The file is in float32, also where somebody called `adapter.double()`.
         tensors = {name: tensor.float() for name, tensor in self.adapter.state_dict().items()}
+        metadata = replace(metadata, kept=tuple(sorted(self.adapter.kept)))
         save_adapter(folder, tensors, metadata, repo_id, beside=beside)
 
 

@@ -68,11 +68,14 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", metavar="N", type=whole(1), help="length of an answer; 64 or the LM's own")
     parser.add_argument("--max-images", metavar="N", type=whole(0), help="images of an answer; a few where not given")
     parser.add_argument("--ret-bias", metavar="X", type=number(), help="added to the logit of [RET]; 0")
+    parser.add_argument(
+        "--complete-sentences", action="store_true", default=None, help="end answers with their last whole sentence"
+    )
 
 
 def answer_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return what was given of the options of `add_answer_options`, for `GroundedModel.generate`."""
-    names = ("max_new_tokens", "max_images", "ret_bias")
+    names = ("max_new_tokens", "max_images", "ret_bias", "complete_sentences")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 

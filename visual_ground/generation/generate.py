@@ -11,6 +11,7 @@ from transformers import BatchFeature, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.generation.ends import end_ids, silent_ids
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener, OnToken
 from visual_ground.generation.options import complete_options
@@ -63,10 +64,10 @@ def generate(
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
         return outputs
-    return whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
+    return _whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
 
 
-def whole_sentences(
+def _whole_sentences(
     outputs: Sequence[InterleavedOutput], answers: Sequence[Sequence[int]], stops: set[int]
 ) -> list[InterleavedOutput]:
     """Cut each answer that the LM did not end itself, right after the answer's last whole sentence."""
@@ -74,16 +75,6 @@ def whole_sentences(
         output if stops.intersection(ids) else InterleavedOutput(cut_to_sentences(output.parts))
         for ids, output in zip(answers, outputs, strict=True)
     ]
-
-
-def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any]) -> set[int]:
-    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS."""
-    of_lm = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
-    ids = options.get("eos_token_id", of_lm)
-    ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
-    if isinstance(ids, Tensor):
-        ids = ids.flatten().tolist()
-    return {ids} if isinstance(ids, int) else set(ids or ())
 
 
 def with_padding(
@@ -184,18 +175,6 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
         )
     if isinstance(index, ImageIndex):
         index.check_model(attached.image_space)
-
-
-def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
-    """Return the ids that end or pad answers; they are not text, even if the tokenizer decodes them as text.
-
-    A tokenizer does so for a PAD that was set after loading, and for the LM's EOS if it has no EOS of its own.
-    """
-    tokenizer = attached.processor.tokenizer
-    own = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
-    stops = own if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    ids = [tokenizer.pad_token_id, *(stops if isinstance(stops, (list, tuple)) else [stops])]
-    return {i for i in ids if i is not None}
 
 
 def _interleave(

@@ -66,6 +66,7 @@ class AdapterCheckpoints:
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Load the adapter's tensors, all or none."""
         self.model.active.load_weights(folder, self.model.lm)
+        self.model.adapter.keep(read_adapter_config(folder).get("kept", ()))
 
     @contextmanager
     def writing(self, state: TrainerState, wait_for_everyone: Callable[[], None]) -> Iterator[Path | None]:
