@@ -205,7 +205,8 @@ def _features(model: PixelEmbedder, batch: Batch) -> Tensor:
         GroundingValueError: features of another width than the encoder's, or not finite.
     """
     if batch.pixels.dim() == 4:
-        return model.vision(batch.pixels)
+        features: Tensor = model.vision(batch.pixels)
+        return features
     wanted, width = model.vision.feature_dim, batch.pixels.shape[-1]
     if width != wanted or not bool(torch.isfinite(batch.pixels).all()):
         raise GroundingValueError(
