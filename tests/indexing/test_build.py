@@ -67,7 +67,7 @@ def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):
     [
         [("write_table", 1), ("write_table", 2), ("write_json", 3)],
         [("write_json", 1), ("write_index", 1), ("write_index", 1)],
-        [("_write_part", 3), ("read_table", 2), ("_features", 1)],
+        [("_features", 2), ("_write_part", 2), ("read_table", 2)],
     ],
 )
 def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):
@@ -99,6 +99,8 @@ def test_features_are_a_source_like_images(tmp_path):
     index = ImageIndex.from_pretrained(tmp_path / "index")
     assert index.ids == [path.name for path in paths] and index.metadata[3] == {"n": 3}
     assert torch.allclose(index.vectors, MODEL.embed_images([str(path) for path in paths]), atol=1e-5)
+    with pytest.raises(GroundingError, match="of one width"):
+        build_index(MODEL, [*rows, {"image_features": [0.0]}], tmp_path / "two", BuildOptions(progress=False))
     for wrong in ([0.0, 1.0], [float("nan")] * MODEL.vision.feature_dim):
         with pytest.raises(GroundingError, match="has features of width"):
             build_index(MODEL, [{"image_features": wrong}], tmp_path / "wrong", BuildOptions(progress=False))

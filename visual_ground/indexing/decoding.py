@@ -127,12 +127,7 @@ def _read_there(items: list[SourceImage]) -> tuple[Any, ...]:
 def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_size: int | None) -> Batch:
     read, pixels, thumbnails, unreadable = [], list[Tensor](), list[bytes | None](), []
     for item in items:
-        if isinstance(item.image, Tensor):
-            if item.image.dim() != 1 or (pixels and pixels[0].shape[1:] != item.image.shape):
-                raise GroundingValueError(
-                    f"Features must be (f,), all of the same width and without images between them, got "
-                    f"{tuple(item.image.shape)} for {item.id!r}."
-                )
+        if isinstance(item.image, Tensor) and item.image.dim() == 1:  # Features; other tensors are pictures.
             pixels.append(item.image[None])
             read.append(item)
             thumbnails.append(None)
@@ -145,5 +140,10 @@ def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_
             continue
         read.append(item)
         thumbnails.append(None if thumbnail_size is None else to_thumbnail(picture, thumbnail_size))
+    shapes = {tuple(one.shape[1:]) for one in pixels}
+    if len(shapes) > 1 and min(map(len, shapes)) == 1:
+        raise GroundingValueError(
+            f"Features of a source must be of one width, and have no images between them; got {sorted(shapes)}."
+        )
     stacked = torch.cat(pixels) if pixels else torch.from_numpy(np.zeros((0, 3, 1, 1), dtype=np.float32))
     return Batch(read, stacked, thumbnails, unreadable, len(items))
