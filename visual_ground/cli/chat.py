@@ -105,7 +105,7 @@ def answer(conversation: Conversation, line: str, page: str | None) -> None:
     at_start = True
     try:
         for part in conversation.answer(line):
-            print(_shown(part, at_start), end="", flush=True)
+            print(shown(part, at_start), end="", flush=True)
             at_start = not isinstance(part, str) or part.endswith("\n")
     except KeyboardInterrupt:
         print(" [stopped]", end="")
@@ -115,9 +115,19 @@ def answer(conversation: Conversation, line: str, page: str | None) -> None:
         conversation.turns[-1][1].save(page)
 
 
-def _shown(part: Part, at_start: bool) -> str:
+def shown(part: Part, at_start: bool) -> str:
+    """Return a part of an answer as the standard output shows it: a picture drawn, where that can be, above its line.
+
+    Args:
+        part: a text or an image.
+        at_start: whether a line begins here.
+    """
+    from visual_ground.terminal.inline import drawn, protocol_of
+
     if isinstance(part, str):
         return part.lstrip() if at_start else part
+    protocol = protocol_of(sys.stdout, os.environ)
+    picture = drawn(part.image, protocol) if protocol and part.is_readable else None
     score = "" if part.score is None else f" {part.score:.2f}"
     where = "" if part.uri is None else f" {part.uri}"
-    return f"{'' if at_start else chr(10)}{part}{score}{where}\n"
+    return f"{'' if at_start else chr(10)}{f'{picture}{chr(10)}' if picture else ''}{part}{score}{where}\n"
