@@ -1,4 +1,4 @@
-"""What both tasks of composed retrieval share: the frozen models, and how a task is scored."""
+"""What tasks of composed retrieval share: the frozen models, and how a task is scored."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     accelerate launch --multi_gpu --num_processes 2 -m tests.training.spread FOLDER [KIND]
 
-KIND is "table", "stream" for a stream of four files, or "fsdp" for a table and a sharded base: accelerate shards on
-GPUs only, so its plugin is put in by hand here, and torch's own FSDP then runs on gloo.
+KIND is "table", "stream" for a stream of four files, "held_out" for a table half of which chooses the best state, or
+"fsdp" for a table and a sharded base: accelerate shards on GPUs only, so its plugin is put in by hand here, and torch's
+own FSDP then runs on gloo.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ ROWS = 16
 
 def data_of(kind, folder):
     """Return the rows; the first process writes their images."""
-    names, captions = [str(folder / f"{i}.png") for i in range(ROWS)], [f"w{10 + i} w{30 + i}" for i in range(ROWS)]
+    numbers = range(2 * ROWS if kind == "held_out" else ROWS)
+    names, captions = [str(folder / f"{i}.png") for i in numbers], [f"w{10 + i} w{30 + i}" for i in numbers]
     if PartialState().is_main_process:
         for i, name in enumerate(names):
             picture(i).save(name)
@@ -72,7 +74,8 @@ def main(folder, kind):
         save_steps=2,
         eval_strategy="steps",
         eval_steps=2,
-        learning_rate=1e-2,
+        learning_rate=10.0 if kind == "held_out" else 1e-2,
+        held_out=0.5 if kind == "held_out" else 0.0,
         num_logged_examples=2,
         report_to="none",
         disable_tqdm=True,
@@ -91,6 +94,8 @@ def main(folder, kind):
         "rows": trainer.seen,
         "captions": trainer.captions,
         "adapter": hashlib.sha256(save(tensors)).hexdigest(),
+        "best": {name: score for part in trainer._best.parts.values() for name, score in part.found.items()},
+        "scores": [entry for entry in trainer.state.log_history if "held_out_retrieval" in entry],
         "metrics": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
         "writes": trainer.args.should_save,
         "base": sum(p.numel() for p in model.lm.parameters()),

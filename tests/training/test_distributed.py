@@ -53,3 +53,13 @@ def test_two_processes(tmp_path):
         assert all(name == "Tensor" for name in one["replicated"]) and bool(one["sharded"]) == (kind == "fsdp")
     for name, tensor in adapters["table"].items():
         assert torch.allclose(tensor, adapters["fsdp"][name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_same_best_state(tmp_path):
+    one, two = launch(tmp_path, "held_out")
+    assert one["adapter"] == two["adapter"] and one["scores"] == two["scores"]
+    assert one["best"] == two["best"]
+    for name, kept in one["best"].items():
+        assert round(kept, 4) == max(entry[f"held_out_{name}"] for entry in one["scores"])
+    assert {row for rows in (*one["rows"], *two["rows"]) for row in rows} < set(range(2 * ROWS))

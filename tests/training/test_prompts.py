@@ -67,6 +67,16 @@ def test_the_state_that_is_trained_is_the_one_that_embed_text_reads(family, rows
     assert torch.allclose(whole.loss, output.loss, rtol=1e-4)
 
 
+def test_an_evaluation_asks_with_the_prompts(rows, tmp_path):
+    model = chatty()
+    trainer = GroundingTrainer(model, arguments(tmp_path), rows, rows)
+    found = trainer.evaluate()
+    texts = model.embed_text([row.get("prompt", row["caption"]) for row in rows])
+    images = model.embed_images([row["image"] for row in rows])
+    first = ((texts @ images.T).argmax(1) == torch.arange(COUNT)).float().mean()
+    assert found["eval_text_to_image_r1"] == pytest.approx(100 * float(first))
+
+
 def test_kept_prefixes_and_prompts_are_one_batch(rows):
     model = chatty()
     dataset = ExampleDataset(rows, sample=False)

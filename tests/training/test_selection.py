@@ -38,14 +38,41 @@ def now(trainer):
     return round(scores["retrieval"], 4), round(scores["captioning"], 4)
 
 
-def test_an_absurd_learning_rate_leaves_the_start_and_ends_soon(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        trainer = trained(tmp_path, 10.0, patience=3)
+def test_an_absurd_learning_rate_does_no_harm(tmp_path):
+    trainer = trained(tmp_path, 10.0)
     start, *others = scores_of(trainer)
-    assert trainer.state.global_step < trainer.state.max_steps and all(other[1] < start[1] for other in others)
-    # `[RET]` belongs to retrieval, and is a column of every softmax.
-    assert now(trainer)[0] >= start[0] and now(trainer)[1] == pytest.approx(start[1], abs=0.01)
-    assert "as at the start" in caplog.text
+    assert others and all(kept >= before for kept, before in zip(now(trainer), start, strict=True))
+
+
+def test_how_well_image_tokens_are_read_depends_on_nothing_else(tmp_path):
+    trainer = GroundingTrainer(grounded("qwen2_tied"), arguments(tmp_path, held_out=0.4), ROWS)
+    before, adapter = now(trainer), trainer.grounded.adapter
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if not name.startswith("image_projection"):
+                parameter.add_(torch.randn_like(parameter))
+    kept = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    assert now(trainer)[1] == before[1]
+    assert all(torch.equal(tensor, adapter.state_dict()[name]) for name, tensor in kept.items())
+
+
+def test_a_run_that_only_harms_ends_soon_and_leaves_the_start(tmp_path, caplog):
+    args = arguments(tmp_path, held_out=0.4, max_steps=10, patience=3)
+    trainer = GroundingTrainer(grounded(retrieval_prompt="w90 w91"), args, ROWS)
+    adapter, states = trainer.grounded.adapter, []
+
+    def worse_and_worse():
+        states.append({name: tensor.clone() for name, tensor in adapter.state_dict().items()})
+        return {"retrieval": -float(len(states)), "captioning": -float(len(states))}
+
+    trainer._best.held_out.scores = worse_and_worse
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step == 3 and len(states) == 4
+    changed = [name for name, tensor in states[0].items() if not torch.equal(tensor, states[-1][name])]
+    assert "image_projection.weight" in changed and "text_retrieval_projection.0.weight" in changed
+    assert all(torch.equal(tensor, states[0][name]) for name, tensor in adapter.state_dict().items())
+    assert "No step made retrieval better" in caplog.text and "made the image tokens better" in caplog.text
 
 
 @pytest.mark.parametrize("prompted", [False, True], ids=["captions", "prompts"])
@@ -90,7 +117,8 @@ def test_a_run_that_is_killed_and_goes_on_keeps_the_same_state(tmp_path):
 
 def test_groups_are_held_out_whole_or_not_at_all(tmp_path):
     trainer = GroundingTrainer(grounded(), arguments(tmp_path, held_out=0.4), ROWS)
-    held = {example["row"] for example in trainer._best.held_out.examples}
+    examples = trainer._best.held_out.examples
+    held = {examples[i]["row"] for i in range(len(examples))}
     trained_on = {trainer.train_dataset[i]["row"] for i in range(len(trainer.train_dataset))}
     assert len(held) == 24 <= MAX_EXAMPLES and held | trained_on == set(range(60)) and not held & trained_on
     assert {ROWS[i]["group"] for i in held}.isdisjoint({ROWS[i]["group"] for i in trained_on})

@@ -21,7 +21,7 @@ from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.storage.atomic import replacing
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.meters import log_image
-from visual_ground.training.validation import embed_captions
+from visual_ground.training.validation import embed_texts
 from visual_ground.vision.images import to_rgb
 
 # Layout, in pixels: a thumbnail's side, the space between columns and rows, a line of text, the column of text.
@@ -66,7 +66,7 @@ def sheet_entries(model: GroundedModel, examples: ExampleDataset, count: int) ->
     shown = [pool[i] for i in _evenly_spaced(len(pool), count)]
     pairs = {number: examples[number] for number in pool}
     images = model.adapter.embed_images(image_features(model, [pairs[number] for number in pool]))
-    captions, _ = embed_captions(model, [pairs[number]["caption"] for number in shown])
+    captions, _ = embed_texts(model, [pairs[number] for number in shown])
     nearest = (captions @ images.T).topk(min(NUM_RETRIEVED, len(pool))).indices.tolist()
     entries = []
     for number, best in zip(shown, nearest, strict=True):

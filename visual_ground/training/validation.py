@@ -15,7 +15,8 @@ from visual_ground.evaluation.metrics import retrieval_recalls
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
-from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
+from visual_ground.training.data.prompts import PromptIds
 
 
 class Validation:
@@ -64,7 +65,7 @@ class Validation:
         texts, images, predicts_ret, groups = [], [], [], []
         for numbers in tqdm(shares, desc="evaluation: recall", unit="batch", disable=not self.progress, leave=False):
             batch = [self.examples[i] for i in numbers]
-            vectors, hits = embed_captions(self.model, [example["caption"] for example in batch])
+            vectors, hits = embed_texts(self.model, batch)
             texts.append(vectors)
             predicts_ret.append(hits)
             images.append(self.model.adapter.embed_images(image_features(self.model, batch, batch_size)))
@@ -102,29 +103,30 @@ class Validation:
 
 
 @torch.no_grad()
-def embed_captions(model: GroundedModel, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return the vectors read after each caption, and whether the LM predicts `[RET]` there.
+def embed_texts(model: GroundedModel, examples: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Return the vectors read after each example's caption, or its prompt, and whether the LM predicts `[RET]` there.
 
     Args:
         model: the grounded model.
-        captions: n captions.
+        examples: n examples.
 
     Returns:
         Unit vectors (n, q), and 1 or 0 (n,).
     """
     processor, device = model.processor, model.active.device
-    prefix = processor.caption_prefix(image=False)
-    captioned = [(*prefix, *processor.encode_caption(text)) for text in captions]
-    suffixes = [processor.retrieval_suffix(ids) for ids in captioned]
-    prompts = [EncodedPrompt((*ids, *suffix), ()) for ids, suffix in zip(captioned, suffixes, strict=True)]
+    said = [PromptIds.of(processor, example.get("prompt", example["caption"])).ids for example in examples]
+    suffixes = [processor.retrieval_suffix(ids) for ids in said]
+    prompts = [EncodedPrompt((*ids, *suffix), ()) for ids, suffix in zip(said, suffixes, strict=True)]
     processor.check_ids(prompts)
     ids, mask = pad_batch(prompts, model.frozen_lm.vocabulary.first_image_id, processor.pad_token_id, "left")
+    images = ExampleCollator(model).prompt_images(examples)
+    tokens = model.active.image_tokens(images.get("prompt_pixels"), images.get("prompt_features"))
     # Padded on the left, every sequence is read in the last column; positions count through the whole batch.
     ends = torch.arange(1, len(ids) + 1) * ids.shape[1] - 1
     # The position at the caption's end, whose logits predict `[RET]`, and that whose hidden states are embedded.
     positions = torch.stack([ends - torch.tensor([len(suffix) for suffix in suffixes]), ends], 1).flatten()
     reading = model.frozen_lm.read(
-        ids.to(device), mask.to(device), positions.to(device), layers=model.config.text_layers
+        ids.to(device), mask.to(device), positions.to(device), tokens, layers=model.config.text_layers
     )
     vectors = model.active.embed_states([states[1::2] for states in reading.states])
     return vectors, (reading.logits[0::2].argmax(-1) == model.ret_token_id).float().to(device)

@@ -195,9 +195,9 @@ class ExampleCollator:
             batch["image_features"] = torch.stack([example["image_features"] for example in examples])
         else:
             batch["pixel_values"] = self.model.vision.preprocess([example["image"] for example in examples])
-        return batch | self._prompt_images(examples)
+        return batch | self.prompt_images(examples)
 
-    def _prompt_images(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def prompt_images(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the features (m, f) of the prompts' images, in the order of their marks, or the pixels."""
         features: list[Tensor] = []
         images: list[Any] = []

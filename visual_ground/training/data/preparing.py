@@ -15,6 +15,7 @@ from torch import Tensor
 from visual_ground.errors import GroundingError, GroundingValueError
 from visual_ground.training.data.columns import Columns, open_rows, usable_rows, without_images
 from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.prompts import PROMPT
 from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.feature_cache import FeatureCache
@@ -101,8 +102,7 @@ class Preparing:
         if "image_features" in rows[0]:
             self._check_widths(rows)
         if self.cache is not None:
-            asked = ImagesOf(without_images(rows, self.columns), self.columns.prompt_images)
-            of_prompts = self._places(asked, numbers, skipped)
+            of_prompts = self._places_of_prompts(rows, numbers, skipped)
             # A prompt is read whole or not at all, and of a row's own images those that can be read.
             usable = np.array([bool((places >= 0).all()) for places in of_prompts])
             if "image_features" not in rows[0]:
@@ -113,13 +113,20 @@ class Preparing:
             if not readable:
                 skipped.check(0)
             rows, numbers = select_rows(rows, readable), numbers[readable]
-            if len(asked):
+            if any(map(len, of_prompts)):
                 prompts = StoredFeatures(self.cache.file, [of_prompts[i] for i in readable])
             if "image_features" not in rows[0]:
                 features = StoredFeatures(self.cache.file, [places[i] for i in readable])
         skipped.finish()
         groups = _groups(rows, features)
         return ExampleDataset(rows, features, groups, sample, self.columns, numbers.tolist(), self.seed, prompts)
+
+    def _places_of_prompts(self, rows: Any, numbers: Indices, skipped: Skipped) -> list[Indices]:
+        """Return, for each row, where the features of its prompt's images are."""
+        if PROMPT not in (getattr(rows, "column_names", None) or [PROMPT]):
+            return [np.zeros(0, dtype=np.int64)] * len(rows)
+        images = ImagesOf(without_images(rows, self.columns), self.columns.prompt_images)
+        return self._places(images, numbers, skipped)
 
     def _places(self, images: ImagesOf, numbers: Indices, skipped: Skipped) -> list[Indices]:
         """Return, for each row, where the features of its images are; -1 for one that cannot be read."""

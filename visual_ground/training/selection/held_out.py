@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visual_ground.adapter.adapter import Adapter
 from visual_ground.evaluation.metrics import mean_reciprocal_ranks
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
@@ -70,23 +72,22 @@ class HeldOut:
         names: Sequence[str],
     ) -> None:
         self.objective, self.collator, self.names = objective, collator, tuple(names)
-        self.examples = [examples[i] for i in range(len(examples))]
-        self.batch_size = batch_size
+        self.examples, self.batch_size = examples, batch_size
         self._prefixes: PrefixCache | None = None
 
     @property
     def reads_images_to_retrieve(self) -> bool:
         """Whether a prompt has images, so that retrieval depends on the image tokens."""
-        return any(
-            "prompt_images" in example or example.get("prompt_features") is not None for example in self.examples
-        )
+        columns, rows = self.examples.columns, self.examples.rows
+        return any(columns.prompt_images(rows[i]) for i in range(len(rows)))
 
     @torch.no_grad()
     def scores(self) -> dict[str, float]:
         """Return the scores, the larger the better.
 
         "retrieval" is the mean reciprocal rank of texts' images and of images' texts, in percent; "captioning" the mean
-        log-likelihood of the captions' tokens, in nats.
+        log-likelihood of the captions' tokens, in nats, with a logit of 0 for `[RET]`, so that it depends on nothing
+        but the image tokens.
         """
         objective, was_training = self.objective, self.objective.training
         prefixes = objective.prefixes
@@ -95,14 +96,15 @@ class HeldOut:
             self._prefixes = prefixes.without_memory()
             self._prefixes.limit_bytes = CACHE_BYTES
         objective.eval()
-        parts = [
-            self._part(self.examples[i : i + self.batch_size]) for i in range(0, len(self.examples), self.batch_size)
-        ]
+        numbers = range(len(self.examples))
+        starts = range(0, len(numbers), self.batch_size)
+        # Read anew each time: images whose features are not cached may be large.
+        parts = [self._part([self.examples[n] for n in numbers[i : i + self.batch_size]]) for i in starts]
         objective.train(was_training)
         found: dict[str, float] = {}
         if "retrieval" in self.names:
             texts, images = (torch.cat([part[name] for part in parts]) for name in ("texts", "images"))
-            groups = torch.tensor([example["group"] for example in self.examples])
+            groups = torch.tensor([self.examples.groups[n] for n in numbers])
             found["retrieval"] = 50 * sum(mean_reciprocal_ranks(texts, images, groups).values())
         if "captioning" in self.names:
             found["captioning"] = -sum(part["captioning"] for part in parts) / sum(part["labels"] for part in parts)
@@ -118,9 +120,22 @@ class HeldOut:
         if "captioning" in self.names:
             labels = sum(sequence.num_labels for sequence in batch["captioning"])
             parts = PreparedBatch(batch["captioning"], batch["retrieval"], features, batch["groups"])
-            found |= {"captioning": float(objective.captioning(parts)) * labels, "labels": labels}
+            with _silent_ret(model.adapter):
+                found |= {"captioning": float(objective.captioning(parts)) * labels, "labels": labels}
         return found
 
     def _prompt_features(self, batch: Mapping[str, Any]) -> Tensor | None:
         vision, pixels = self.objective.model.vision, batch.get("prompt_pixels")
         return batch.get("prompt_features") if pixels is None else vision(pixels.to(self.objective.model.active.device))
+
+
+@contextmanager
+def _silent_ret(adapter: Adapter) -> Iterator[None]:
+    """Inside the block, `[RET]`'s output embedding is 0."""
+    embedding = adapter.ret_embeddings()[1]
+    kept = embedding.detach().clone()
+    embedding.zero_()
+    try:
+        yield
+    finally:
+        embedding.copy_(kept)

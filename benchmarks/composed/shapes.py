@@ -1,6 +1,6 @@
 """Composed retrieval on easy-VQA's pictures of shapes: "The same shape in blue."
 
-python benchmarks/composed/easy_vqa.py [SEED]
+python benchmarks/composed/shapes.py [SEED]
 
 A picture shows one of three shapes in one of eight colours, anywhere and of any size. Fitted on the package's training
 pictures, asked with its test pictures for test pictures.
@@ -58,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         model, seconds = fitted(rows, Path(out), seed)
         results = score(model, queries, [picture for picture, _, _ in test])
-    report(f"easy_vqa_{seed}", {"seed": seed, "fitted pairs": len(rows), "fit seconds": round(seconds), **results})
+    report(f"shapes_{seed}", {"seed": seed, "fitted pairs": len(rows), "fit seconds": round(seconds), **results})
 
 
 if __name__ == "__main__":
