@@ -10,6 +10,7 @@ from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
 from visual_ground.cli import chat
 from visual_ground.cli.conversation import Conversation, split_line
+from visual_ground.cli.main import main
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 OPTIONS = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, ret_bias=1e3, max_images=1)
@@ -93,3 +94,8 @@ def test_a_line_that_fails_is_forgotten(conversation, monkeypatch, capsys):
 def test_without_a_template_each_line_stands_alone(conversation):
     conversation.model.tokenizer.chat_template = None
     assert list(conversation.answer("w4")) and list(conversation.answer("w5"))
+
+
+def test_a_folder_as_the_page_is_said_before_anything_is_loaded(tmp_path, capsys):
+    assert main(["chat", "no/lm", "no/adapter", "--once", "w4", "--html", str(tmp_path)]) == 2
+    assert "is a folder" in (said := capsys.readouterr().err) and said.count("\n") == 1

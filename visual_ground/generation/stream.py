@@ -15,8 +15,8 @@ from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.ends import end_ids, silent_ids
 from visual_ground.generation.generate import check_index, generate_ids, heard_by, listen, with_padding
+from visual_ground.generation.options import end_ids, silent_ids
 from visual_ground.generation.output import Part
 from visual_ground.generation.retrieval_token import RetrievalSettings, retrieve
 from visual_ground.generation.sentences import GrowingSentences
@@ -82,7 +82,7 @@ class GrowingAnswer:
         attached: the active adapter.
         index: where images are searched.
         settings: how many are shown.
-        silent: ids that are no text, though the tokenizer may decode them; see `ends.silent_ids`.
+        silent: ids that are no text, though the tokenizer may decode them; see `options.silent_ids`.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from visual_ground.errors import GroundingError
-from visual_ground.generation.ends import silent_ids
+from visual_ground.generation.options import silent_ids
 from visual_ground.generation.output import Part, RetrievedImage
 from visual_ground.generation.stream import GrowingAnswer
 from visual_ground.prompts.encoded import EncodedPrompt
