@@ -9,6 +9,7 @@ import pytest
 from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
 from visual_ground.cli import chat
+from visual_ground.cli.main import main
 from visual_ground.terminal.conversation import Conversation, split_line
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -93,3 +94,8 @@ def test_a_line_that_fails_is_forgotten(conversation, monkeypatch, capsys):
 def test_without_a_template_each_line_stands_alone(conversation):
     conversation.model.tokenizer.chat_template = None
     assert list(conversation.answer("w4")) and list(conversation.answer("w5"))
+
+
+def test_a_folder_as_the_page_is_said_before_anything_is_loaded(tmp_path, capsys):
+    assert main(["chat", "no/lm", "no/adapter", "--once", "w4", "--html", str(tmp_path)]) == 2
+    assert "is a folder" in (said := capsys.readouterr().err) and said.count("\n") == 1

@@ -44,8 +44,11 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer line by line until the input ends, or once; return the exit code."""
+    from visual_ground.errors import GroundingFileError
     from visual_ground.terminal.conversation import Conversation
 
+    if options.html and os.path.isdir(options.html):  # Loading and answering take long: what is wrong is said before.
+        raise GroundingFileError(f"--html takes the path of a page, and {options.html!r} is a folder.")
     conversation = Conversation(load_model(options), load_index(options), answer_options(options))
     try:
         if options.once:

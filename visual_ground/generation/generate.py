@@ -11,10 +11,9 @@ from transformers import BatchFeature, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.generation.ends import end_ids, silent_ids
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener, OnToken
-from visual_ground.generation.options import complete_options
+from visual_ground.generation.options import complete_options, end_ids, silent_ids
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.generation.seeing import SeenImages

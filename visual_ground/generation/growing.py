@@ -57,7 +57,7 @@ class GrowingAnswer:
         attached: the active adapter.
         index: where images are searched.
         settings: how many are shown.
-        silent: ids that are no text, though the tokenizer may decode them; see `ends.silent_ids`.
+        silent: ids that are no text, though the tokenizer may decode them; see `options.silent_ids`.
 
     Attributes:
         latest: what the latest `[RET]` added, though it may still be held back.

@@ -1,4 +1,4 @@
-"""Options for transformers' `generate`, with what a grounded model has to add to them."""
+"""Options for transformers' `generate`, with what a grounded model has to add to them; and which ids end an answer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.lm.peft import base_model_of
@@ -110,3 +111,29 @@ def _check_assistance(sources: Sequence[Mapping[str, Any]], batch_size: int) -> 
         raise GroundingValueError(
             f"prompt_lookup_num_tokens takes one prompt at a time, got {batch_size}. Call generate once for each."
         )
+
+
+def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any] | None = None) -> set[int]:
+    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS.
+
+    Args:
+        frozen_lm: the LM.
+        attached: the active adapter, with the tokenizer.
+        options: of the call to `generate`.
+    """
+    own = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
+    ids = (options or {}).get("eos_token_id", own)
+    ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
+    if isinstance(ids, Tensor):
+        ids = ids.flatten().tolist()
+    return {ids} if isinstance(ids, int) else set(ids or ())
+
+
+def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
+    """Return the ids that end or pad answers; they are not text, even if the tokenizer decodes them as text.
+
+    A tokenizer does so for a PAD that was set after loading, and for ends that only the LM's generation config names.
+    Ends that a call gives are words for it, such as a full stop, and are part of the answer.
+    """
+    pad = attached.processor.tokenizer.pad_token_id
+    return end_ids(frozen_lm, attached) | (set() if pad is None else {pad})

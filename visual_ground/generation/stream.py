@@ -14,9 +14,9 @@ from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.ends import end_ids, silent_ids
 from visual_ground.generation.generate import check_index, generate_ids, heard_by, listen, with_padding
 from visual_ground.generation.growing import GrowingAnswer, joined
+from visual_ground.generation.options import end_ids, silent_ids
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.seeing import SeenImages

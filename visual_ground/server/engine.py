@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from visual_ground.errors import GroundingStateError
-from visual_ground.generation.ends import end_ids
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.generate import generate_ids, heard_by, listen, with_padding
+from visual_ground.generation.options import end_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.model import GroundedModel

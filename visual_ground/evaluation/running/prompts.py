@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-from visual_ground.generation.ends import silent_ids
 from visual_ground.generation.generate import generate_ids, with_padding
+from visual_ground.generation.options import silent_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
