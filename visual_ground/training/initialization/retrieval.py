@@ -48,7 +48,8 @@ def fit_retrieval(objective: GroundingObjective, batches: Iterable[Sequence[Exam
         GroundingValueError: pairs of one group only, features that are all alike or not finite; the layers are then
             as they were.
     """
-    model, pairs, num_requests = objective.model, MomentAccumulator(), Counter[Any]()
+    model, num_requests = objective.model, Counter[Any]()
+    pairs = MomentAccumulator(fixed_images=model.config.retrieval_space == "encoder")
     for batch in batches:
         features, groups = image_features(model, batch), [example["group"] for example in batch]
         pairs.add(*retrieval_inputs(model.adapter, _states(objective, collate(batch)), features), groups)
