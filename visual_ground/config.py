@@ -28,13 +28,18 @@ _KINDS: dict[str, type] = {
     "image_prompt": str,
     "retrieval_prompt": str,
     "scaling": str,
+    "retrieval_space": str,
     "visual_tokens_from": str,
     "image_first": bool,
     "mask_spare_columns": bool,
     "train_lm_adapter": bool,
     "tied_ret": bool,
 }
-_CHOICES = {"visual_tokens_from": ("pooled", "patches"), "scaling": ("embedding", "none")}
+_CHOICES = {
+    "visual_tokens_from": ("pooled", "patches"),
+    "scaling": ("embedding", "none"),
+    "retrieval_space": ("learned", "encoder"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,9 @@ class GroundingConfig:
             its own part of the picture, the mean of that part's patches. The retrieval vector is of the pooled features
             either way.
         retrieval_dim: q, width of the space in which text and images are compared, 1 to 65536.
+        retrieval_space: "learned" fits a layer for images too; "encoder" takes the encoder's own image vectors, scaled
+            to unit length, and fits only the text side to them, so that indexes which others have built with the same
+            CLIP or SigLIP can be searched. `ground` then sets retrieval_dim to the width of these vectors.
         text_layers: hidden states that are mapped into the retrieval space and summed. -1 is what the output head
             reads; other numbers index transformers' `hidden_states` tuple (0 is the input of the first layer).
         ret_token: the text of the retrieval token; the tokenizer must not have it.
@@ -84,6 +92,7 @@ class GroundingConfig:
     num_visual_tokens: int = 1
     visual_tokens_from: str = "pooled"
     retrieval_dim: int = 256
+    retrieval_space: str = "learned"
     text_layers: tuple[int, ...] = (-1,)
     ret_token: str = "[RET]"
     sink_token: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -77,6 +78,8 @@ def _with_new_adapter(
         raise GroundingTypeError("ground needs a vision encoder, or an adapter that names one.")
     config = GroundingConfig() if config is None else config
     parts = load_components(lm, vision_encoder, tokenizer, image_processor, config)
+    if config.retrieval_space == "encoder":
+        config = replace(config, retrieval_dim=parts.vision.pooled_dim)
     model = GroundedModel(parts, config)
     try:
         initialize_from_lm(model.adapter, *model.frozen_lm.statistics())

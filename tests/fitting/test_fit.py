@@ -1,10 +1,17 @@
 """A fitted adapter finds its pairs; what cannot be fitted changes nothing."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.tiny import FAMILIES, build, grounded, picture, tokenizer
-from visual_ground import GroundedModel, GroundingError, GroundingTrainingArguments, fit
+from visual_ground import GroundedModel, GroundingError, GroundingTrainer, GroundingTrainingArguments, fit
+from visual_ground.adapter.adapter import Adapter
+from visual_ground.indexing.foreign import read_embeddings
+from visual_ground.transferring.image_side import ImageSide
 
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i}"} for i in range(12)]
 
@@ -28,6 +35,31 @@ def test_pairs_find_each_other_and_the_lm_stays_as_it_was(family, tmp_path):
     again = GroundedModel.from_pretrained(build(family), tmp_path / "adapter", model.vision, tokenizer())
     assert torch.equal(again.embed_text(["w10 w20"]), model.eval().embed_text(["w10 w20"]))
     assert "closed form" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_in_the_encoders_own_space_images_keep_its_vectors_and_texts_learn_to_find_them(tmp_path):
+    model = grounded(retrieval_space="encoder", retrieval_prompt="w90 w91")
+    pictures = [row["image"] for row in ROWS]
+    own = F.normalize(model.vision.encode(pictures), dim=-1)
+    assert model.config.retrieval_dim == model.vision.feature_dim == own.shape[1]
+    fit(model, ROWS, arguments(tmp_path))
+    assert torch.equal(model.embed_images(pictures), own)
+    assert torch.allclose(ImageSide.of(model).embed(model.vision.encode(pictures)), own, atol=1e-5)
+    texts = model.embed_text([row["caption"] for row in ROWS])
+    assert float(((texts @ own.T).argmax(1) == torch.arange(len(ROWS))).float().mean()) >= 0.5
+    options = {"max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none"}
+    steps = GroundingTrainingArguments(output_dir=str(tmp_path / "out"), **options)
+    GroundingTrainer(model, steps, ROWS).train()
+    assert torch.equal(model.embed_images(pictures), own)
+    model.save_pretrained(tmp_path / "adapter")
+    again = GroundedModel.from_pretrained(build("llama_untied"), tmp_path / "adapter", model.vision, tokenizer())
+    assert torch.equal(again.embed_text(["w10 w20"]), model.eval().embed_text(["w10 w20"]))
+    assert torch.equal(again.embed_images(pictures), own)
+    np.save(tmp_path / "embeddings.npy", model.vision.encode(pictures).numpy())  # As another tool would have them.
+    found = read_embeddings(tmp_path / "embeddings.npy", dim=again.config.retrieval_dim).search(texts, 1)
+    assert torch.equal(found.positions[:, 0], (texts @ own.T).argmax(1))
+    with pytest.raises(GroundingError, match="12 wide"):
+        Adapter(replace(model.config, retrieval_dim=6), 4, 12, (4,), 4, False)
 
 
 def test_fitted_twice_it_is_the_same(tmp_path):

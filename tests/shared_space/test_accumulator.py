@@ -128,3 +128,16 @@ def test_what_cannot_be_fitted_is_named(change, words):
         streamed(texts, images, 20, groups).solve(4)
     with pytest.raises(GroundingError, match="0 pairs"):
         MomentAccumulator().solve(4)
+
+
+def test_texts_are_fitted_to_images_that_stay_where_they_are():
+    generator = torch.Generator().manual_seed(0)
+    texts, map_ = torch.randn(400, 6, generator=generator), torch.randn(6, 9, generator=generator)
+    # What all images have in common, and numbers that say nothing.
+    images = torch.nn.functional.normalize(torch.cat([texts @ map_, torch.zeros(400, 1)], 1) + 3.0, dim=-1)
+    pairs = MomentAccumulator(fixed_images=True)
+    pairs.add(texts, images, range(400))
+    space = pairs.solve(10)
+    assert torch.equal(space.image(images), images)
+    cosines = torch.nn.functional.normalize(space.text(texts), dim=-1) @ images.T
+    assert float((cosines.argmax(1) == torch.arange(400)).float().mean()) > 0.5

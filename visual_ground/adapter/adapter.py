@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visual_ground.config import GroundingConfig
+from visual_ground.errors import GroundingValueError
 
 # The part of the state dict that does not depend on the LM: what a transfer to another LM copies.
 IMAGE_SIDE = (
@@ -23,6 +24,35 @@ IMAGE_SIDE = (
 )
 # Prefixes of the parameters whose widths are the LM's alone.
 LM_SIDE = ("ret_input", "ret_output", "text_retrieval_projection.")
+
+
+class EncoderSpace(nn.Module):
+    """The map from standardised features back to the encoder's own: a layer that is never trained.
+
+    It has a linear layer's tensors, so that an adapter's files and transfers are the same in either space.
+
+    Args:
+        width: of the pooled features.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_features = width
+        self.register_buffer("weight", torch.eye(width))
+        self.register_buffer("bias", torch.zeros(width))
+
+    @torch.no_grad()
+    def undo(self, mean: Tensor, std: Tensor) -> None:
+        """Undo a standardisation with a mean and a standard deviation (width,)."""
+        self.weight.copy_(torch.diag(std))
+        self.bias.copy_(mean)
+
+    def forward(self, standardized: Tensor) -> Tensor:
+        """Return the features (n, width)."""
+        return F.linear(standardized, self.weight, self.bias)
 
 
 def _in_float32(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -88,7 +118,7 @@ class Adapter(nn.Module):
             self.image_projection = nn.Linear(patch_dim, embedding_dim)
         else:
             self.image_projection = nn.Linear(feature_dim, config.num_visual_tokens * embedding_dim)
-        self.image_retrieval_projection = nn.Linear(self.pooled_dim, config.retrieval_dim)
+        self.image_retrieval_projection = _retrieval_layer(config, self.pooled_dim)
         self.text_retrieval_projection = nn.ModuleList(nn.Linear(width, config.retrieval_dim) for width in text_dims)
         # Transformers' usual standard deviation of new embeddings; `initialization` replaces them.
         self.ret_input = nn.Parameter(torch.randn(embedding_dim) * 0.02)
@@ -141,6 +171,8 @@ class Adapter(nn.Module):
     @_in_float32
     def embed_images(self, features: Tensor) -> Tensor:
         """Map image features (n, f) to unit vectors (n, q)."""
+        if self.config.retrieval_space == "encoder":  # Exactly, without the rounding of there and back.
+            return F.normalize(features[:, : self.pooled_dim].to(self.feature_mean.dtype), dim=-1)
         return F.normalize(self.image_retrieval_projection(self.standardize(features)[:, : self.pooled_dim]), dim=-1)
 
     @_in_float32
@@ -185,3 +217,19 @@ class Adapter(nn.Module):
         """Scale `[RET]`'s embeddings to the mean norm of the LM's own, as after every published training step."""
         for embedding, norm in zip(self.ret_embeddings()[: 1 if self.tied else 2], self.ret_norms, strict=False):
             embedding.mul_(norm / embedding.norm().clamp_min(1e-12))
+
+
+def _retrieval_layer(config: GroundingConfig, width: int) -> nn.Linear | EncoderSpace:
+    """Return the layer from pooled features to the retrieval space.
+
+    Raises:
+        GroundingValueError: the encoder's own space, of another width than `retrieval_dim`.
+    """
+    if config.retrieval_space != "encoder":
+        return nn.Linear(width, config.retrieval_dim)
+    if config.retrieval_dim != width:
+        raise GroundingValueError(
+            f'retrieval_space="encoder" takes the encoder\'s own vectors, which are {width} wide, and retrieval_dim is '
+            f"{config.retrieval_dim}. Use the encoder that the adapter was made with, or retrieval_dim={width}."
+        )
+    return EncoderSpace(width)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visual_ground.adapter.adapter import Adapter
+from visual_ground.adapter.adapter import Adapter, EncoderSpace
 from visual_ground.lm.weights import EmbeddingStatistics
 from visual_ground.shared_space.accumulator import SharedSpace
 
@@ -54,19 +54,25 @@ def standardize_features(adapter: Adapter, features: Tensor) -> None:
     floors = [FEATURE_STD_FLOOR * part.std(correction=0) + 1e-6 for part in parts]
     stds = [part.std(0, correction=0).clamp_min(floor) for part, floor in zip(parts, floors, strict=True)]
     adapter.feature_std.copy_(torch.cat(stds))
+    if isinstance(space := adapter.image_retrieval_projection, EncoderSpace):
+        space.undo(adapter.feature_mean[: adapter.pooled_dim], adapter.feature_std[: adapter.pooled_dim])
 
 
 @torch.no_grad()
 def retrieval_inputs(adapter: Adapter, states: list[Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the retrieval layers read: of texts (n, sum of the widths), and of images (n, pooled width).
 
+    In the encoder's own space, images are their vectors there, to which the text layers are fitted.
+
     Args:
         adapter: the adapter.
         states: the states of n texts, one (n, width) per text layer.
         features: (n, f), of their images.
     """
-    pooled = adapter.standardize(features.to(adapter.feature_mean.device))[:, : adapter.pooled_dim]
-    return torch.cat(adapter.scale_states(states), -1), pooled
+    features = features.to(adapter.feature_mean.device)
+    if adapter.config.retrieval_space == "encoder":
+        return torch.cat(adapter.scale_states(states), -1), adapter.embed_images(features)
+    return torch.cat(adapter.scale_states(states), -1), adapter.standardize(features)[:, : adapter.pooled_dim]
 
 
 @torch.no_grad()
@@ -84,6 +90,8 @@ def initialize_retrieval(adapter: Adapter, space: SharedSpace) -> None:
     for layer, weight, bias in zip(layers, weights, biases, strict=True):
         _write_layer(layer, weight.to(layer.weight), bias.to(layer.bias))
     image = adapter.image_retrieval_projection
+    if isinstance(image, EncoderSpace):
+        return
     _write_layer(image, space.image.weight.to(image.weight), space.image.bias.to(image.bias))
 
 

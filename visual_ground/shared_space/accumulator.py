@@ -28,6 +28,8 @@ MIN_HELD_OUT = 10
 RANKS = (1, 5, 10)
 # The middle of the candidates is what was best on the study's data; it is taken where nothing can be held out.
 DEFAULT = Penalties()
+# Where only the text side is fitted, its penalty is that of a ridge regression.
+TEXT_CANDIDATES = tuple(Penalties(text) for text in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 CANDIDATES = tuple(Penalties(text, image) for text, image in product((0.3, 1.0, 3.0), (1.0, 3.0, 10.0)))
 
 
@@ -45,6 +47,9 @@ class MomentAccumulator:
 
     A group is in one fold, by its hash, however often and whenever it comes.
 
+    Args:
+        fixed_images: images are unit vectors of a space that stays as it is, and only texts are mapped into it.
+
     Example:
         >>> pairs = MomentAccumulator()
         >>> numbers = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -53,7 +58,8 @@ class MomentAccumulator:
         torch.Size([4, 6])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fixed_images: bool = False) -> None:
+        self._fixed_images = fixed_images
         self._folds: list[Moments] = []
         # Moments about a point near the mean: about zero, what is left after subtracting would be rounding errors.
         self._origin: tuple[Tensor, Tensor] | None = None
@@ -106,12 +112,13 @@ class MomentAccumulator:
             del kept[max(kept)]
         kept[number] = text.float().clone(), image.float().clone()
 
-    def solve(self, width: int, candidates: Sequence[Penalties] = CANDIDATES) -> SharedSpace:
+    def solve(self, width: int, candidates: Sequence[Penalties] | None = None) -> SharedSpace:
         """Return the shared space, with the penalties whose recalls of held-out groups are best, both ways.
 
         Args:
             width: q. Where texts or images have fewer dimensions, the last ones are zero.
-            candidates: penalties to choose from. Where no fold has `MIN_HELD_OUT` groups, `DEFAULT` is taken.
+            candidates: penalties to choose from, the usual ones where None. Where no fold has `MIN_HELD_OUT` groups,
+                `DEFAULT` is taken.
 
         Raises:
             GroundingValueError: no pairs, pairs of one group only, or texts or images that are all the same.
@@ -122,6 +129,8 @@ class MomentAccumulator:
                 "requests counted apart. What tells texts and images apart cannot be fitted to fewer than two groups. "
                 "Give pairs of different things, or check the `group` column."
             )
+        if candidates is None:
+            candidates = TEXT_CANDIDATES if self._fixed_images else CANDIDATES
         total = summed(self._folds)
         penalties = self._choose(total, candidates) if len(candidates) > 1 else candidates[0]
         return self._space(Solver(total), width, penalties)
@@ -129,7 +138,8 @@ class MomentAccumulator:
     def _choose(self, total: Moments, candidates: Sequence[Penalties]) -> Penalties:
         """Return the candidate with the best held-out recalls, but `DEFAULT` where that is within one standard error.
 
-        A few hundred groups leave the recalls of neighbouring penalties within their noise.
+        A few hundred groups leave the recalls of neighbouring penalties within their noise. Only for both sides together
+        is there a usual choice.
         """
         scores: list[Tensor] = []
         for fold, kept in zip(self._folds, self._samples, strict=True):
@@ -151,7 +161,7 @@ class MomentAccumulator:
             return DEFAULT
         of_candidates = torch.cat(scores, 1)
         best = int(of_candidates.mean(1).argmax())
-        if DEFAULT in candidates:
+        if DEFAULT in candidates and not self._fixed_images:
             gains = of_candidates[best] - of_candidates[candidates.index(DEFAULT)]
             if gains.mean() <= gains.std() / len(gains) ** 0.5:
                 return DEFAULT
@@ -159,11 +169,18 @@ class MomentAccumulator:
 
     def _space(self, solver: Solver, width: int, penalties: Penalties) -> SharedSpace:
         assert self._origin is not None, "add sets it"
-        text, image = solver.solve(width, penalties)
+        if self._fixed_images:
+            weight = solver.regress(penalties.text)
+            text_mean, image_mean = (mean + one for mean, one in zip(solver.means, self._origin, strict=True))
+            # With the images' mean: of unit vectors, the one with the largest product is then the one nearest to what
+            # the regression expects.
+            text = LinearMap(weight.float(), (image_mean - weight @ text_mean).float())
+            return SharedSpace(text, LinearMap(torch.eye(len(weight)), torch.zeros(len(weight))), penalties)
+        sides = solver.solve(width, penalties)
         bias = torch.zeros(width, dtype=torch.float64)
         maps = [
             LinearMap(weight.float(), (bias - weight @ (mean + origin)).float())
-            for weight, mean, origin in zip((text, image), solver.means, self._origin, strict=True)
+            for weight, mean, origin in zip(sides, solver.means, self._origin, strict=True)
         ]
         return SharedSpace(maps[0], maps[1], penalties)
 

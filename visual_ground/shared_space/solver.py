@@ -74,3 +74,14 @@ class Solver:
         # Singular vectors are defined up to their sign: that of the largest entry is made positive on every machine.
         sign = sides[0].gather(1, sides[0].abs().argmax(1, keepdim=True)).sign()
         return sides[0] * sign, sides[1] * sign
+
+    def regress(self, penalty: float) -> Tensor:
+        """Return the ridge regression's weights (f, a) from texts to images, both less their means."""
+        (values, text_basis), (_, image_basis) = self._eigen
+        values = values.clamp_min(0)
+        inner = self._cross / (values + penalty * values.mean())[:, None]
+        weight: Tensor = text_basis @ inner @ image_basis.T  # From standardised texts to standardised images.
+        text_std, image_std = self._stds
+        image_std = torch.where(image_std.isinf(), 0, image_std)
+        scaled: Tensor = (weight * image_std).T / text_std
+        return scaled

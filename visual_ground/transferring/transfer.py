@@ -27,7 +27,7 @@ from visual_ground.transferring.fit import fit_image_tokens, fit_text_layers
 from visual_ground.transferring.image_side import ImageSide
 
 # With another value of these, the vectors in existing image indexes would mean something else.
-FIXED_SETTINGS = {"retrieval_dim", "scaling"}
+FIXED_SETTINGS = {"retrieval_dim", "retrieval_space", "scaling"}
 
 
 def transfer(
@@ -48,7 +48,8 @@ def transfer(
         anchors: captions and image features to fit with; None: those saved with the adapter.
         vision_encoder: as in `ground`; None: the adapter's own.
         image_processor: as in `ground`.
-        changes: settings that are to differ, such as `text_layers`; `retrieval_dim` and `scaling` cannot.
+        changes: settings that are to differ, such as `text_layers`; `retrieval_dim`, `retrieval_space` and
+            `scaling` cannot.
 
     Returns:
         The grounded model, whose image side is frozen and whose other parts can be trained.

@@ -58,8 +58,8 @@ def fit_retrieval(
         GroundingValueError: pairs of one group only, features that are all alike or not finite; the layers are then
             as they were.
     """
-    model, pairs, num_requests = objective.model, MomentAccumulator(), Counter[Any]()
-    has_prompts = False
+    model, num_requests, has_prompts = objective.model, Counter[Any](), False
+    pairs = MomentAccumulator(fixed_images=model.config.retrieval_space == "encoder")
     for given in batches:
         has_prompts |= any("prompt" in example for example in given)
         batch = [without_prompt(example) for example in given]

@@ -41,7 +41,8 @@ def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) 
     adapter = model.adapter
     is_new = not adapter.feature_mean.any() and bool((adapter.feature_std == 1).all())
     # A transferred adapter's image side is frozen, and standardises features already.
-    if model.config.scaling != "embedding" or not is_new or not adapter.image_retrieval_projection.weight.requires_grad:
+    frozen = not all(parameter.requires_grad for parameter in adapter.image_retrieval_projection.parameters())
+    if model.config.scaling != "embedding" or not is_new or frozen:
         return False
     sample = getattr(examples.features, "sample", None)
     if sample is None:
