@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visual_ground.config import GroundingConfig
     from visual_ground.errors import GroundingError
+    from visual_ground.evaluation.tasks.evaluate import evaluate
     from visual_ground.fitting.fit import fit
     from visual_ground.generation.output import InterleavedOutput, RetrievedImage
     from visual_ground.grounding import ground, unground
@@ -28,6 +29,7 @@ _HOMES = {
     "InterleavedOutput": "generation.output",
     "Prompt": "prompts.types",
     "RetrievedImage": "generation.output",
+    "evaluate": "evaluation.tasks.evaluate",
     "fit": "fitting.fit",
     "ground": "grounding",
     "transfer": "transferring.transfer",
@@ -45,6 +47,7 @@ __all__ = [
     "InterleavedOutput",
     "Prompt",
     "RetrievedImage",
+    "evaluate",
     "fit",
     "ground",
     "transfer",

@@ -20,6 +20,7 @@ from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.lm.loading import load_lm
 from visual_ground.lm.spec import LMSpec, read_spec
 from visual_ground.storage.hub import HubOptions, cached_commit
+from visual_ground.storage.hub_names import rooted
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.loading import load_vision
 
@@ -95,7 +96,7 @@ def _load_language_model(
     else:
         raise GroundingValueError("This adapter was trained on a language model that no name can load. Pass it first.")
     name = name or getattr(lm.config, "_name_or_path", None) or None
-    return lm, tokenizer, {"base_model_name_or_path": name, "revision": commit}
+    return lm, tokenizer, {"base_model_name_or_path": name and rooted(name), "revision": commit}
 
 
 def check_tokens(tokenizer: Any, config: GroundingConfig) -> None:
@@ -131,14 +132,16 @@ def load_encoder(
     name, commit = named.get("vision_encoder"), named.get("vision_revision")
     if name is None:
         raise GroundingValueError(
-            "This adapter was trained with a vision encoder that no name can load. Pass vision_encoder=."
+            "This adapter was trained with a vision encoder that no name can load. Pass vision_encoder=, or --vision "
+            "in a command: the name or path by which that encoder is loaded."
         )
     try:
         return load_vision(name, image_processor, commit, config.num_patch_tokens, **hub), commit
     # open_clip, timm and transformers fail in ways of their own where a name, a file or the network is wrong.
     except Exception as error:
         raise GroundingFileError(
-            f"The vision encoder {name!r}, which the adapter names, cannot be loaded: {error}. Pass vision_encoder=."
+            f"The vision encoder {name!r}, which the adapter names, cannot be loaded: {error}. Pass "
+            "vision_encoder=, or --vision in a command."
         ) from error
 
 

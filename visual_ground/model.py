@@ -21,14 +21,15 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.generation.generate import generate
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.retrieval_token import RetrievalSettings
-from visual_ground.generation.scoring import embed_prompts, log_likelihood
 from visual_ground.generation.stream import generate_seeing, stream
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.processor import GroundingProcessor
 from visual_ground.prompts.types import Prompts
+from visual_ground.scoring.prompts import embed_prompts, log_likelihood
 from visual_ground.storage.hub import HubOptions, PushOptions
 from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import Images
 
 
@@ -45,6 +46,7 @@ class GroundedModel(nn.Module):
     image_processor = OfActive[Any]("Maps a list of PIL images to `{'pixel_values': (n, c, h, w)}`.")
     processor = OfActive[GroundingProcessor]("Turns prompts into ids and pixels.")
     config = OfActive[GroundingConfig]("The adapter's settings.")
+    image_space = OfActive[ImageSpace]("Which vectors it gives to images; for `ImageIndex`.")
 
     def __init__(self, components: Components, config: GroundingConfig) -> None:
         super().__init__()
@@ -189,9 +191,8 @@ class GroundedModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print both counts and their ratio, as PEFT does."""
-        trainable, total = self.get_nb_trainable_parameters()
-        percent = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
+        count, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {count:,d} || all params: {total:,d} || trainable%: {100 * count / total:.4f}")
 
     def train(self, mode: bool = True) -> GroundedModel:
         """Set the adapter's mode; the frozen parts stay in evaluation mode."""
@@ -207,9 +208,7 @@ class GroundedModel(nn.Module):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Commit what `save_pretrained` writes to the Hub, at once or not at all; return the commit's address.
 
-        Args:
-            repo_id: made where it does not exist.
-            options: the fields of `PushOptions`: private, revision, token, commit_message, create_pr.
+        `repo_id` is made where it is new; `options` are private, revision, token, commit_message and create_pr.
         """
         return self.active.push(repo_id, self.lm, PushOptions(**options))
 

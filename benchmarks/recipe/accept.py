@@ -1,8 +1,8 @@
 """`fit` alone, through the package, on the demo's pairs: recalls on the test split, as in recipe.md's table.
 
-    RECIPE_CACHE=demo/cache python accept.py SEED
+    RECIPE_CACHE=demo/cache python accept.py SEED [gemma3]
 
-One wording of a request is fitted to for each concept, chosen by the seed. Writes results/accept_SEED.json.
+One wording of a request is fitted to for each concept, chosen by the seed. Writes results/accept_LM_SEED.json.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import time
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "transfer"))
+import common
 from data import REPORTED, Data
 from fitting import ranks, recall
 from lm import CACHE
 
 from visual_ground import GroundingTrainingArguments, fit, ground
 from visual_ground.demo import emoji
+from visual_ground.demo.run import has_bf16_instructions
 from visual_ground.demo.templates import REQUESTS
-from visual_ground.demo.weights import load_lm, load_vision
+from visual_ground.demo.weights import load_vision
 
 
 def rows_of(data: Data, seed: int) -> list[dict]:
@@ -47,7 +51,8 @@ def report(model, data: Data) -> dict:
         return torch.cat([model.embed_text(texts[i : i + 32]) for i in range(0, len(texts), 32)])
 
     def both_ways(places: torch.Tensor) -> dict:
-        captions = [embedded([data.captions(kind)[i] for i in places.tolist()]) for kind in (0, 1)]
+        of_all = [data.captions(kind) for kind in (0, 1)]
+        captions = [embedded([of_kind[i] for i in places.tolist()]) for of_kind in of_all]
         pairs = [(text, image[places]) for text in captions for image in images]
         return {
             "text_to_image": recall(torch.cat([ranks(text @ image.T) for text, image in pairs])),
@@ -70,18 +75,21 @@ def report(model, data: Data) -> dict:
 
 def main() -> None:
     """Fit, measure, write."""
-    seed = int(sys.argv[1])
-    lm, tokenizer = load_lm(CACHE)
+    seed, name = int(sys.argv[1]), (*sys.argv[2:], "smollm2")[0]
+    common.CACHE = CACHE
+    lm, tokenizer = common.load_lm(name)
     model, data = ground(lm, load_vision(), tokenizer), Data(tokenizer)
     with tempfile.TemporaryDirectory() as out:
-        args = GroundingTrainingArguments(output_dir=out, use_cpu=True, prefix_cache_gb=2, disable_tqdm=True)
+        args = GroundingTrainingArguments(
+            output_dir=out, use_cpu=True, prefix_cache_gb=2, disable_tqdm=True, bf16=has_bf16_instructions()
+        )
         start, wall = time.process_time(), time.perf_counter()
         fit(model, rows_of(data, seed), args)
         seconds = {"cpu": round(time.process_time() - start), "wall": round(time.perf_counter() - wall)}
-    found = {"seed": seed, "retrieval_prompt": model.config.retrieval_prompt, "fit_seconds": seconds}
+    found = {"lm": name, "seed": seed, "retrieval_prompt": model.config.retrieval_prompt, "fit_seconds": seconds}
     found |= report(model.eval(), data)
     print(json.dumps(found, indent=1))
-    (Path(__file__).parent / "results" / f"accept_{seed}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (Path(__file__).parent / "results" / f"accept_{name}_{seed}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from lm import CACHE, Ids, opening
 from torch import Tensor
 
 from visual_ground.demo import emoji
+from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.templates import REPLIES, REQUESTS
+from visual_ground.demo.weights import load_vision
 
 FITTED = REQUESTS
 CHOOSING = (
@@ -49,10 +51,14 @@ class Data:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.concepts = emoji.concepts()
-        self.features: Tensor = torch.load(CACHE / "pairs.pt")["features"].float()
         self.split = {
             s: [i for i, c in enumerate(self.concepts) if c.split == s] for s in ("train", "validation", "test")
         }
+
+    @cached_property
+    def features(self) -> Tensor:
+        """The pictures' features (concepts, styles, f)."""
+        return Pairs(CACHE, load_vision(), None).features.float()
 
     @cached_property
     def sink(self) -> Ids:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tests.tiny import grounded
-from visual_ground import GroundingConfig
+from tests.tiny import Eye, grounded, image_processor, tokenizer
+from visual_ground import GroundedModel, GroundingConfig
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.adapter.initialization import initialize_from_lm, standardize_features
 from visual_ground.lm.weights import EmbeddingStatistics
@@ -51,3 +51,21 @@ def test_ret_has_two_embeddings_unless_both_the_lm_and_the_settings_tie_it(tied_
     assert names == {name for name in adapter.state_dict() if name in ("ret_input", "ret_output")}
     assert "ret_output" in grounded("llama_untied", tied_ret=tied_ret).adapter.state_dict()
     assert GroundingConfig.preset("fromage").tied_ret and not GroundingConfig().tied_ret
+
+
+def test_what_was_fitted_for_good_is_not_trained_after_loading_or_switching(tmp_path):
+    model = grounded("llama_untied")
+    model.adapter.keep(["ret_input", "ret_output"])
+    trained = {name for name, parameter in model.adapter.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.adapter.named_parameters()} - {"ret_input", "ret_output"}
+    model.save_pretrained(tmp_path)
+    model.add_adapter("other", model.config)
+    model.set_adapter("other")
+    model.set_adapter("default")
+    assert {name for name, parameter in model.adapter.named_parameters() if parameter.requires_grad} == trained
+    lm, parts = model.unground(), (Eye(), tokenizer(), image_processor)
+    for is_trainable in (True, False):
+        again = GroundedModel.from_pretrained(lm, tmp_path, *parts, is_trainable=is_trainable)
+        found = {name for name, parameter in again.adapter.named_parameters() if parameter.requires_grad}
+        assert found == (trained if is_trainable else set())
+        again.unground()

@@ -95,11 +95,19 @@ def test_an_index_is_changed_from_the_command_line(tmp_path, capsys):
         (["info", folder], '"entries": 2'),
         (["remove", folder, "--filter", '{"n": {"ge": 2}}'], "1 entries removed, 1 left"),
         (["convert", table, "--output", str(tmp_path / "converted")], "4 entries of width 4"),
+        (["convert", table, "--output", str(tmp_path / "images.db")], "4 entries of width 4"),
+        (["convert", folder, "--output", str(tmp_path / "images.db#more")], "1 entries of width 4"),
+        (["info", str(tmp_path / "images.db#more")], '"entries": 1'),
     ):
         assert main(["index", *arguments]) == 0
         assert words in capsys.readouterr().out
     assert ImageIndex.from_pretrained(folder).ids == ["b"]
-    for arguments in (["remove", folder, "gone"], ["remove", folder], ["remove", folder, "--filter", "{n}"]):
+    for arguments in (
+        ["convert", folder, "--output", table],
+        ["remove", folder, "gone"],
+        ["remove", folder],
+        ["remove", folder, "--filter", "{n}"],
+    ):
         assert main(["index", *arguments]) == 2
     assert ImageIndex.from_pretrained(folder).ids == ["b"]
 

@@ -11,7 +11,7 @@ from visual_ground import GroundingConfig, ImageIndex, ground
 from visual_ground.cli.arguments import load_index
 from visual_ground.cli.main import main
 from visual_ground.index.remote_images import ImageLink
-from visual_ground.index.trust import trusted_folders
+from visual_ground.indexing.trust import trusted_folders
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from tests.tiny import picture
+from visual_ground.evaluation.captions import _of_other_groups
 from visual_ground.evaluation.metrics import recall_at, retrieval_recalls
 from visual_ground.evaluation.pairs import Groups
 
@@ -57,3 +58,16 @@ def test_pairs_are_about_one_image_by_their_group_or_by_what_they_show():
     ):
         groups.add(pair)
     assert groups.numbers == [0, 1, 0, 1, 0]
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=12), st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_a_wrong_image_is_of_another_group_and_without_repeats_any_other_one(numbers, seed):
+    groups = torch.tensor(numbers)
+    if len(set(numbers)) > 1:
+        others = _of_other_groups(groups, torch.Generator().manual_seed(seed))
+        assert bool((groups[others] != groups).all())
+    count = len(numbers)
+    others = _of_other_groups(torch.arange(count), torch.Generator().manual_seed(seed))
+    drawn = torch.randint(1, count, (count,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(others, (torch.arange(count) + drawn) % count)

@@ -39,6 +39,19 @@ def test_fitted_twice_it_is_the_same(tmp_path):
         assert torch.allclose(value, twice.adapter.state_dict()[name], atol=1e-4), name
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_in_mixed_precision_the_fit_is_nearly_the_same(family, tmp_path):
+    vectors = []
+    for bf16 in (False, True):
+        model = grounded(family, retrieval_prompt="w90 w91")
+        args = GroundingTrainingArguments(
+            output_dir=str(tmp_path / "out"), use_cpu=True, prefix_cache_gb=0.1, bf16=bf16, feature_cache=str(tmp_path)
+        )
+        fit(model, ROWS, args)
+        vectors.append(model.embed_text([row["caption"] for row in ROWS]))
+    assert not torch.equal(*vectors) and float((vectors[0] * vectors[1]).sum(-1).mean()) > 0.95
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

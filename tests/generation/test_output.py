@@ -1,6 +1,8 @@
 import pytest
 from PIL import Image
 
+from visual_ground.adapter.report import Report
+from visual_ground.generation.gallery import with_samples
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 
 
@@ -25,4 +27,8 @@ def test_a_picture_that_is_gone_or_damaged_leaves_the_rest_of_the_answer(tmp_pat
     answer = InterleavedOutput(("Look.", RetrievedImage("cat", 0.5, str(path)), good))
     answer.save(tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
+    only, both = (
+        with_samples(Report(), ["a"], [InterleavedOutput(parts)]).picture for parts in ((good,), answer.parts)
+    )
+    assert both == only and with_samples(Report(), ["a"], [InterleavedOutput(answer.parts[:2])]).picture is None
     assert "Look." in page and "cat (0.50): the picture cannot be opened" in page and page.count("<img") == 1

@@ -36,6 +36,21 @@ def test_an_answers_vector_is_that_of_the_prompt_and_the_answer_up_to_it(family)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_picture_of_a_turn_is_half_what_was_asked_and_half_what_was_said(family, monkeypatch):
+    model = grounded(family, retrieval_prompt=PROMPT)
+    monkeypatch.setattr(type(model.processor), "opens_turn", lambda self, ids: 0 <= ids[-1] == 9)
+    ret = model.ret_token_id
+    asked = ["w4", picture(0), "w9"]
+    _, (vectors,) = answer(model, [asked], [20, ret, 21, ret])
+    opening, first, second = (model.embed_text([[*asked, *more]])[0] for more in ([], ["w20"], ["w20 [RET] w21"]))
+    assert torch.allclose(vectors[0], torch.nn.functional.normalize(opening + first, dim=0), atol=1e-4)
+    assert torch.allclose(vectors[1], second, atol=1e-4)
+    _, (vectors,) = answer(model, [asked], [ret])
+    assert torch.allclose(vectors[0], opening, atol=1e-4), "nothing was said that could have drifted"
+
+
+@torch.no_grad()
 def test_rows_of_a_batch_have_the_vectors_that_they_have_alone():
     model = grounded("qwen2_tied", retrieval_prompt=PROMPT)
     prompts = [["w9", picture(0)], ["w4 w5 w6 w7 w8"], [picture(1), "w6"]]

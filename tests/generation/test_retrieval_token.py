@@ -48,6 +48,16 @@ def test_however_much_ret_is_wanted_the_gap_and_the_maximum_hold(words, gap, mos
         assert len(places) == (wanted if most is None else min(most, wanted))
 
 
+def test_only_after_sentences_means_right_behind_their_ends():
+    text = ["It", " is", " 3.", "5", " miles", ".", " Tall", "!", " It"]
+    settings = RetrievalSettings(ret_bias=1e6, only_after_sentences=True, min_new_tokens_between_rets=0)
+    process = RetLogitsProcessor(RET, 1, settings, decode=lambda ids: "".join(text[i] for i in ids))
+    rows = [[0, *range(n)] for n in range(len(text) + 1)]
+    allowed = [n for n, row in enumerate(rows) if process(torch.tensor([row]), torch.zeros(1, 10))[0, RET] > 0]
+    assert allowed == [6, 8]
+    assert process(torch.tensor([[0, 0, 1, RET, 5]]), torch.zeros(1, 10))[0, RET] > 0, "a picture is no word"
+
+
 def test_by_default_an_answer_has_a_few_images_with_words_between_them():
     settings = RetrievalSettings()
     assert settings.min_new_tokens_between_rets > 0 and 1 < settings.max_images < 10 and not settings.allow_repeats

@@ -2,6 +2,8 @@
 
 import tempfile
 import threading
+import time
+from itertools import count
 
 import pytest
 import torch
@@ -16,14 +18,24 @@ from visual_ground.index.base import VectorIndex
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.milvus.engine import MilvusIndex
 
 DIM = 8
+LITE = tempfile.TemporaryDirectory()
+NUMBERS = count()
+
+
+def in_milvus(vectors):
+    return MilvusIndex.create(f"{LITE.name}/images.db", vectors, f"images{next(NUMBERS)}")
+
+
 ENGINES = {
     "exact": ExactIndex,
     "float16": lambda v: ExactIndex(v.half()),
     "list": lambda v: ListEngine(v, DIM),
     "faiss flat": lambda v: FaissIndex(v, "flat"),
     "faiss hnsw": lambda v: FaissIndex(v, "hnsw"),
+    "milvus": in_milvus,
 }
 IDS = st.one_of(st.integers(0, 9), st.sampled_from(list("abcdefgh")))
 METADATA = st.fixed_dictionaries(
@@ -172,6 +184,47 @@ TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(
     max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@pytest.mark.slow
+def test_for_a_minute_readers_see_whole_answers_while_a_writer_adds_and_removes():
+    vectors = vectors_of(0, 400)
+    index = ImageIndex(vectors[:200], [f"{i}:0" for i in range(200)], metadata=[{"n": i} for i in range(200)])
+    stop, errors, reads = threading.Event(), [], [0, 0, 0]
+
+    def read(number):
+        try:
+            while not stop.is_set():
+                wanted = None if number else {"n": {"lt": 100}}
+                result = index.search(vectors[:8], 20, wanted)
+                entries = [[index.entry(p) for p in row] for row in result.positions.tolist()]
+                for row, scores in zip(entries, result.scores.tolist(), strict=True):
+                    assert (
+                        len(row) == 20
+                        and len({id for id, _, _ in row}) == 20
+                        and scores == sorted(scores, reverse=True)
+                    )
+                    assert all(id.startswith(f"{data['n']}:") for id, _, data in row)
+                    assert wanted is None or all(data["n"] < 100 for _, _, data in row)
+                reads[number] += 1
+        except BaseException as error:
+            errors.append(error)
+
+    readers = [threading.Thread(target=read, args=(number,)) for number in range(3)]
+    for reader in readers:
+        reader.start()
+    end, version = time.monotonic() + 60, 0
+    while time.monotonic() < end and not errors:
+        version += 1
+        chosen = [(7 * version + i) % 200 for i in range(20)]
+        added = [f"{n}:{version}" for n in chosen]
+        index.add(vectors[200:220], added, metadata=[{"n": n} for n in chosen])
+        index.update(added[:5], vectors[220:225])
+        index.remove(added)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert not errors and len(index) == 200 and all(reads) and version > 1
 
 
 def test_readers_see_an_update_whole_while_a_writer_works():

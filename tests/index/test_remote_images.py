@@ -17,6 +17,7 @@ from tests.storage.hub_client import hub  # noqa: F401
 from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex, InterleavedOutput, RetrievedImage
 from visual_ground.errors import GroundingFileError
+from visual_ground.generation.retrieval_token import RetrievalSettings, retrieve
 from visual_ground.index.files import FILES, TABLE_FILE
 from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.vision.images import to_rgb
@@ -101,7 +102,21 @@ def test_what_cannot_be_fetched_is_named_and_shown_as_its_address(caplog):
             index = ImageIndex(torch.eye(1), images=[url + path], rules=rules)
             assert index.entry(0)[1] == ImageLink(url + path)
         assert to_rgb(f"{url}/to/{url}/a.png", rules).size == (8, 8)
-    assert "shown as its address" in caplog.text
+    assert "cannot be shown" in caplog.text
+
+
+def test_an_image_that_is_gone_makes_room_for_the_next_best():
+    with web() as (url, _):
+        addresses = [f"{url}/gone", f"{url}/a.png", f"{url}/b.png"]
+        index = ImageIndex(torch.eye(3), images=addresses, rules=LinkRules(hosts="127.0.0.1"))
+        query = torch.tensor([[0.9, 0.4, 0.1]])
+        for count, ids in ((1, [1]), (2, [1, 2]), (3, [1, 2, 0])):
+            (images,) = retrieve(query, index, RetrievalSettings(images_per_ret=count))
+            assert [image.id for image in images] == ids
+        first, second = retrieve(query.repeat(2, 1), index, RetrievalSettings())
+        assert [first[0].id, second[0].id] == [1, 2]
+        unasked = ImageIndex(torch.eye(3), images=addresses)  # Links are what is wanted here.
+        assert retrieve(query, unasked, RetrievalSettings())[0][0].id == 0
 
 
 def test_which_hosts_are_allowed():

@@ -1,5 +1,8 @@
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
 
 import datasets
@@ -7,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.paths import ROOT
 from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
 from visual_ground.index.files import FILES
@@ -27,7 +31,7 @@ class StopsAt:
     """A model that stops the process's work at the n-th batch."""
 
     def __init__(self, batches):
-        self.left, self.vision = batches, MODEL.vision
+        self.left, self.vision, self.image_space = batches, MODEL.vision, MODEL.image_space
 
     def embed_images(self, *, image_features):
         self.left -= 1
@@ -55,6 +59,51 @@ def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):
             build_index(StopsAt(n), source, folder, OPTIONS)
         assert build_index(MODEL, source, folder, OPTIONS).unreadable == report.unreadable
         assert files_of(folder) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "points",
+    [
+        [("write_table", 1), ("write_table", 2), ("write_json", 3)],
+        [("write_json", 1), ("write_index", 1), ("write_index", 1)],
+        [("_features", 2), ("_write_part", 2), ("read_table", 2)],
+    ],
+)
+def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):
+    source = photos(tmp_path / "photos", 11)
+    build_index(MODEL, source, tmp_path / "whole", OPTIONS)
+    for point in points:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.indexing.killed",
+            str(source),
+            str(tmp_path / "killed"),
+            *map(str, point),
+        ]
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL, point
+    build_index(MODEL, source, tmp_path / "killed", OPTIONS)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_features_are_a_source_like_images(tmp_path):
+    source = photos(tmp_path / "photos", 5)
+    paths = sorted(source.iterdir())
+    features = MODEL.vision.encode([str(path) for path in paths])
+    rows = [
+        {"id": path.name, "image_features": row.tolist(), "n": i}
+        for i, (path, row) in enumerate(zip(paths, features, strict=True))
+    ]
+    build_index(MODEL, rows, tmp_path / "index", OPTIONS)
+    index = ImageIndex.from_pretrained(tmp_path / "index")
+    assert index.ids == [path.name for path in paths] and index.metadata[3] == {"n": 3}
+    assert torch.allclose(index.vectors, MODEL.embed_images([str(path) for path in paths]), atol=1e-5)
+    with pytest.raises(GroundingError, match="of one width"):
+        build_index(MODEL, [*rows, {"image_features": [0.0]}], tmp_path / "two", BuildOptions(progress=False))
+    for wrong in ([0.0, 1.0], [float("nan")] * MODEL.vision.feature_dim):
+        with pytest.raises(GroundingError, match="has features of width"):
+            build_index(MODEL, [{"image_features": wrong}], tmp_path / "wrong", BuildOptions(progress=False))
 
 
 def test_a_build_that_is_repeated_replaces_the_index(tmp_path):
@@ -123,7 +172,7 @@ def test_bad_input_is_said(tmp_path):
     for source, words in (
         (tmp_path / "none", "no file or folder"),
         (tmp_path / "x.png", "no image that can be read"),
-        (tmp_path / "x.tar", "damaged"),
+        (tmp_path / "x.tar", "no tar file"),
         (3, "must be paths or rows"),
         ([{"n": 3}], "needs an image"),
         (twice, "distinct"),
@@ -139,6 +188,7 @@ def test_processes_read_the_same(tmp_path):
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     from visual_ground.vision.encoder import VisionEncoder
+    from visual_ground.vision.identity import ImageSpace
 
     config = ViTConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
@@ -148,6 +198,7 @@ def test_processes_read_the_same(tmp_path):
     class Model:
         def __init__(self):
             self.vision = vision
+            self.image_space = ImageSpace.of(torch.eye(2, 8))
 
         def embed_images(self, *, image_features):
             return torch.nn.functional.normalize(image_features, dim=-1)
@@ -159,3 +210,16 @@ def test_processes_read_the_same(tmp_path):
         build_index(Model(), source, tmp_path / str(workers), options)
     assert files_of(tmp_path / "0") == files_of(tmp_path / "1")
     Image.new("RGB", (2, 2)).save(source / "new.png")
+
+
+def test_a_damaged_shard_gives_what_is_whole_in_it(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for i in range(3):
+            picture(i).save(tmp_path / "one.png")
+            shard.add(tmp_path / "one.png", f"{i}.png")
+    whole = (tmp_path / "0.tar").read_bytes()
+    second = whole.index(b"1.png")
+    (tmp_path / "0.tar").write_bytes(whole[:second] + b"\xff" + whole[second + 1 :])
+    report = build_index(MODEL, tmp_path / "0.tar", tmp_path / "index", OPTIONS)
+    assert ImageIndex.from_pretrained(tmp_path / "index").ids == ["0.tar/0", "0.tar/2"]
+    assert len(report.unreadable) == 1 and "of 0.tar are damaged" in report.unreadable[0][0]

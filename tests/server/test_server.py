@@ -17,8 +17,10 @@ import uvicorn
 
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
+from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.server.engine import EngineLimits
 from visual_ground.server.http import ServerSettings, create_app
+from visual_ground.server.pictures import Pictures
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 SHOWS = {"ret_bias": 1e3, "max_images": 1}
@@ -95,6 +97,15 @@ def test_a_streamed_answer_is_the_whole_one(running):
     said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert said == whole.choices[0].message.content and "![" in said
     assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_an_answer_ends_at_a_sentence_where_that_is_asked_for(running):
+    options = dict(max_new_tokens=5, do_sample=False, complete_sentences=True)
+    expected = running.model.generate([{"role": "user", "content": "w4 w5"}], **options)[0]
+    given = dict(max_tokens=5, extra_body={"complete_sentences": True})
+    assert running.ask(**given).choices[0].message.content == expected.text
+    said = "".join(c.choices[0].delta.content or "" for c in running.ask(stream=True, **given) if c.choices)
+    assert said == expected.text and said.endswith("\u2026")
 
 
 def test_pictures_have_addresses_and_no_paths(running):
@@ -290,3 +301,11 @@ def test_a_batch_that_fails_leaves_the_server_up(running, monkeypatch):
         with pytest.raises(openai.InternalServerError, match="log"):
             running.ask()
     assert running.ask().choices
+
+
+def test_pictures_of_an_index_in_milvus_are_found_by_their_ids(tmp_path):
+    index = MilvusImageIndex.create(tmp_path / "images.db", 2)
+    index.add(torch.eye(2), ["a", 7], [picture(0), None])
+    pictures = Pictures(index)
+    assert pictures.find("a").size == picture(0).size
+    assert pictures.find("7") is None and pictures.find("none") is None and pictures.find("9" * 30) is None

@@ -95,6 +95,18 @@ def test_a_group_is_in_one_fold_however_often_it_comes():
     assert sorted(fold.count for fold in found._folds)[-2:] in ([40, 40], [0, 80])
 
 
+def test_other_penalties_are_taken_only_where_they_are_clearly_better():
+    generator = torch.Generator().manual_seed(0)
+    unrelated = [torch.randn(400, 8, generator=generator) for _ in range(2)]
+    assert streamed(*unrelated, 100).solve(4).penalties == DEFAULT
+    # Texts tell their images by what varies least in them, which large penalties drown.
+    hidden, scale = torch.randn(400, 6, generator=generator), torch.tensor([30.0] * 6 + [1.0] * 6)
+    mixed = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
+    texts = (torch.cat([torch.randn(400, 6, generator=generator), hidden], 1) * scale) @ mixed
+    candidates = [DEFAULT, Penalties(1e-4, 1e-4)]
+    assert streamed(texts, hidden, 100).solve(6, candidates).penalties == candidates[1]
+
+
 def test_few_pairs_take_the_usual_penalties_and_say_so(caplog):
     assert streamed(*pairs_of(9), 9).solve(4).penalties == DEFAULT
     assert "9 pairs are too few to choose penalties by" in caplog.text

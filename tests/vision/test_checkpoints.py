@@ -8,7 +8,9 @@ from timm.models import save_for_hf
 
 from tests.tiny import build, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, ground
+from visual_ground.adapter.files import published
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
+from visual_ground.storage.hub_names import rooted
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.loading import load_vision
 
@@ -96,3 +98,33 @@ def test_a_name_given_when_loading_is_kept_when_saving(saved, tmp_path):
     given = GroundedModel.from_pretrained(lm, tmp_path / "named", own, tokenizer(), image_processor)
     given.save_pretrained(tmp_path / "named")
     assert given.active.metadata.provenance["vision_encoder"] == names[2]
+
+
+def test_local_names_hold_in_every_working_folder(saved, tmp_path, monkeypatch):
+    folder, elsewhere = tmp_path / "my encoder", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    build("llama_untied").save_pretrained(tmp_path / "lm")
+    tokenizer().save_pretrained(tmp_path / "lm")
+    whole = [f"timm:{NAME}/{folder}/model.pth", f"timm:{folder}"]
+    for relative, name in zip([f"timm:{NAME}/my encoder/model.pth", "timm:my encoder"], whole, strict=True):
+        monkeypatch.chdir(tmp_path)
+        model = ground("lm", relative, config=GroundingConfig(retrieval_dim=6))
+        model.save_pretrained("adapter")
+        vectors = model.embed_images([picture(0)])
+        monkeypatch.chdir(elsewhere)
+        again = GroundedModel.from_pretrained(tmp_path / "adapter")
+        assert again.active.provenance["vision_encoder"] == name and torch.equal(
+            again.embed_images([picture(0)]), vectors
+        )
+        # What was loaded from a folder stays unpublished from everywhere.
+        assert not any(published(again.active.metadata).provenance.values())
+
+
+def test_names_of_the_hub_and_of_libraries_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").write_bytes(b"")  # A tag of open_clip, not this file.
+    (tmp_path / "tower").mkdir()
+    for name in ("gpt2", "me/lm", "me/lm#vision_model", f"timm:{NAME}", "open_clip:ViT-B-32/openai", "a:b", "", "#"):
+        assert rooted(name) == name
+    assert rooted("tower#vision_model") == f"{tmp_path}/tower#vision_model"
+    assert rooted("./tower/") == str(tmp_path / "tower") == rooted(rooted("tower"))

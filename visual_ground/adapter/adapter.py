@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ class Adapter(nn.Module):
         embedding_dim: d, width of the LM's input embedding.
         feature_dim: f, width of the vision encoder's features.
         patch_dim: with `visual_tokens_from="patches"`, the width of each of the k parts at the end of the features.
+
+    Attributes:
+        kept: names of parameters that were fitted and that training leaves as they are; saved with the adapter.
         text_dims: widths of the hidden states named by `config.text_layers`; the first -1 entry is h.
         head_dim: h, width of what the output head reads.
         tied: whether `[RET]`'s input and output embedding are one tensor.
@@ -92,6 +95,7 @@ class Adapter(nn.Module):
         if not tied:
             self.ret_output = nn.Parameter(torch.randn(head_dim) * 0.02)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start value, as published
+        self.kept: frozenset[str] = frozenset()
         self.register_buffer("embedding_mean", torch.zeros(embedding_dim))
         self.register_buffer("embedding_std", torch.ones(embedding_dim))
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
@@ -111,6 +115,18 @@ class Adapter(nn.Module):
 
         super()._apply(keeping_dtype, recurse)  # type: ignore[no-untyped-call]  # torch's is untyped
         return self
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Add parameters, by name, to those that training leaves as they are."""
+        self.kept |= set(names)
+        for name, parameter in self.named_parameters():
+            if name in self.kept:
+                parameter.requires_grad_(False)
+
+    def set_trainable(self, is_trainable: bool) -> None:
+        """Say whether it is trained; what is kept never is."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_trainable and name not in self.kept)
 
     @_in_float32
     def image_tokens(self, features: Tensor) -> Tensor:

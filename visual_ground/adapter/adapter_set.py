@@ -110,7 +110,7 @@ class AdapterSet(nn.Module):
             self._freeze_guard.add(vision)
         attached = AttachedAdapter(config, spec, vision, tokenizer, max_length, provenance)
         self.attached[name] = attached
-        attached.adapter.requires_grad_(name == self.active_name)
+        attached.adapter.set_trainable(name == self.active_name)
         return attached
 
     def load(self, name: str, files: AdapterFiles, is_trainable: bool, lm: nn.Module) -> None:
@@ -130,9 +130,11 @@ class AdapterSet(nn.Module):
             raise
         attached.metadata, attached.anchors, attached.is_trainable = files.metadata, files.anchors, is_trainable
         attached.keep_encoder_name()
+        attached.source = files.name
         base = files.metadata.provenance.get("base_model_name_or_path")
         warn_of_differences(files.metadata.fingerprint, attached.spec.fingerprint, base)
-        attached.adapter.requires_grad_(is_trainable and name == self.active_name)
+        attached.adapter.kept = frozenset(files.metadata.kept)
+        attached.adapter.set_trainable(is_trainable and name == self.active_name)
         if files.config.train_lm_adapter and not is_trainable:
             lm.requires_grad_(False)
 
@@ -144,8 +146,8 @@ class AdapterSet(nn.Module):
         """
         attached = self[name]
         for other in self:
-            self[other].adapter.requires_grad_(False)
-        attached.adapter.requires_grad_(attached.is_trainable)
+            self[other].adapter.set_trainable(False)
+        attached.adapter.set_trainable(attached.is_trainable)
         self.active_name = name
 
     def delete(self, name: str) -> None:

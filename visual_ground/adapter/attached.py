@@ -23,6 +23,7 @@ from visual_ground.prompts.processor import GroundingProcessor
 from visual_ground.storage.hub import PushOptions, push_folder
 from visual_ground.storage.tensors import WEIGHTS_FILE, read_tensors
 from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.identity import ImageSpace, reference_pictures
 from visual_ground.vision.images import Images
 from visual_ground.vision.recent_features import RecentFeatures
 
@@ -44,6 +45,7 @@ class AttachedAdapter(nn.Module):
         metadata: the content of its `adapter_config.json`; after loading, with the LM and encoder it was trained with.
         anchors: captions and image features that are saved with it, so that it can move to another LM.
         is_trainable: whether it is trained while it is active.
+        source: the folder or Hub id that it was loaded from or saved to last; None for neither.
         recent_features: the encoder with a memory, for conversations that show it the same images at every turn.
     """
 
@@ -65,6 +67,8 @@ class AttachedAdapter(nn.Module):
         self.metadata = AdapterMetadata(config, self.provenance, spec.fingerprint)
         self.anchors: Anchors | None = None
         self.is_trainable = True
+        self.source: str | None = None
+        self._reference_features: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +100,14 @@ class AttachedAdapter(nn.Module):
         """Map images, or their features (n, f), to unit vectors (n, q); `batch_size` images are encoded at once."""
         features = self.vision.encode(images, batch_size) if image_features is None else image_features
         return self.adapter.embed_images(features.to(self.device))
+
+    @property
+    def image_space(self) -> ImageSpace:
+        """Which vectors it gives to images; an index keeps this, to know the adapters that it can be used with."""
+        if self._reference_features is None:
+            self._reference_features = self.vision.encode(reference_pictures())
+        vectors = self.embed_images(image_features=self._reference_features)
+        return ImageSpace.of(vectors, self.vision.name, self.source)
 
     def embed_states(self, states: list[Tensor]) -> Tensor:
         """Map the hidden states at `[RET]`, one (r, width) per text layer, to unit vectors (r, q)."""
@@ -149,6 +161,7 @@ class AttachedAdapter(nn.Module):
     def save(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
         """Write the adapter's folder, see `GroundedModel.save_pretrained`; `lm` is the LM that it is on."""
         self._write(folder, lm, self.metadata)
+        self.source = os.fspath(folder)
 
     def push(self, repo_id: str, lm: nn.Module, options: PushOptions) -> str:
         """Commit the adapter's folder to the Hub, see `GroundedModel.push_to_hub`."""
@@ -163,6 +176,7 @@ class AttachedAdapter(nn.Module):
             beside = {**beside, ANCHORS_FILE: self.anchors.write}
         # The file is in float32, also where somebody called `adapter.double()`.
         tensors = {name: tensor.float() for name, tensor in self.adapter.state_dict().items()}
+        metadata = replace(metadata, kept=tuple(sorted(self.adapter.kept)))
         save_adapter(folder, tensors, metadata, repo_id, beside=beside)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from visual_ground.adapter.field_checks import check_keys, is_count, is_name_or_none, is_number
+from visual_ground.adapter.field_checks import check_keys, is_count, is_name_or_none, is_number, is_text
 from visual_ground.adapter.report import Report
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError
@@ -15,7 +15,7 @@ from visual_ground.lm.fingerprint import Fingerprint
 PROVENANCE = ("base_model_name_or_path", "revision", "vision_encoder", "vision_revision")
 LIBRARY = "visual_ground"
 # `storage.tensors.write_adapter` adds the last two.
-KEYS = (*PROVENANCE, "config", "fingerprint", "library", "report", "format_version", "shapes")
+KEYS = (*PROVENANCE, "config", "fingerprint", "library", "report", "kept", "format_version", "shapes")
 # A fingerprint has 8 x 8 and 16 numbers; what has many more is no fingerprint.
 MAX_FINGERPRINT_NUMBERS = 4096
 
@@ -29,12 +29,14 @@ class AdapterMetadata:
         provenance: `base_model_name_or_path`, `revision`, `vision_encoder`, `vision_revision`, each a name or None.
         fingerprint: of the LM that it was trained on.
         report: how it was made and what was measured.
+        kept: names of parameters that further training leaves as they are.
     """
 
     config: GroundingConfig
     provenance: Mapping[str, str | None]
     fingerprint: Fingerprint | None = None
     report: Report = field(default_factory=Report)
+    kept: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -44,6 +46,7 @@ class AdapterMetadata:
             "fingerprint": None if self.fingerprint is None else self.fingerprint.to_dict(),
             "library": LIBRARY,
             "report": self.report.to_dict(),
+            "kept": list(self.kept),
         }
 
     @classmethod
@@ -65,12 +68,16 @@ class AdapterMetadata:
         config, report = values.get("config"), values.get("report", {})
         if not isinstance(config, dict) or not isinstance(report, dict):
             raise GroundingFileError("config and report must be JSON objects. Save the adapter again.")
+        kept = values.get("kept", [])  # Adapters from before there was such a list keep nothing.
+        if not isinstance(kept, list) or not all(map(is_text, kept)):
+            raise GroundingFileError(f"kept must be a list of names, got {kept!r}. Save the adapter again.")
         fingerprint = values.get("fingerprint")
         return cls(
             config=GroundingConfig.from_dict(config),
             provenance=provenance,
             fingerprint=None if fingerprint is None else _read_fingerprint(fingerprint),
             report=Report.from_dict(report),
+            kept=tuple(kept),
         )
 
 

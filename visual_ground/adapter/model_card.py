@@ -86,7 +86,7 @@ def _metric_type(metric: str) -> str:
 def _metric_name(metric: str) -> str:
     ranked = re.fullmatch(r"(\w+)_r(\d+)", metric)
     if ranked:
-        return f"Recall at {ranked[2]}, {DIRECTIONS.get(ranked[1], ranked[1])} (percent)"
+        return f"Recall at {ranked[2]}, {DIRECTIONS.get(ranked[1], ranked[1].replace('_', ' '))} (percent)"
     words = metric.replace("_", " ")
     return words[:1].upper() + words[1:] + (" (percent)" if metric.endswith("accuracy") else "")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from visual_ground.generation.generate import silent_ids
+from visual_ground.generation.ends import silent_ids
 from visual_ground.generation.growing import GrowingAnswer
 from visual_ground.generation.output import Part
 from visual_ground.index.image_index import ImageIndex

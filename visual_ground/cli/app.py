@@ -84,7 +84,7 @@ def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ImageInd
 
     given = {"title": options.title, "system": options.system, "examples": tuple(options.example) or None}
     given = {name: value for name, value in given.items() if value is not None}
-    indexes = {name: open_index(folder, options) for name, folder in map(_named, options.index)}
+    indexes = {name: _saved_index(folder, options) for name, folder in map(_named, options.index)}
     if options.lm is None:
         from visual_ground.demo.saved import load_demo
         from visual_ground.prompts.chat import ILLUSTRATED
@@ -100,6 +100,15 @@ def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ImageInd
     for name, folder in map(_named, options.another_adapter):
         model.load_adapter(folder, name)
     return model, indexes, settings
+
+
+def _saved_index(name: str, options: argparse.Namespace) -> ImageIndex:
+    from visual_ground.index.image_index import ImageIndex
+
+    index = open_index(name, options)
+    if not isinstance(index, ImageIndex):
+        raise GroundingValueError(f"The page shows saved indexes, folders or Hub ids, and {name} is in Milvus.")
+    return index
 
 
 def _named(given: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from visual_ground.index.image_index import ImageIndex
+    from visual_ground.index.milvus.image_index import MilvusImageIndex
     from visual_ground.model import GroundedModel
     from visual_ground.training.data.columns import Columns
 
@@ -67,11 +68,14 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", metavar="N", type=whole(1), help="length of an answer; 64 or the LM's own")
     parser.add_argument("--max-images", metavar="N", type=whole(0), help="images of an answer; a few where not given")
     parser.add_argument("--ret-bias", metavar="X", type=number(), help="added to the logit of [RET]; 0")
+    parser.add_argument(
+        "--complete-sentences", action="store_true", default=None, help="end answers with their last whole sentence"
+    )
 
 
 def answer_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return what was given of the options of `add_answer_options`, for `GroundedModel.generate`."""
-    names = ("max_new_tokens", "max_images", "ret_bias")
+    names = ("max_new_tokens", "max_images", "ret_bias", "complete_sentences")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
@@ -84,7 +88,7 @@ def load_model(options: argparse.Namespace) -> GroundedModel:
 
 def add_index_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `load_index` reads."""
-    parser.add_argument("--index", metavar="DIR", help="folder or Hub id of an index")
+    parser.add_argument("--index", metavar="DIR", help="folder or Hub id of an index, or its address in Milvus")
     parser.add_argument(
         "--images", metavar="DIR", action="append", default=[], help="folder that the index's paths may lead into"
     )
@@ -93,19 +97,31 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_index(options: argparse.Namespace) -> ImageIndex | None:
+def load_index(options: argparse.Namespace) -> ImageIndex | MilvusImageIndex | None:
     """Return the index that the options name, if any."""
     return None if options.index is None else open_index(options.index, options)
 
 
-def open_index(name: str, options: argparse.Namespace) -> ImageIndex:
-    """Return an index by its folder or Hub id; one that was built on this machine opens its own pictures."""
-    from visual_ground import ImageIndex
-    from visual_ground.index.remote_images import LinkRules
-    from visual_ground.index.trust import trusted_folders
+def open_index(name: str, options: argparse.Namespace | None = None) -> ImageIndex | MilvusImageIndex:
+    """Return the index in a folder, on the Hub, or in Milvus: `images.db`, `http://localhost:19530#photos`.
 
-    folders = (*options.images, *trusted_folders(name))
-    return ImageIndex.from_pretrained(name, LinkRules(hosts=tuple(options.host), folders=folders))
+    Args:
+        name: its folder, Hub id or address.
+        options: which hosts and folders its pictures may come from; one that was built on this machine opens its own.
+            None opens no pictures.
+    """
+    from visual_ground import ImageIndex
+    from visual_ground.index.milvus.connection import named_place
+    from visual_ground.index.milvus.image_index import MilvusImageIndex
+    from visual_ground.index.remote_images import LinkRules
+    from visual_ground.indexing.trust import trusted_folders
+
+    rules = None
+    if options is not None:
+        rules = LinkRules(hosts=tuple(options.host), folders=(*options.images, *trusted_folders(name)))
+    if (place := named_place(name)) is not None:
+        return MilvusImageIndex.open(*place, rules=rules)
+    return ImageIndex.from_pretrained(name, rules)
 
 
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +129,7 @@ def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="folder, file, pattern of files, or Hub id: see docs/training.md")
 
 
-def add_column_options(parser: argparse.ArgumentParser) -> None:
+def add_column_options(parser: argparse._ActionsContainer) -> None:
     """Add the options that say what of a dataset is read."""
     parser.add_argument("--split", metavar="NAME", default="train", help="part of the dataset; train")
     parser.add_argument("--image-column", metavar="NAME", help="else found by its name")

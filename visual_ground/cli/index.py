@@ -8,11 +8,14 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_model_arguments, load_model
+from visual_ground.cli.arguments import add_model_arguments, load_model, open_index
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
     from visual_ground.indexing.build import BuildOptions
+
+
+OPENED = "folder or Hub id of the index, or its address in Milvus: images.db, http://localhost:19530#photos"
 
 
 def add_parser(commands: Commands) -> None:
@@ -36,20 +39,35 @@ def add_parser(commands: Commands) -> None:
     remove.add_argument("ids", nargs="*", help="their ids")
     remove.add_argument("--filter", help='which entries, as JSON, such as {"licence": "unknown"}')
     remove.set_defaults(run=run_remove)
+    _add_readers(actions)
+    _add_makers(actions)
+
+
+def _add_readers(actions: Commands) -> None:
     search = actions.add_parser("search", help="print the entries nearest to a text or image, as JSON lines")
     add_model_arguments(search)
-    search.add_argument("index", help="folder or Hub id of the index")
+    search.add_argument("index", help=OPENED)
     search.add_argument("query", help="a text, or the path of an image")
     search.add_argument("-k", type=int, default=10, help="how many; 10")
     search.add_argument("--filter", help='which entries may be found, as JSON, such as {"year": {"ge": 1990}}')
     search.set_defaults(run=run_search)
     info = actions.add_parser("info", help="print what an index holds, as JSON")
-    info.add_argument("index", help="folder or Hub id of the index")
+    info.add_argument("index", help=OPENED)
     info.set_defaults(run=run_info)
-    convert = actions.add_parser("convert", help="read the embeddings of clip-retrieval, or .npy and parquet files")
-    convert.add_argument("source", help="folder with img_emb/*.npy and metadata/*.parquet, or one .npy file")
+
+
+def _add_makers(actions: Commands) -> None:
+    accelerate = actions.add_parser("accelerate", help="build a faiss index, which is searched faster, into an index")
+    accelerate.add_argument("index", help="folder of the index")
+    accelerate.add_argument(
+        "--kind", choices=("flat", "hnsw", "ivfpq"), help="by the number of entries where not given"
+    )
+    accelerate.add_argument("--recall", type=float, default=0.95, help="part of the 10 best entries to find; 0.95")
+    accelerate.set_defaults(run=run_accelerate)
+    convert = actions.add_parser("convert", help="read what other tools wrote, or copy an index into Milvus")
+    convert.add_argument("source", help="folder with img_emb/*.npy and metadata/*.parquet, one .npy file, or an index")
     convert.add_argument("--table", help="parquet file of the metadata, for one .npy file")
-    convert.add_argument("--output", required=True, help="folder for the index")
+    convert.add_argument("--output", required=True, help="folder for the index, or an address in Milvus")
     convert.set_defaults(run=run_convert)
 
 
@@ -75,8 +93,8 @@ def _build_options(options: argparse.Namespace) -> BuildOptions:
 
 def run_build(options: argparse.Namespace) -> None:
     """Embed images into an index, and say how many."""
-    from visual_ground.index.trust import trust
     from visual_ground.indexing.build import build_index
+    from visual_ground.indexing.trust import trust
 
     report = build_index(load_model(options), options.images, options.output, _build_options(options))
     trust(options.output, [name if os.path.isdir(name) else os.path.dirname(name) or "." for name in options.images])
@@ -110,7 +128,9 @@ def run_add(options: argparse.Namespace) -> None:
             images.append(name)
     with tempfile.TemporaryDirectory() as folder:
         if images:
-            build_index(load_model(options), images, folder, _build_options(options))
+            model = load_model(options)
+            index.check_model(model.image_space)  # Embedding takes long: what is wrong is said before.
+            build_index(model, images, folder, _build_options(options))
             index.merge(ImageIndex.from_pretrained(folder, everywhere))
         index.save_pretrained(options.index)
     print(f"{len(index) - before} entries added, {len(index)} in all")
@@ -156,10 +176,11 @@ def _parsed(text: str) -> dict[str, object]:
 
 def run_search(options: argparse.Namespace) -> None:
     """Print the entries nearest to a text or image."""
-    from visual_ground import ImageIndex
+    from visual_ground.generation.generate import check_index
     from visual_ground.prompts.types import is_image_file
 
-    model, index = load_model(options), ImageIndex.from_pretrained(options.index)
+    model, index = load_model(options), open_index(options.index)
+    check_index(index, model.active)
     is_image = is_image_file(options.query)
     query = model.embed_images([options.query]) if is_image else model.embed_text(options.query)
     found = index.search(query.cpu(), options.k, None if options.filter is None else _parsed(options.filter))
@@ -171,15 +192,40 @@ def run_search(options: argparse.Namespace) -> None:
 
 def run_info(options: argparse.Namespace) -> None:
     """Print what an index holds."""
-    from visual_ground import ImageIndex
+    print(json.dumps(open_index(options.index).info(), indent=2, ensure_ascii=False))
 
-    print(json.dumps(ImageIndex.from_pretrained(options.index).info(), indent=2, ensure_ascii=False))
+
+def run_accelerate(options: argparse.Namespace) -> None:
+    """Build a faiss index beside the vectors."""
+    from visual_ground.indexing.accelerating import accelerate_index
+
+    engine = accelerate_index(options.index, options.kind, options.recall)
+    recall = "" if engine.recall is None else f"; a search finds {100 * engine.recall:.1f} % of the 10 best"
+    print(f"{len(engine)} entries in faiss ({engine.kind}){recall}")
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    """Read embeddings that other tools wrote."""
+    """Read embeddings that other tools wrote, and copy indexes into Milvus."""
+    import tempfile
+    from pathlib import Path
+
+    from visual_ground.errors import GroundingValueError
+    from visual_ground.index.files import ENTRIES_FILE
+    from visual_ground.index.milvus.connection import named_place
+    from visual_ground.index.milvus.image_index import MilvusImageIndex
     from visual_ground.indexing.foreign import read_embeddings
 
-    index = read_embeddings(options.source, options.table)
-    index.save_pretrained(options.output)
-    print(f"{len(index)} entries of width {index.dim} in {options.output}")
+    place = named_place(options.output)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.source
+        if not Path(folder, ENTRIES_FILE).is_file():
+            folder = scratch if place else options.output
+            read_embeddings(options.source, options.table).save_pretrained(folder)
+        elif place is None:
+            raise GroundingValueError(f"{folder!r} is an index already; --output must be an address in Milvus.")
+        index = (
+            open_index(folder)
+            if place is None
+            else MilvusImageIndex.from_folder(place[0], folder, place[1], progress=True)
+        )
+        print(f"{len(index)} entries of width {index.dim} in {options.output}")

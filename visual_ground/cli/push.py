@@ -38,5 +38,4 @@ def run(options: argparse.Namespace) -> None:
     # The folder is the user's own, so the paths in it may lead anywhere on this machine.
     rules = LinkRules(folders=(Path(options.folder).absolute().anchor,)) if options.copy_images else None
     index = ImageIndex.from_pretrained(options.folder, rules)
-    arguments = (where.private, where.revision, where.token, where.commit_message, where.create_pr)
-    print(index.push_to_hub(options.repository, *arguments, copy_images=options.copy_images))
+    print(index.push_to_hub(options.repository, copy_images=options.copy_images, **vars(where)))

@@ -78,6 +78,7 @@ STORY = {
     "max_images": 4,
     "min_new_tokens_before_ret": 12,
     "min_new_tokens_between_rets": 16,
+    "only_after_sentences": True,
 }
 CONVERSATIONS = (
     Conversation("A request", SEEN, (("Show me a penguin.",),)),

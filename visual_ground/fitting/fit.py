@@ -12,6 +12,7 @@ import torch
 from visual_ground.adapter.initialization import initialize_from_lm
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.evaluation.pairs import image_features
+from visual_ground.fitting.autocast import autocast_lm
 from visual_ground.model import GroundedModel
 from visual_ground.training import setup
 from visual_ground.training.arguments import GroundingTrainingArguments
@@ -20,7 +21,8 @@ from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.fast_paths import set_compute_plan
 from visual_ground.training.initialization.data_dependent import evenly_sampled, start_emission, start_image_tokens
 from visual_ground.training.initialization.ret_token import fit_ret
-from visual_ground.training.initialization.retrieval import batched, fit_retrieval
+from visual_ground.training.initialization.retrieval import batched, fit_prompts, fit_retrieval
+from visual_ground.training.initialization.statistics import first_examples, standardise
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.retrieval import CaptionLikelihoods
 
@@ -35,7 +37,8 @@ def fit(model: GroundedModel, pairs: Any, args: GroundingTrainingArguments | Non
         model: the grounded model; its adapter is fitted in place, or, where anything fails, left as it was.
         pairs: rows with images and captions, as for `GroundingTrainer`. Where rows have a `request`, requests and
             captions are fitted together; where none has, captions are also put into requests.
-        args: where the columns, the caches and the device are; the settings of steps are not used.
+        args: where the columns, the caches and the device are, and with `bf16` or `fp16` that the LM reads in mixed
+            precision; the settings of steps are not used.
 
     Raises:
         GroundingTypeError: not a `GroundedModel`, or a stream.
@@ -77,17 +80,20 @@ def _check(model: GroundedModel, pairs: Any) -> None:
 
 def _fit(model: GroundedModel, examples: ExampleDataset, args: GroundingTrainingArguments) -> None:
     _forget(model)
-    setup.standardise(model, examples)
+    standardise(model, examples)
     objective, collator = GroundingObjective(model), setup.build_collator(model, args)
-    set_compute_plan(objective, collator(setup.first_examples(examples, setup.PLAN_EXAMPLES)), args, sharded=False)
+    set_compute_plan(objective, collator(first_examples(examples, setup.PLAN_EXAMPLES)), args, sharded=False)
     sampled = evenly_sampled(examples)
-    said = start_emission(model, sampled, Path(args.features_folder, setup.ANSWERS_FOLDER))
-    # Two epochs: a row's several images and captions take turns.
-    fit_retrieval(objective, batched(examples[i] for i in range(2 * len(examples))), collator)
-    features = torch.cat([image_features(model, batch) for batch in batched(sampled)])
-    start_image_tokens(model, sampled, features)
-    if not said:
-        _fit_ret_token(objective, sampled, collator)
+    with autocast_lm(model.lm, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None):
+        said = start_emission(model, sampled, Path(args.features_folder, setup.ANSWERS_FOLDER))
+        # Two epochs: a row's several images and captions take turns.
+        count = 2 * len(examples)
+        pairs = fit_retrieval(objective, batched(examples[i] for i in range(count)), collator, steps_follow=False)
+        features = torch.cat([image_features(model, batch) for batch in batched(sampled)])
+        start_image_tokens(model, sampled, features)
+        fit_prompts(objective, pairs, batched(examples[i] for i in range(count)), collator)
+        if not said:
+            _fit_ret_token(objective, sampled, collator)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from dataclasses import replace
 from PIL import Image, ImageDraw
 
 from visual_ground.adapter.report import Report, Sample
+from visual_ground.errors import GroundingError
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
-from visual_ground.index.remote_images import ImageLink
 from visual_ground.vision.images import to_rgb
 
 # In pixels and percent; small, because the picture is published with the adapter.
@@ -32,20 +32,29 @@ def with_samples(report: Report, prompts: Sequence[str], answers: Sequence[Inter
         ('Here.', None)
     """
     samples = tuple(Sample(prompt, str(answer)) for prompt, answer in zip(prompts, answers, strict=True))
-    images = [image for answer in answers for image in answer.images]
-    shown = [image for image in images if image.image is not None and not isinstance(image.image, ImageLink)]
+    shown = [(image, small) for answer in answers for image in answer.images if (small := _small(image)) is not None]
     return replace(report, samples=samples, picture=_draw(shown) if shown else None)
 
 
-def _draw(shown: Sequence[RetrievedImage]) -> bytes:
+def _small(retrieved: RetrievedImage) -> Image.Image | None:
+    """Return an image small enough for its place, or None where it is only an address, is gone or is damaged."""
+    if not retrieved.is_readable:
+        return None
+    try:
+        small = to_rgb(retrieved.image)
+    except GroundingError:
+        return None
+    small.thumbnail((SIDE - 2 * MARGIN, SIDE - 2 * MARGIN))
+    return small
+
+
+def _draw(shown: Sequence[tuple[RetrievedImage, Image.Image]]) -> bytes:
     """Return a JPEG of images in a grid, each with its id below."""
     columns = min(len(shown), COLUMNS)
     page = Image.new("RGB", (columns * SIDE, -(-len(shown) // columns) * (SIDE + LABEL_HEIGHT)), "white")
     draw = ImageDraw.Draw(page)
-    for i, retrieved in enumerate(shown):
+    for i, (retrieved, small) in enumerate(shown):
         x, y = i % columns * SIDE, i // columns * (SIDE + LABEL_HEIGHT)
-        small = to_rgb(retrieved.image)
-        small.thumbnail((SIDE - 2 * MARGIN, SIDE - 2 * MARGIN))
         page.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
         # Pillow's small built-in font has Latin letters only.
         label = str(retrieved.id)[-LABEL_LENGTH:].encode("latin-1", "replace").decode("latin-1")

@@ -11,19 +11,18 @@ from transformers import BatchFeature, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.generation.ends import end_ids, silent_ids
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener, OnToken
 from visual_ground.generation.options import complete_options
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
-from visual_ground.generation.scoring import query_vectors
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
+from visual_ground.index.image_index import ImageIndex
 from visual_ground.lm.frozen_lm import FrozenLM
-
-# How many contexts that end with a `[RET]` are read together; a bound on the memory that long answers take.
-QUERIES_PER_RUN = 32
+from visual_ground.scoring.query_vectors import ret_vectors
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def generate(
 
     Raises:
         GroundingTypeError: an index that cannot be searched.
-        GroundingValueError: an index of vectors of another width.
+        GroundingValueError: an index of vectors of another width, or one that another adapter built.
     """
     check_index(index, attached)
     image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
@@ -65,10 +64,10 @@ def generate(
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
         return outputs
-    return whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
+    return _whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
 
 
-def whole_sentences(
+def _whole_sentences(
     outputs: Sequence[InterleavedOutput], answers: Sequence[Sequence[int]], stops: set[int]
 ) -> list[InterleavedOutput]:
     """Cut each answer that the LM did not end itself, right after the answer's last whole sentence."""
@@ -76,16 +75,6 @@ def whole_sentences(
         output if stops.intersection(ids) else InterleavedOutput(cut_to_sentences(output.parts))
         for ids, output in zip(answers, outputs, strict=True)
     ]
-
-
-def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any]) -> set[int]:
-    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS."""
-    of_lm = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
-    ids = options.get("eos_token_id", of_lm)
-    ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
-    if isinstance(ids, Tensor):
-        ids = ids.flatten().tolist()
-    return {ids} if isinstance(ids, int) else set(ids or ())
 
 
 def with_padding(
@@ -151,7 +140,13 @@ def generate_ids(
         processor,
         options,
         ids,
-        RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings, () if seen is None else seen.places),
+        RetLogitsProcessor(
+            processor.ret_token_id,
+            ids.shape[1],
+            settings,
+            () if seen is None else seen.places,
+            processor.tokenizer.decode,
+        ),
         ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
     )
     if seen is not None:  # After all others: what comes next in an image is certain.
@@ -159,50 +154,12 @@ def generate_ids(
     return frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
 
 
-def ret_vectors(
-    frozen_lm: FrozenLM,
-    attached: AttachedAdapter,
-    sequences: Tensor,
-    mask: Tensor,
-    start: int,
-    image_tokens: Tensor | None,
-) -> list[Tensor]:
-    """Return, for each sequence, the retrieval vectors (r, q) of the `[RET]`s in its answer.
-
-    The finished sequences are read once more up to each `[RET]`, so beams, sampling and caches make no difference.
-
-    Args:
-        frozen_lm: the LM.
-        attached: the active adapter.
-        sequences: (b, s), prompts and answers.
-        mask: (b, start), of the prompts.
-        start: where the answers begin.
-        image_tokens: (n * k, d), of the prompts' images.
-    """
-    processor = attached.processor
-    prompts = [row[:start][kept.bool()].tolist() for row, kept in zip(sequences, mask, strict=True)]
-    answers = sequences[:, start:].tolist()
-    contexts, counts = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        places = [i for i, token in enumerate(answer) if token == processor.ret_token_id]
-        contexts += [[*prompt, *answer[:place]] for place in places]
-        counts.append(len(places))
-    if not contexts:
-        return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
-    # If the context and the suffix together are longer than the LM's limit, the oldest ids are dropped.
-    limit = -(processor.max_length or 0)
-    queries = [[*context, *processor.retrieval_suffix(context)][limit:] for context in contexts]
-    parts = [queries[i : i + QUERIES_PER_RUN] for i in range(0, len(queries), QUERIES_PER_RUN)]
-    vectors = torch.cat([query_vectors(frozen_lm, attached, part, image_tokens).cpu() for part in parts])
-    return list(torch.split(vectors, counts))
-
-
 def check_index(index: Any, attached: AttachedAdapter) -> None:
     """Raise where an index cannot be searched with this adapter's vectors.
 
     Raises:
         GroundingTypeError: not an index.
-        GroundingValueError: vectors of another width.
+        GroundingValueError: vectors of another width, or of another adapter or encoder.
     """
     if index is None:
         return
@@ -216,18 +173,8 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
             f"The index holds vectors of width {index.dim}, this model's retrieval space has width "
             f"{attached.config.retrieval_dim}. Build the index with this model."
         )
-
-
-def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
-    """Return the ids that end or pad answers; they are not text, even if the tokenizer decodes them as text.
-
-    A tokenizer does so for a PAD that was set after loading, and for the LM's EOS if it has no EOS of its own.
-    """
-    tokenizer = attached.processor.tokenizer
-    own = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
-    stops = own if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    ids = [tokenizer.pad_token_id, *(stops if isinstance(stops, (list, tuple)) else [stops])]
-    return {i for i in ids if i is not None}
+    if isinstance(index, ImageIndex):
+        index.check_model(attached.image_space)
 
 
 def _interleave(

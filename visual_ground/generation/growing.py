@@ -10,6 +10,7 @@ from torch import Tensor
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.generation.output import Part
 from visual_ground.generation.retrieval_token import RetrievalSettings, retrieve
+from visual_ground.generation.sentences import GrowingSentences
 from visual_ground.index.base import RetrievalIndex
 
 
@@ -56,10 +57,10 @@ class GrowingAnswer:
         attached: the active adapter.
         index: where images are searched.
         settings: how many are shown.
-        silent: ids that are no text, though the tokenizer may decode them; see `generate.silent_ids`.
+        silent: ids that are no text, though the tokenizer may decode them; see `ends.silent_ids`.
 
     Attributes:
-        latest: what the latest `[RET]` added.
+        latest: what the latest `[RET]` added, though it may still be held back.
     """
 
     def __init__(
@@ -74,20 +75,33 @@ class GrowingAnswer:
         self._text = GrowingText(attached.processor.tokenizer)
         self._shown: set[int] = set()
         self.latest: list[Part] = []
+        self._sentences = GrowingSentences() if settings.complete_sentences else None
 
     def add(self, token: int, vector: Tensor | None) -> list[Part]:
-        """Return what a token adds."""
+        """Return what a token adds; with `complete_sentences`, what ends with it."""
+        parts = self._said(token, vector)
+        return parts if self._sentences is None else self._sentences.add(parts)
+
+    def _said(self, token: int, vector: Tensor | None) -> list[Part]:
         if token != self.ret_token_id:
             # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
             is_text = token < self.vocabulary.num_tokens and token not in self.silent
             text = self._text.add(token) if is_text else ""
             return [text] if text else []
         assert vector is not None, "the listener reads one at each [RET]"
-        self.latest = [*self.end(), *retrieve(vector[None], self.index, self.settings, self._shown)[0]]
+        self.latest = [*self._held(), *retrieve(vector[None], self.index, self.settings, self._shown)[0]]
         return self.latest
 
-    def end(self) -> list[Part]:
-        """Return what was held back."""
+    def end(self, is_whole: bool) -> list[Part]:
+        """Return what was held back.
+
+        Args:
+            is_whole: whether the LM ended the answer itself; else it may be cut behind its last whole sentence.
+        """
+        held = self._held()
+        return held if self._sentences is None else [*self._sentences.add(held), *self._sentences.end(is_whole)]
+
+    def _held(self) -> list[Part]:
         text = self._text.flush()
         return [text] if text else []
 

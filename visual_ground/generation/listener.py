@@ -13,10 +13,11 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.generation.running_cache import copy_of_running_cache
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.scoring.query_vectors import reads_opening, with_opening
 
 # Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
 OnToken = Callable[[int, int, Tensor | None], bool]
-# Reads the vectors of finished sequences by running them once more; see `generate.ret_vectors`.
+# Reads the vectors of finished sequences by running them once more; see `query_vectors.ret_vectors`.
 ReadAgain = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
 
 
@@ -24,7 +25,8 @@ class AnswerListener(StoppingCriteria):
     """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` at the moment it is said.
 
     The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
-    an LM that holds something else is run once more up to the `[RET]`.
+    an LM that holds something else is run once more up to the `[RET]`. What is read for an answer's first `[RET]` is
+    said at `query_vectors.reads_opening`.
 
     Args:
         frozen_lm: the LM.
@@ -91,26 +93,40 @@ class AnswerListener(StoppingCriteria):
         chosen = torch.tensor(rows, device=ids.device)
         mask = self.mask.repeat_interleave(self.per_prompt, 0).to(ids.device)[chosen]
         mask = nn.functional.pad(mask, (0, ids.shape[1] - self.start), value=1)
-        vectors = self._read_on_copy(ids[chosen], mask, chosen)
-        if vectors is None:
-            again = self.read_again(ids[chosen], mask[:, :-1], ids.shape[1] - 1)
-            vectors = torch.cat(list(again))
-        found = dict(zip(rows, vectors.cpu(), strict=True))
+        vectors = self._read_behind(ids.shape[1] - 1, ids[chosen], mask, chosen)
+        first = [i for i, row in enumerate(rows) if self._reads_opening(row, ids)]
+        if first:
+            openings = self._read_behind(self.start, ids[chosen[first]], mask[first], chosen[first])
+            vectors[first] = with_opening(vectors[first], openings)
+        found = dict(zip(rows, vectors, strict=True))
         self._vectors |= {(row, ids.shape[1] - 1): vector for row, vector in found.items()}
         return found
 
-    def _read_on_copy(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor | None:
+    def _reads_opening(self, row: int, ids: Tensor) -> bool:
+        if any(known == row for known, _ in self._vectors):
+            return False
+        said = ids[row, self.start : -1].tolist()
+        return reads_opening(self.attached, ids[row, : self.start].tolist(), said)
+
+    def _read_behind(self, count: int, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        """Return the vectors (r, q), on the CPU, read behind the first so many of ids (r, s), of these rows."""
+        vectors = self._read_on_copy(count, ids, mask, rows)
+        if vectors is None:
+            ret = torch.full_like(ids[:, :1], self.attached.processor.ret_token_id)
+            vectors = torch.cat([*self.read_again(torch.cat([ids[:, :count], ret], 1), mask[:, :count], count)])
+        return vectors.cpu()
+
+    def _read_on_copy(self, count: int, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor | None:
         """Run the retrieval suffix on a copy of the cache; return vectors (r, q), or None if that cannot be done."""
-        said = ids.shape[1] - 1
-        suffixes = [self.attached.processor.retrieval_suffix(row[:said]) for row in ids.tolist()]
+        suffixes = [self.attached.processor.retrieval_suffix(row[:count]) for row in ids.tolist()]
         if len(set(map(len, suffixes))) > 1:
             return None
         suffix = torch.tensor(suffixes, device=ids.device)
-        mask = nn.functional.pad(mask[:, :said], (0, suffix.shape[1]), value=1)
+        mask = nn.functional.pad(mask[:, :count], (0, suffix.shape[1]), value=1)
         longest = self.frozen_lm.max_length
-        if longest is not None and said + suffix.shape[1] > longest:
+        if longest is not None and count + suffix.shape[1] > longest:
             return None
-        cache = copy_of_running_cache(self.frozen_lm, said, rows)
+        cache = copy_of_running_cache(self.frozen_lm, ids.shape[1] - 1, rows, count)
         if cache is None:
             return None
         last = torch.arange(1, len(suffix) + 1, device=ids.device) * suffix.shape[1] - 1

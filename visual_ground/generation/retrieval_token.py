@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +12,11 @@ from transformers import LogitsProcessor
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.generation.output import RetrievedImage
+from visual_ground.generation.sentences import sentence_ends
 from visual_ground.index.base import RetrievalIndex
+from visual_ground.index.remote_images import ImageLink
+
+SPARE = 4  # Images that are looked up besides, in case some are gone from where they were.
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class RetrievalSettings:
         ret_bias: added to `[RET]`'s logit; larger values give more images.
         min_new_tokens_before_ret: the fewest tokens before an answer's first `[RET]`.
         min_new_tokens_between_rets: the fewest tokens between two `[RET]`s; 0 lets one follow another at once.
+        only_after_sentences: whether `[RET]` may come only where a sentence of the answer has just ended.
         allow_repeats: whether one answer may show an image twice.
         filter: which entries of the index may be shown, as in `ImageIndex.search`; all where None.
         see_images: whether the LM sees the images of an answer when it goes on with it.
@@ -41,6 +46,7 @@ class RetrievalSettings:
     ret_bias: float = 0.0
     min_new_tokens_before_ret: int = 0
     min_new_tokens_between_rets: int = 8
+    only_after_sentences: bool = False
     allow_repeats: bool = False
     filter: Any = None
     complete_sentences: bool = False
@@ -68,13 +74,19 @@ class RetLogitsProcessor(LogitsProcessor):
         prompt_length: ids before the first generated one.
         settings: what to apply.
         places: ids that stand for a `[RET]` too, see `SeenImages`; the set may grow.
+        decode: the tokenizer's, which `only_after_sentences` needs.
     """
 
     def __init__(
-        self, ret_token_id: int, prompt_length: int, settings: RetrievalSettings, places: Collection[int] = ()
+        self,
+        ret_token_id: int,
+        prompt_length: int,
+        settings: RetrievalSettings,
+        places: Collection[int] = (),
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.ret_token_id, self.prompt_length = ret_token_id, prompt_length
-        self.settings, self.places = settings, places
+        self.settings, self.places, self._decode = settings, places, decode
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come.
@@ -94,9 +106,17 @@ class RetLogitsProcessor(LogitsProcessor):
             column = column.masked_fill(rets.sum(-1) >= self.settings.max_images, float("-inf"))
         if gap := self.settings.min_new_tokens_between_rets:
             column = column.masked_fill(rets[:, -gap:].any(-1), float("-inf"))
+        if self.settings.only_after_sentences:
+            column = column.masked_fill(self._within_sentences(new).to(column.device), float("-inf"))
         scores = scores.clone()
         scores[:, self.ret_token_id] = column
         return scores
+
+    def _within_sentences(self, new: Tensor) -> Tensor:
+        """Return the mask (b,) of answers (b, n) that have not just ended a sentence."""
+        assert self._decode is not None, "only_after_sentences needs it"
+        texts = [self._decode([i for i in row if i < self.ret_token_id]).rstrip() for row in new.tolist()]
+        return torch.tensor([sentence_ends(text)[-1:] != [len(text)] for text in texts])
 
 
 def split_at_ret(ids: Sequence[int], ret_token_id: int, tokenizer: Any) -> list[str | None]:
@@ -139,16 +159,30 @@ def retrieve(
         return [(RetrievedImage(),) for _ in vectors]
     shown = set() if shown is None else shown
     # Enough for each [RET] even where all the ones before it have taken its best images.
-    count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors))
+    count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors)) + SPARE
     options = {} if settings.filter is None else {"filter": settings.filter}
     results = index.search(vectors, count if settings.allow_repeats else count + len(shown), **options)
     answers = []
     for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True):
         hits = [hit for hit in zip(positions, scores, strict=True) if settings.allow_repeats or hit[0] not in shown]
-        hits = hits[: settings.images_per_ret]
-        shown.update(position for position, _ in hits)
-        answers.append(tuple(_image(index, position, score) for position, score in hits))
+        answers.append(_readable(index, hits[: settings.images_per_ret + SPARE], settings.images_per_ret, shown))
     return answers
+
+
+def _readable(
+    index: RetrievalIndex, hits: list[tuple[int, float]], count: int, shown: set[int]
+) -> tuple[RetrievedImage, ...]:
+    """Return the first `count` images of some hits; one that could not be fetched comes only where no other does."""
+    found: list[RetrievedImage] = []
+    failed: list[RetrievedImage] = []
+    for position, score in hits:
+        if len(found) == count:
+            break
+        image = _image(index, position, score)
+        is_lost = isinstance(image.image, ImageLink) and image.image.failed
+        (failed if is_lost else found).append(image)
+        shown.add(position)
+    return tuple([*found, *failed][:count])
 
 
 def _image(index: RetrievalIndex, position: int, score: float) -> RetrievedImage:

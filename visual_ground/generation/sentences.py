@@ -9,8 +9,15 @@ from visual_ground.generation.output import RetrievedImage
 
 ELLIPSIS = "\u2026"
 # A full stop of any script with the quotation marks and brackets that close behind it, and then a space or the end.
-# Scripts without spaces have stops that end a sentence wherever they stand.
-_END = re.compile(r"""(?:[.!?\u2026][\"'\u201d\u2019\u00bb)\]*_]*(?=\s|$))|[\u3002\uff01\uff1f\u0964]|\n""")
+# Scripts without spaces have stops that end a sentence wherever they stand. A line break ends one where the line is an
+# item of a list and no further line of the same item follows: other lines break in the middle of sentences, and a
+# heading announces what follows.
+_ITEM = r"[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]"
+_END = re.compile(
+    r"""(?:[.!?\u2026][\"'\u201d\u2019\u00bb)\]*_]*(?=\s|\Z))|[\u3002\uff01\uff1f\u0964]|"""
+    rf"""\n(?=[ \t]*(?:\n|\Z)|{_ITEM})"""
+)
+_IS_ITEM = re.compile(rf"{_ITEM}+\S.*[^:,\s]\s*\Z")
 # What ends with a full stop and goes on: the number of a list, an initial, a title.
 _GOES_ON = re.compile(r"(?:^|[\s(\"'])(?:\d+|[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|No|Fig)\.$")
 
@@ -28,8 +35,8 @@ def sentence_ends(text: str) -> list[int]:
         said = text[: match.end()]
         if match.group() == "\n":
             said = said.rstrip()
-            # A line that announces what follows, or has nothing but a mark or a number, is no sentence.
-            if len(said.split()) < 2 or said.endswith((":", ",")) or ends[-1:] == [len(said)]:
+            # An item that announces others, or has nothing but its mark, is no sentence.
+            if not _IS_ITEM.match(said.rpartition("\n")[2]) or ends[-1:] == [len(said)]:
                 continue
         if not _GOES_ON.search(said):
             ends.append(len(said))
@@ -57,6 +64,16 @@ def cut_to_sentences(parts: Sequence[str | RetrievedImage]) -> tuple[str | Retri
         words = text.rstrip()
         room = max(words.rfind(" "), words.rfind("\n"))
         room, rest = (len(words), ELLIPSIS) if room < 1 else (room, ELLIPSIS)
+    kept = _up_to(parts, room)
+    if rest:
+        last = max((i for i, part in enumerate(kept) if isinstance(part, str)), default=None)
+        if last is not None:
+            kept[last] = str(kept[last]) + rest
+    return tuple(kept)
+
+
+def _up_to(parts: Sequence[str | RetrievedImage], room: int) -> list[str | RetrievedImage]:
+    """Return the parts up to so many characters, with the images up to there."""
     kept: list[str | RetrievedImage] = []
     for part in parts:
         if isinstance(part, str):
@@ -66,8 +83,45 @@ def cut_to_sentences(parts: Sequence[str | RetrievedImage]) -> tuple[str | Retri
                 break
         else:
             kept.append(part)
-    if rest:
-        last = max((i for i, part in enumerate(kept) if isinstance(part, str)), default=None)
-        if last is not None:
-            kept[last] = str(kept[last]) + rest
-    return tuple(kept)
+    return kept
+
+
+class GrowingSentences:
+    """Lets the parts of a growing answer out sentence by sentence; what they are together is the answer that was cut.
+
+    Example:
+        >>> growing = GrowingSentences()
+        >>> growing.add(["It is a fox. It"]), growing.add([" has a bus"]), growing.end(is_whole=False)
+        (['It is a fox.'], [], [])
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[str | RetrievedImage] = []
+        self._out: tuple[int, int] = 0, 0  # Characters and images that are out.
+
+    def add(self, parts: Sequence[str | RetrievedImage]) -> list[str | RetrievedImage]:
+        """Take what has been said since, and return what is out with it."""
+        self._parts += parts
+        text = "".join(part for part in self._parts if isinstance(part, str))
+        # With a letter behind it, only those sentences end that end whatever comes next.
+        ends = sentence_ends(text + "x")
+        return self._let_out(_up_to(self._parts, ends[-1])) if ends else []
+
+    def end(self, is_whole: bool) -> list[str | RetrievedImage]:
+        """Return the rest: all of it if the LM ended the answer itself, else what `cut_to_sentences` leaves."""
+        return self._let_out(self._parts if is_whole else cut_to_sentences(self._parts))
+
+    def _let_out(self, parts: Sequence[str | RetrievedImage]) -> list[str | RetrievedImage]:
+        """Return what these parts of the answer, from its beginning, have beyond what is out."""
+        characters, images = self._out
+        new: list[str | RetrievedImage] = []
+        for part in parts:
+            if isinstance(part, str):
+                new += [part[characters:]] if part[characters:] else []
+                characters = max(0, characters - len(part))
+            else:
+                new += [part] if images < 1 else []
+                images -= 1
+        said = sum(len(part) for part in parts if isinstance(part, str))
+        self._out = said, sum(not isinstance(part, str) for part in parts)
+        return new

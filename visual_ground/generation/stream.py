@@ -14,16 +14,8 @@ from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.generate import (
-    check_index,
-    end_ids,
-    generate_ids,
-    heard_by,
-    listen,
-    silent_ids,
-    whole_sentences,
-    with_padding,
-)
+from visual_ground.generation.ends import end_ids, silent_ids
+from visual_ground.generation.generate import check_index, generate_ids, heard_by, listen, with_padding
 from visual_ground.generation.growing import GrowingAnswer, joined
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.retrieval_token import RetrievalSettings
@@ -43,7 +35,7 @@ def stream(
 
     Raises:
         GroundingTypeError: an index that cannot be searched.
-        GroundingValueError: an index of vectors of another width, several prompts, or beam search.
+        GroundingValueError: an index that does not fit, several prompts, or beam search.
     """
     settings = RetrievalSettings.take_from(options)
     check_index(index, attached)
@@ -54,11 +46,15 @@ def stream(
         )
     answer = GrowingAnswer(attached, index, settings, silent_ids(frozen_lm, attached))
 
+    ends, is_whole = end_ids(frozen_lm, attached, options), False
+
     def run(say: Callable[[Part], None], closed: threading.Event) -> None:
-        hear(frozen_lm, attached, batch, settings, options, [answer], lambda row, part: say(part), closed)
+        nonlocal is_whole
+        said = hear(frozen_lm, attached, batch, settings, options, [answer], lambda row, part: say(part), closed)
+        is_whole = bool(ends.intersection(said[0, batch["input_ids"].shape[1] :].tolist()))
 
     yield from from_thread(run)
-    yield from answer.end()
+    yield from answer.end(is_whole)
 
 
 def from_thread(run: Callable[[Callable[[Part], None], threading.Event], None]) -> Iterator[Part]:
@@ -97,21 +93,18 @@ def generate_seeing(
 ) -> list[InterleavedOutput]:
     """Answer a batch of prompts with `see_images`; the arguments and errors are those of `generate`."""
     check_index(index, attached)
-    silent, count = (
-        silent_ids(frozen_lm, attached),
-        len(batch["input_ids"]) * (options.get("num_return_sequences") or 1),
-    )
+    ends, silent = end_ids(frozen_lm, attached, options), silent_ids(frozen_lm, attached)
+    count = len(batch["input_ids"]) * (options.get("num_return_sequences") or 1)
     answers = [GrowingAnswer(attached, index, settings, silent) for _ in range(count)]
     said: list[list[Part]] = [[] for _ in answers]
+
+    def say(row: int, part: Part) -> None:
+        said[row].append(part)
+
     with frozen_lm.bind():  # As in `generate`.
-        sequences = hear(
-            frozen_lm, attached, batch, settings, options, answers, lambda row, part: said[row].append(part)
-        )
-    outputs = [InterleavedOutput(joined([*parts, *one.end()])) for parts, one in zip(said, answers, strict=True)]
-    if not settings.complete_sentences:
-        return outputs
-    ids = sequences[:, batch["input_ids"].shape[1] :].tolist()
-    return whole_sentences(outputs, ids, end_ids(frozen_lm, attached, options))
+        sequences = hear(frozen_lm, attached, batch, settings, options, answers, say)
+    rows = zip(said, answers, sequences[:, batch["input_ids"].shape[1] :].tolist(), strict=True)
+    return [InterleavedOutput(joined([*parts, *one.end(bool(ends.intersection(ids)))])) for parts, one, ids in rows]
 
 
 def hear(
@@ -136,8 +129,8 @@ def hear(
         parts = answers[row].add(token, vector)
         for part in parts:
             say(row, part)
-        if seen is not None:
-            seen.take(row, parts)
+        if seen is not None and vector is not None:
+            seen.take(row, answers[row].latest)
         return closed is None or not closed.is_set()
 
     per_prompt = options.get("num_return_sequences") or 1

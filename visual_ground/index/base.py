@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import ImageLike
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class RetrievalIndex(Protocol):
 
 class ImageEmbedder(Protocol):
     """What `ImageIndex.build` needs of a model, as `GroundedModel` has it."""
+
+    @property
+    def image_space(self) -> ImageSpace:
+        """Which vectors it gives to images."""
 
     def embed_images(self, images: Sequence[ImageLike], *, batch_size: int) -> Tensor:
         """Map n images to unit vectors (n, q), `batch_size` of them run at once."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +116,7 @@ class ExactIndex:
     def changed(self, remove: Sequence[int], vectors: Tensor) -> ExactIndex:
         """Return an index without some positions and with more vectors; this one stays, and they share memory."""
         self._check_width(vectors, "Vectors to add")
-        other = ExactIndex.__new__(ExactIndex)
-        other._rows = self._rows.without(remove).followed_by(as_block(vectors).to(self.dtype))
-        return other
+        return ExactIndex._of(self._rows.without(remove).followed_by(as_block(vectors).to(self.dtype)))
 
     def add(self, vectors: Tensor) -> None:
         """Append vectors (m, q); they get the next positions.
@@ -173,13 +170,15 @@ class ExactIndex:
             raise GroundingFileError("The index's vectors are damaged: they hold numbers that are not finite.")
         return SearchResult(positions, scores)
 
-    def at(self, positions: Sequence[int]) -> Tensor:
+    def at(self, positions: Sequence[int] | Tensor) -> Tensor:
         """Return the vectors (m, q) at some positions."""
-        starts = [0]
+        wanted, start = torch.as_tensor(positions, dtype=torch.long), 0
+        rows = torch.empty(len(wanted), self.dim, dtype=self.dtype)
         for block in self._rows.blocks:
-            starts.append(starts[-1] + len(block))
-        rows = [self._rows.blocks[(i := bisect_right(starts, p) - 1)][p - starts[i]] for p in positions]
-        return torch.stack(rows) if rows else self._rows.blocks[0][:0]
+            here = (wanted >= start) & (wanted < start + len(block))
+            rows[here] = block[wanted[here] - start]
+            start += len(block)
+        return rows
 
     def chunks(self, size: int = 1 << 16) -> Iterator[Tensor]:
         """Yield the vectors that were not removed, in order, at most `size` at once."""
@@ -209,15 +208,17 @@ class ExactIndex:
             raise GroundingValueError(
                 f"{path} must hold vectors (n, q) of F32 or F16 and nothing else; it holds {shapes}."
             )
-        index = cls.__new__(cls)
-        index._rows = _Rows((map_tensor(path, "vectors"),))
-        return index
+        return cls._of(_Rows((map_tensor(path, "vectors"),)))
 
     @classmethod
     def of_blocks(cls, indexes: Iterable[ExactIndex]) -> ExactIndex:
         """Return the vectors of several indexes of the same width as one index, which shares their memory."""
+        return cls._of(_Rows(tuple(one.vectors for one in indexes)))
+
+    @classmethod
+    def _of(cls, rows: _Rows) -> ExactIndex:
         index = cls.__new__(cls)
-        index._rows = _Rows(tuple(one.vectors for one in indexes))
+        index._rows = rows
         return index
 
     def _check_width(self, vectors: Tensor, what: str) -> None:

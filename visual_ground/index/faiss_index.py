@@ -12,18 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visual_ground.errors import GroundingFileError, GroundingStateError, GroundingValueError
+from visual_ground.errors import GroundingFileError, GroundingStateError
 from visual_ground.index.base import SearchResult
 from visual_ground.index.exact import ExactIndex, as_block
+from visual_ground.index.faiss_kinds import (
+    CANDIDATES,
+    CODE_ROUNDS,
+    EFFORTS,
+    FEWEST_TO_LEARN,
+    KINDS,
+    LEARNT_FROM,
+    factory_of,
+    kind_for,
+    load_faiss,
+)
 from visual_ground.storage.atomic import replacing
+from visual_ground.storage.tensors import FORMAT_VERSION, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# Below so many vectors, comparing all is as fast as a graph.
-FLAT_BELOW = 20_000
-LINKS = 32  # Of each vector in the graph.
-# How many vectors a search looks at, tried one after another until the recall is reached.
-EFFORTS = (32, 64, 128, 256, 512)
 TARGET_RECALL = 0.95
 SAMPLE, SAMPLE_K = 200, 10  # Queries that the recall is measured with, and how many entries for each.
 FEW = 0.05  # A filter that allows a smaller part is searched exactly: the graph would lead to nothing but others.
@@ -38,7 +45,7 @@ class FaissIndex:
 
     Args:
         vectors: (n, q), or an `ExactIndex` that holds them.
-        kind: "flat" or "hnsw"; by the number of vectors where None.
+        kind: "flat", "hnsw", or "ivfpq", which is smallest; by the number of vectors where None.
         target_recall: the part of the 10 best entries that a search should find; it costs time.
 
     Attributes:
@@ -47,7 +54,7 @@ class FaissIndex:
 
     Raises:
         GroundingStateError: faiss is not installed.
-        GroundingValueError: another kind.
+        GroundingValueError: another kind, or too few vectors to learn IVF-PQ from.
 
     Example:
         >>> index = FaissIndex(torch.eye(3), kind="flat")
@@ -62,11 +69,14 @@ class FaissIndex:
         self.exact = vectors if isinstance(vectors, ExactIndex) else ExactIndex(vectors)
         if self.exact.end != len(self.exact):
             self.exact = ExactIndex(self.exact.vectors)
-        count = len(self.exact)
-        self.kind = kind or ("flat" if count < FLAT_BELOW else "hnsw")
-        self.effort = EFFORTS[0]
+        self.kind = kind or kind_for(len(self.exact))
         self.recall: float | None = None
-        self._index = faiss.index_factory(self.exact.dim, self._factory(), faiss.METRIC_INNER_PRODUCT)
+        recipe = factory_of(self.kind, len(self.exact), self.dim)
+        self._index = faiss.index_factory(self.dim, recipe, faiss.METRIC_INNER_PRODUCT)
+        self.effort = EFFORTS[self.kind][0]
+        if self.kind == "ivfpq":
+            self._index.pq.cp.niter = CODE_ROUNDS
+            self._index.train(self._sample(LEARNT_FROM * self._index.nlist).numpy())
         for chunk in self.exact.chunks(ROWS_AT_ONCE):
             self._index.add(chunk.float().numpy())
         self._measure(target_recall)
@@ -82,7 +92,13 @@ class FaissIndex:
     def add(self, vectors: Tensor) -> None:
         """Append vectors (m, q); they get the next positions."""
         exact = self.exact.changed([], vectors)
-        self._index.add(as_block(vectors).float().numpy())
+        try:
+            self._index.add(as_block(vectors).float().numpy())
+        except RuntimeError as error:
+            raise GroundingStateError(
+                "An IVF-PQ index that is mapped from its file takes no more vectors. Build it again of the old and "
+                "the new ones: FaissIndex(index.exact.changed([], vectors))."
+            ) from error
         self.exact = exact
 
     def remove(self, positions: Sequence[int]) -> None:
@@ -107,15 +123,27 @@ class FaissIndex:
         return SearchResult(found.gather(1, best.indices), best.values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vectors, as `ExactIndex` does, and what finds them into a second file, `PATH.faiss`."""
-        self.exact.save(path)
-        whole = self if self.exact.end == len(self) else FaissIndex(self.exact, self.kind)
-        whole.save_beside(f"{path}.faiss")
+        """Write the vectors, as `ExactIndex` does, and what finds them, into `PATH.faiss` and `PATH.faiss.json`."""
+        whole = self.whole()
+        whole.exact.save(path)
+        with replacing(f"{path}.faiss") as temporary:
+            whole.write(temporary)
+        write_json(f"{path}.faiss.json", whole.about(""))
 
-    def save_beside(self, path: str | os.PathLike[str]) -> None:
+    def whole(self) -> FaissIndex:
+        """Return the index without removed vectors, built again where there are any; those behind them move up."""
+        if self.exact.end == len(self):
+            return self
+        too_few = self.kind == "ivfpq" and len(self) < FEWEST_TO_LEARN
+        return FaissIndex(self.exact, None if too_few else self.kind)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Write what finds the vectors, without the vectors."""
-        with replacing(path) as temporary:
-            load_faiss().write_index(self._index, str(temporary))
+        load_faiss().write_index(self._index, os.fspath(path))
+
+    def about(self, belongs_to: str) -> dict[str, Any]:
+        """Return what is to be known beside that file; `belongs_to` is a checksum of the vectors, if there is one."""
+        return {"format_version": FORMAT_VERSION, "effort": self.effort, "recall": self.recall, "vectors": belongs_to}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FaissIndex:
@@ -127,35 +155,43 @@ class FaissIndex:
         return cls.beside(ExactIndex.load(path), f"{path}.faiss")
 
     @classmethod
-    def beside(cls, exact: ExactIndex, path: str | os.PathLike[str]) -> FaissIndex:
-        """Open what `save_beside` wrote, beside the vectors that it was built of."""
-        faiss = load_faiss()
+    def beside(cls, exact: ExactIndex, path: str | os.PathLike[str], belongs_to: str = "") -> FaissIndex:
+        """Open what `write` wrote into a file and `about` into `PATH.json`, beside the vectors that it was built of.
+
+        Raises:
+            GroundingFileError: a file is missing or damaged, or belongs to other vectors.
+        """
+        faiss, about = load_faiss(), read_json(Path(f"{path}.json"), FORMAT_VERSION)
         try:
             stored = faiss.read_index(str(Path(path)), faiss.IO_FLAG_MMAP)
         except RuntimeError as error:
             raise GroundingFileError(f"{path} cannot be read by faiss: {error}. Build it again.") from error
-        if stored.ntotal != len(exact) or stored.d != exact.dim:
+        kind = KINDS.get(type(stored).__name__)
+        if stored.ntotal != len(exact) or stored.d != exact.dim or kind is None or about.get("vectors") != belongs_to:
             raise GroundingFileError(
-                f"{path} holds {stored.ntotal} vectors of width {stored.d}, and the index {len(exact)} of width "
-                f"{exact.dim}. Build it again."
+                f"{path} holds {stored.ntotal} vectors of width {stored.d} in a {type(stored).__name__}, and was not "
+                f"made for this index of {len(exact)} vectors of width {exact.dim}. Build it again."
             )
         index = cls.__new__(cls)
-        index.exact, index._index, index.effort, index.recall = exact, stored, EFFORTS[0], None
-        name = type(faiss.downcast_index(stored)).__name__
-        index.kind = "hnsw" if name == "IndexHNSWFlat" else "flat"
-        index._measure(TARGET_RECALL)
+        index.exact, index._index, index.kind = exact, stored, kind
+        index.effort, index.recall = about.get("effort", EFFORTS[kind][-1]), about.get("recall")
+        if type(index.effort) is not int or not isinstance(index.recall, (float, type(None))):
+            raise GroundingFileError(f"{path}.json is damaged: it holds {about}. Build it again.")
         return index
 
-    def _factory(self) -> str:
-        if self.kind not in ("flat", "hnsw"):
-            raise GroundingValueError(f'kind must be "flat" or "hnsw", got {self.kind!r}.')
-        return "Flat" if self.kind == "flat" else f"HNSW{LINKS}"
+    def _sample(self, count: int) -> Tensor:
+        """Return some vectors, evenly taken from all."""
+        positions = torch.linspace(0, len(self) - 1, min(count, len(self)), dtype=torch.double).long()
+        return self.exact.at(positions).float()
 
     def _candidates(self, queries: Tensor, count: int, allowed: Tensor | None) -> Tensor:
         faiss = load_faiss()
         bits = None if allowed is None else np.packbits(allowed.numpy(), bitorder="little")
         options: dict[str, Any] = {} if bits is None else {"sel": faiss.IDSelectorBitmap(bits)}
-        if self.kind == "hnsw":
+        if self.kind == "ivfpq":
+            count = min(CANDIDATES * count, self.exact.end)
+            parameters = faiss.SearchParametersIVF(nprobe=self.effort, **options)
+        elif self.kind == "hnsw":
             parameters = faiss.SearchParametersHNSW(efSearch=max(self.effort, 2 * count), **options)
         else:
             parameters = faiss.SearchParameters(**options)
@@ -164,7 +200,7 @@ class FaissIndex:
     def _scores(self, query: Tensor, positions: Tensor) -> Tensor:
         known = positions >= 0
         scores = torch.full((len(positions),), float("-inf"))
-        scores[known] = self.exact.at(positions[known].tolist()).float() @ query
+        scores[known] = self.exact.at(positions[known]).float() @ query
         return scores
 
     def _measure(self, target: float) -> None:
@@ -175,7 +211,7 @@ class FaissIndex:
         rows = np.random.default_rng(0).integers(0, len(self), (2, SAMPLE))
         queries = self.exact.at(rows[0].tolist()).float() + self.exact.at(rows[1].tolist()).float()
         best = self.exact.search(queries, SAMPLE_K).positions
-        for effort in EFFORTS if self.kind != "flat" else EFFORTS[:1]:
+        for effort in EFFORTS[self.kind]:
             self.effort = effort
             found = self.search(queries, SAMPLE_K).positions
             self.recall = float((found[:, :, None] == best[:, None, :]).any(-1).float().mean())
@@ -186,14 +222,3 @@ class FaissIndex:
             100 * (self.recall or 0),
             100 * target,
         )
-
-
-def load_faiss() -> Any:
-    """Return the module `faiss`, or say what to install."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise GroundingStateError(
-            'This index needs faiss, which is not installed: pip install "visual-ground[faiss]".'
-        ) from error
-    return faiss

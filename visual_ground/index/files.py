@@ -6,7 +6,8 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ from typing import Any
 import numpy as np
 
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
+from visual_ground.index.base import VectorIndex
+from visual_ground.index.card import index_card, read_page
 from visual_ground.index.entries import Entries, Segment, make_entries
 from visual_ground.index.exact import ExactIndex
+from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.places import IMAGES_FOLDER, check_files, place_images, write_png
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
 from visual_ground.index.state import IndexState
 from visual_ground.index.table_file import read_table, write_table
 from visual_ground.storage.atomic import resolve, write_folder
 from visual_ground.storage.hub import CARD_FILE, PushOptions, push_folder
-from visual_ground.storage.readme import render_page
 from visual_ground.storage.tensors import read_json, write_json
+from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import to_rgb
 
 logger = logging.getLogger(__name__)
@@ -33,8 +37,10 @@ INDEX_FORMAT_VERSION = 3
 VECTORS_FILE = "index.safetensors"
 TABLE_FILE = "entries.parquet"
 ENTRIES_FILE = "index.json"
-FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
-KEYS = {"format_version", "num_entries", "dim", "dtype", "has_images", "has_metadata", "next_id", "checksums"}
+FAISS_FILE, FAISS_ABOUT = "index.faiss", "index.faiss.json"  # Where the index is searched with faiss.
+FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, FAISS_FILE, FAISS_ABOUT, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
+SPACE = "image_space"
+KEYS = {"format_version", "num_entries", "dim", "dtype", "has_images", "has_metadata", "next_id", "checksums", SPACE}
 TRIES, PAUSE = 50, 0.05  # How often, and after how many seconds, a reader tries again who met a writer.
 
 
@@ -62,14 +68,24 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
 
         return write_and_sum
 
+    search: dict[str, Callable[[Path], object]] = {}
+    if isinstance(contents.engine, FaissIndex):
+        contents = replace(contents, engine=contents.engine.whole())
+        search = _search_writers(contents, checksums)
+        card = index_card(contents, os.fspath(folder), read_page(folder)) if card is None else card
     page = {} if card is None else {CARD_FILE: lambda path: path.write_bytes(card.encode("utf-8"))}
     writers: dict[str, Callable[[Path], object]] = {
         **{name: partial(write_png, image) for name, image in new_images.items()},
         **page,
         VECTORS_FILE: checked(VECTORS_FILE, engine.save),
+        **search,
         TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
         ENTRIES_FILE: lambda path: write_json(path, {**_about(contents), "checksums": checksums}),
     }
+    _write(folder, writers)
+
+
+def _write(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> None:
     try:
         write_folder(folder, writers)
     except GroundingError:
@@ -78,6 +94,16 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
         raise GroundingFileError(
             f"The index cannot be written to {str(folder)!r}: {error}. What was there before is whole."
         ) from error
+
+
+def _search_writers(contents: IndexState, checksums: Mapping[str, str]) -> dict[str, Callable[[Path], object]]:
+    """Return what writes the files of a `FaissIndex`, when the vectors' checksum is there."""
+    engine = contents.engine
+    assert isinstance(engine, FaissIndex)
+    return {
+        FAISS_FILE: engine.write,
+        FAISS_ABOUT: lambda path: write_json(path, engine.about(checksums[VECTORS_FILE])),
+    }
 
 
 def _about(contents: IndexState) -> dict[str, Any]:
@@ -90,6 +116,7 @@ def _about(contents: IndexState) -> dict[str, Any]:
         "has_images": contents.entries.has_images,
         "has_metadata": contents.entries.has_metadata,
         "next_id": contents.entries.next_id,
+        SPACE: None if contents.space is None else contents.space.to_dict(),
     }
 
 
@@ -127,11 +154,24 @@ def _read_parts(folder: Path, about: dict[str, Any], rules: LinkRules) -> IndexS
             f"{str(folder)!r} holds {len(engine)} vectors of width {engine.dim} and {table.num_rows} entries; its "
             f"{ENTRIES_FILE} says {about['num_entries']} of width {about['dim']}. Save the index again."
         )
+    found_by = _open_search(folder, engine, about)
     check_files(table, folder)
     removed = np.zeros(len(engine), dtype=bool)
     segment = Segment(table)
     entries = Entries((segment,), removed, about["has_images"], about["has_metadata"], about["next_id"])
-    return IndexState(engine, entries, folder, rules)
+    space = None if about[SPACE] is None else ImageSpace.from_dict(about[SPACE], engine.dim)
+    return IndexState(found_by, entries, folder, rules, space)
+
+
+def _open_search(folder: Path, exact: ExactIndex, about: dict[str, Any]) -> VectorIndex:
+    """Return what finds the vectors: faiss, where the folder has its files for these vectors and it is installed."""
+    if not resolve(folder, FAISS_ABOUT).is_file():
+        return exact
+    try:
+        return FaissIndex.beside(exact, folder / FAISS_FILE, about["checksums"].get(VECTORS_FILE))
+    except GroundingError as error:
+        logger.warning("The index is searched exactly, which is slower: %s", error)
+        return exact
 
 
 def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) -> IndexState:
@@ -143,8 +183,9 @@ def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) 
         copy_images: True copies every image that is a path into the index; False leaves the image out, and keeps its
             id, vector and metadata.
     """
+    space = None if contents.space is None else contents.space.published()
     if not contents.entries.has_images:
-        return contents
+        return replace(contents, space=space)
     published: list[Any] = []
     omitted = 0
     for image in images:
@@ -161,42 +202,22 @@ def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) 
     entries, own = contents.entries, contents.entries.positions()
     metadata = [entries.metadata(p) for p in own] if entries.has_metadata else None
     made = make_entries([entries.id(p) for p in own], published, metadata, len(own), 0)
-    return IndexState(ExactIndex(contents.exact.vectors), made)
+    whole = contents.engine.whole() if isinstance(contents.engine, FaissIndex) else ExactIndex(contents.exact.vectors)
+    return IndexState(whole, made, space=space)
 
 
 def push_index(contents: IndexState, repo_id: str, options: PushOptions) -> str:
     """Commit an index that `publishable` returned to a dataset repository, and return the commit's address."""
 
     def save(folder: Path) -> None:
-        page = folder / CARD_FILE
-        text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else None
-        write_index(folder, contents, index_card(contents, repo_id, text))
+        write_index(folder, contents, index_card(contents, repo_id, read_page(folder)))
 
     return push_folder(save, repo_id, options, FILES, kind="dataset")
 
 
-def index_card(contents: IndexState, repo_id: str, page: str | None) -> str:
-    """Return the text of an index's README.md; what people wrote into an earlier `page` is kept."""
-    opening = (
-        f"# {repo_id.split('/')[-1]}\n\n"
-        f"An image index of visual_ground: {len(contents.engine):,} vectors of width {contents.engine.dim}, with ids"
-        f"{', images or their addresses' if contents.entries.has_images else ''}"
-        f"{' and metadata' if contents.entries.has_metadata else ''}. It "
-        "fits adapters whose image layer made these vectors, and those moved from them to other language models."
-    )
-    use = (
-        "```python\nfrom visual_ground import ImageIndex\n\n"
-        f'index = ImageIndex.from_pretrained("{repo_id}")\n```\n\n'
-        "Images that are addresses on the network are fetched only from hosts that you allow: see "
-        "`visual_ground.index.remote_images.LinkRules`."
-    )
-    metadata = {"library_name": "visual_ground", "tags": ["visual_ground", "image-retrieval"]}
-    return render_page(metadata, f"{opening}\n\n## Use\n\n{use}", page)
-
-
 def _read_about(path: Path) -> dict[str, Any]:
     """Read and check `index.json`."""
-    about = read_json(path, INDEX_FORMAT_VERSION)
+    about = {SPACE: None, **read_json(path, INDEX_FORMAT_VERSION)}  # Indexes that were made elsewhere have none.
     if (
         set(about) != KEYS
         or not all(type(about[name]) is int and about[name] >= 0 for name in ("num_entries", "dim"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from visual_ground.index.places import movable
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import Filter, Ids, IndexState
 from visual_ground.storage.hub import HubOptions, PushOptions, fetch_folder
+from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import ImageLike
 
 
@@ -81,7 +83,9 @@ class ImageIndex:
         if not len(images):
             raise GroundingValueError("An index needs at least one image, got none.")
         make_entries(ids, images, metadata, len(images), 0)  # Embedding takes long: what is wrong is said before.
-        return cls(model.embed_images(images, batch_size=batch_size), ids, images, metadata)
+        index = cls(model.embed_images(images, batch_size=batch_size), ids, images, metadata)
+        index._state = replace(index._state, space=model.image_space)
+        return index
 
     @property
     def engine(self) -> VectorIndex:
@@ -101,8 +105,7 @@ class ImageIndex:
     @property
     def ids(self) -> list[str | int]:
         """The ids, in order."""
-        entries = self._state.entries
-        return [entries.id(position) for position in entries.positions()]
+        return self._state.select(None)
 
     @property
     def images(self) -> list[Any] | None:
@@ -197,10 +200,16 @@ class ImageIndex:
             self._state = self._state.updated(ids, vectors, images, metadata)
 
     def merge(self, other: ImageIndex) -> None:
-        """Add the entries of another index with their ids, all or none; an id in both is a GroundingValueError."""
+        """Add another index's entries, all or none; an id in both, or another adapter's is a GroundingValueError."""
         more = other._state
         with self._lock:
-            self._state = self._state.changed([], more.exact.vectors, movable(more.entries, more.folder, more.rules))
+            self._state.check_space(more.space, "the other with")
+            state = self._state if len(self) else replace(self._state, space=more.space)
+            self._state = state.changed([], more.exact.vectors, movable(more.entries, more.folder, more.rules))
+
+    def check_model(self, space: ImageSpace) -> None:
+        """Raise GroundingValueError where it is known that another adapter or encoder than the model's built it."""
+        self._state.check_space(space, "this model is")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save vectors, ids, images and metadata, whole or not at all; files of other names stay as they are.
@@ -211,23 +220,14 @@ class ImageIndex:
         with self._lock:
             write_index(folder, self._state)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        copy_images: bool = False,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, copy_images: bool = False, **options: Any) -> str:
         """Commit the index to a dataset repository of the Hub, at once or not at all; return the commit's address.
 
         `copy_images` publishes the images that are local files too. PIL images are published always; paths never. The
-        rest is as in `GroundedModel.push_to_hub`. After an error, the repository is as it was.
+        `options` are as in `GroundedModel.push_to_hub`. After an error, the repository is as it was.
         """
         contents = publishable(self._state, self.images or [], copy_images)
-        return push_index(contents, repo_id, PushOptions(private, revision, token, commit_message, create_pr))
+        return push_index(contents, repo_id, PushOptions(**options))
 
     @classmethod
     def from_pretrained(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.vision.decoding import decode_file
 from visual_ground.vision.images import to_rgb
 from visual_ground.vision.link_rules import LinkRules, is_url
 
-__all__ = ["ImageLink", "LinkRules", "follow", "is_url"]
+__all__ = ["ImageLink", "LinkRules", "follow", "is_url", "shown"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +22,11 @@ class ImageLink:
 
     Args:
         address: a URL or a path.
+        failed: whether it was allowed and could not be fetched.
     """
 
     address: str
+    failed: bool = field(default=False, compare=False)
 
     @property
     def is_remote(self) -> bool:
@@ -32,6 +35,21 @@ class ImageLink:
 
     def __str__(self) -> str:
         return self.address
+
+
+def shown(image: Any, thumbnail: bytes | None, name: str, rules: LinkRules) -> Any:
+    """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere.
+
+    Args:
+        image: an object, a path, an address or an `ImageLink`.
+        thumbnail: a JPEG file, if there is one.
+        name: of the entry.
+        rules: which addresses may be fetched where there is no thumbnail.
+    """
+    away = image is None or isinstance(image, ImageLink) or (isinstance(image, str) and is_url(image))
+    if thumbnail is not None and away:
+        return decode_file(thumbnail, f"the thumbnail of {name!r}")
+    return follow(image, rules)
 
 
 def follow(image: Any, rules: LinkRules) -> Any:
@@ -46,5 +64,6 @@ def follow(image: Any, rules: LinkRules) -> Any:
         try:
             return to_rgb(address, rules)
         except (GroundingFileError, GroundingValueError) as error:
-            logger.warning("An image of the index is shown as its address: %s", error)
+            logger.warning("An image of the index cannot be shown: %s", error)
+            return ImageLink(address, failed=True)
     return ImageLink(address)

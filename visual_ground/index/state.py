@@ -17,9 +17,9 @@ from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.filters import parse_filter
 from visual_ground.index.places import find_image
-from visual_ground.index.remote_images import ImageLink, LinkRules, follow, is_url
+from visual_ground.index.remote_images import LinkRules, shown
 from visual_ground.index.rows import THUMBNAIL
-from visual_ground.vision.decoding import decode_file
+from visual_ground.vision.identity import ImageSpace
 
 # A mask over positions, a filter as in `visual_ground.index.filters`, or a function of an entry's metadata.
 Filter: TypeAlias = Tensor | Mapping[str, Any] | Callable[[Mapping[str, Any]], Any]
@@ -35,12 +35,14 @@ class IndexState:
         entries: by the engine's positions.
         folder: where the index was loaded from, in which its own images are; None where it was made here.
         rules: which images elsewhere may be opened.
+        space: which model the vectors are of; None where that is not known.
     """
 
     engine: VectorIndex
     entries: Entries
     folder: Path | None = None
     rules: LinkRules = field(default_factory=LinkRules)
+    space: ImageSpace | None = None
 
     @property
     def exact(self) -> ExactIndex:
@@ -67,11 +69,8 @@ class IndexState:
 
     def shown(self, position: int) -> Any:
         """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere."""
-        image, thumbnail = self.image(position), self.entries.cell(position, THUMBNAIL)
-        away = image is None or isinstance(image, ImageLink) or (isinstance(image, str) and is_url(image))
-        if thumbnail is not None and away:
-            return decode_file(thumbnail, f"the thumbnail of {self.entries.id(position)!r}")
-        return follow(image, self.rules)
+        thumbnail = self.entries.cell(position, THUMBNAIL)
+        return shown(self.image(position), thumbnail, str(self.entries.id(position)), self.rules)
 
     def mask(self, filter: Filter | None) -> Tensor | None:
         """Return the positions that a filter allows, as a mask; None for all.
@@ -90,8 +89,8 @@ class IndexState:
             )
         return torch.from_numpy(self.entries.chosen_by(filter))
 
-    def select(self, filter: Filter) -> list[str | int]:
-        """Return the ids of the entries that a filter allows, in order."""
+    def select(self, filter: Filter | None) -> list[str | int]:
+        """Return the ids of the entries that a filter allows, all where None, in order."""
         mask = self.mask(filter)
         return [self.entries.id(p) for p in self.entries.positions() if mask is None or bool(mask[p])]
 
@@ -105,7 +104,17 @@ class IndexState:
             "engine": type(self.engine).__name__,
             "columns": sorted(self.entries.columns()),
             "next_id": self.entries.next_id,
+            "built_with": None if self.space is None else str(self.space),
         }
+
+    def check_space(self, space: ImageSpace | None, whose: str) -> None:
+        """Raise GroundingValueError where the vectors are known to be of another space than those of `whose`."""
+        if space is not None and self.space is not None and not self.space.is_same(space):
+            raise GroundingValueError(
+                f"This index was built with {self.space}, and {whose} {space}: the two give the same pictures other "
+                "vectors, so that a search would find anything. Use the adapter and encoder that it was built with, "
+                "or build it again."
+            )
 
     def find(self, ids: Ids) -> list[int]:
         """Return the positions of ids.

@@ -22,13 +22,14 @@ from tqdm import tqdm
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.index.entries import Entries, Segment, make_entries
 from visual_ground.index.exact import ExactIndex
-from visual_ground.index.files import write_index
+from visual_ground.index.files import SPACE, write_index
 from visual_ground.index.state import IndexState
 from visual_ground.index.table_file import read_table, write_table
 from visual_ground.indexing.decoding import Batch, read_batches
 from visual_ground.indexing.sources import SourceImage, read_source
 from visual_ground.storage.tensors import FORMAT_VERSION, read_json, write_json
 from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.identity import ImageSpace
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,10 @@ class PixelEmbedder(Protocol):
     @property
     def vision(self) -> VisionEncoder:
         """The encoder."""
+
+    @property
+    def image_space(self) -> ImageSpace:
+        """Which vectors it gives to images."""
 
     def embed_images(self, *, image_features: Tensor) -> Tensor:
         """Map features (n, f) to unit vectors (n, q)."""
@@ -113,7 +118,8 @@ def build_index(
     options = BuildOptions() if options is None else options
     options = replace(options, part_size=-(-options.part_size // options.batch_size) * options.batch_size)
     parts = Path(folder, PARTS_FOLDER)
-    done = _open_parts(parts, options)
+    space = model.image_space
+    done = _open_parts(parts, options, space)
     started, consumed = monotonic(), sum(part["consumed"] for part in done)
     items = islice(_sharded(read_source(source), options), consumed, None)
     batches = read_batches(
@@ -124,7 +130,7 @@ def build_index(
             done.append(_write_part(parts, len(done), model, group, options, bar))
     seconds, new = monotonic() - started, sum(part["consumed"] for part in done) - consumed
     unreadable = [(name, why) for part in done for name, why in part["unreadable"]]
-    _finish(Path(folder), parts, done)
+    _finish(Path(folder), parts, done, space)
     for name, why in unreadable[:NAMED]:
         logger.warning("%s is left out of the index: %s", name, why)
     if len(unreadable) > NAMED:
@@ -143,7 +149,7 @@ def _groups(batches: Iterator[Batch], size: int) -> Iterator[Iterator[Batch]]:
         yield chain([first], islice(batches, size - 1))
 
 
-def _open_parts(parts: Path, options: BuildOptions) -> list[dict[str, Any]]:
+def _open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[dict[str, Any]]:
     """Return what is done of a build; start one where nothing is."""
     about = {
         "format_version": FORMAT_VERSION,
@@ -155,12 +161,15 @@ def _open_parts(parts: Path, options: BuildOptions) -> list[dict[str, Any]]:
     }
     try:
         parts.mkdir(parents=True, exist_ok=True)
-        if (parts / "build.json").is_file() and (begun := read_json(parts / "build.json")) != about:
-            raise GroundingValueError(
-                f"{str(parts)!r} holds an unfinished build with {begun}, and this one has {about}. Continue it "
-                "with the same options, or delete that folder."
-            )
-        write_json(parts / "build.json", about)
+        if (parts / "build.json").is_file():
+            begun = read_json(parts / "build.json")
+            before = ImageSpace.from_dict(begun.pop(SPACE, None), len(space.vectors[0]))
+            if begun != about or not before.is_same(space):
+                raise GroundingValueError(
+                    f"{str(parts)!r} holds an unfinished build of {before} and {begun}, and this one is of {space} and "
+                    f"{about}. Continue it with the same adapter and options, or delete that folder."
+                )
+        write_json(parts / "build.json", {**about, SPACE: space.to_dict()})
     except OSError as error:
         raise GroundingFileError(f"The index cannot be built in {str(parts.parent)!r}: {error}.") from error
     numbers = range(len(list(parts.glob("*.done.json"))))
@@ -176,7 +185,7 @@ def _write_part(
     part: dict[str, Any] = {"consumed": 0, "unreadable": []}
     for batch in batches:
         if batch.items:
-            vectors.append(model.embed_images(image_features=model.vision(batch.pixels)).float().cpu())
+            vectors.append(model.embed_images(image_features=_features(model, batch)).float().cpu())
         items += batch.items
         thumbnails += batch.thumbnails
         part["consumed"] += batch.consumed
@@ -198,7 +207,25 @@ def _write_part(
     return part
 
 
-def _finish(folder: Path, parts: Path, done: list[dict[str, Any]]) -> None:
+def _features(model: PixelEmbedder, batch: Batch) -> Tensor:
+    """Return the features (b, f) of a batch of pixels, or of features.
+
+    Raises:
+        GroundingValueError: features of another width than the encoder's, or not finite.
+    """
+    if batch.pixels.dim() == 4:
+        features: Tensor = model.vision(batch.pixels)
+        return features
+    wanted, width = model.vision.feature_dim, batch.pixels.shape[-1]
+    if width != wanted or not bool(torch.isfinite(batch.pixels).all()):
+        raise GroundingValueError(
+            f"The encoder {model.vision.name or type(model.vision.model).__name__} has features of width {wanted}, and "
+            f"the source has some of width {width} or not finite. Give features of this encoder, or images."
+        )
+    return batch.pixels
+
+
+def _finish(folder: Path, parts: Path, done: list[dict[str, Any]], space: ImageSpace) -> None:
     """Join the parts into an index, and delete them."""
     numbers = [number for number, part in enumerate(done) if part["count"]]
     if not numbers:
@@ -214,7 +241,7 @@ def _finish(folder: Path, parts: Path, done: list[dict[str, Any]]) -> None:
                 f"{str(parts)!r}, and build again."
             )
     entries = Entries(segments, np.zeros(len(engine), dtype=bool), True, True, _next_id(segments))
-    write_index(folder, IndexState(engine, entries))
+    write_index(folder, IndexState(engine, entries, space=space))
     shutil.rmtree(parts)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingError, GroundingStateError, GroundingValueError
 from visual_ground.indexing.sources import SourceImage
+from visual_ground.vision.decoding import to_thumbnail
 from visual_ground.vision.images import image_name, to_rgb
 from visual_ground.vision.preprocessing import Preprocessing
 
 AHEAD = 2  # Batches that each process has waiting, so that none of them waits for the encoder.
-JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Batch:
 
     Args:
         items: those that could be read.
-        pixels: (b, c, h, w) of them.
+        pixels: (b, c, h, w) of them; (b, f) where the source has features.
         thumbnails: JPEG files of them; None for each where none were asked for.
         unreadable: names of the others, and why.
         consumed: how many images of the source these were, the unreadable included.
@@ -126,8 +125,13 @@ def _read_there(items: list[SourceImage]) -> tuple[Any, ...]:
 
 
 def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_size: int | None) -> Batch:
-    read, pixels, thumbnails, unreadable = [], [], list[bytes | None](), []
+    read, pixels, thumbnails, unreadable = [], list[Tensor](), list[bytes | None](), []
     for item in items:
+        if isinstance(item.image, Tensor) and item.image.dim() == 1:  # Features; other tensors are pictures.
+            pixels.append(item.image[None])
+            read.append(item)
+            thumbnails.append(None)
+            continue
         try:
             picture = to_rgb(item.image)
             pixels.append(preprocessing([picture]))
@@ -135,14 +139,11 @@ def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_
             unreadable.append((image_name(item.image) if item.id is None else str(item.id), str(error)))
             continue
         read.append(item)
-        thumbnails.append(None if thumbnail_size is None else _thumbnail(picture, thumbnail_size))
+        thumbnails.append(None if thumbnail_size is None else to_thumbnail(picture, thumbnail_size))
+    shapes = {tuple(one.shape[1:]) for one in pixels}
+    if len(shapes) > 1 and min(map(len, shapes)) == 1:
+        raise GroundingValueError(
+            f"Features of a source must be of one width, and have no images between them; got {sorted(shapes)}."
+        )
     stacked = torch.cat(pixels) if pixels else torch.from_numpy(np.zeros((0, 3, 1, 1), dtype=np.float32))
     return Batch(read, stacked, thumbnails, unreadable, len(items))
-
-
-def _thumbnail(picture: Any, size: int) -> bytes:
-    small = picture.copy()
-    small.thumbnail((size, size))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

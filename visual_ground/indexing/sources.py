@@ -6,19 +6,23 @@ import dataclasses
 import json
 import math
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.index.rows import COLUMN_TYPES
 from visual_ground.prompts.types import IMAGE_SUFFIXES
+from visual_ground.storage.shards import read_shard
 from visual_ground.vision.images import ImageLike
 
 # The usual names of a dataset's column of images, the likeliest first.
 IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp", "img")
+FEATURES_COLUMN = "image_features"  # As `GroundedModel.embed_images` calls what the encoder gives.
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,13 @@ class SourceImage:
 
     Args:
         id: its name in the index; None for its number in the source.
-        image: what is embedded: a PIL image, a path, or `{"bytes": ..., "path": ...}`.
+        image: what is embedded: a PIL image, a path, `{"bytes": ..., "path": ...}`, or the encoder's features (f,).
         address: the path or URL that the index keeps; None where it has none.
         metadata: what the index keeps of it.
     """
 
     id: str | int | None
-    image: ImageLike
+    image: ImageLike | Tensor
     address: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,7 +48,8 @@ def read_source(source: Any) -> Iterator[SourceImage]:
     Args:
         source: a path, or several: of image files, of folders, which are read with all below them, and of tar shards
             as webdataset has them (`a.jpg`, `a.txt`, `a.json`); or a `datasets.Dataset`, also a streaming one, or any
-            other iterable of rows with an image in one of `IMAGE_COLUMNS`, whose other columns become metadata.
+            other iterable of rows with an image in one of `IMAGE_COLUMNS`, or the encoder's features of it in
+            `FEATURES_COLUMN`; other columns become metadata.
 
     Raises:
         GroundingFileError: a path that leads nowhere.
@@ -82,28 +87,17 @@ def _read_path(path: Path) -> Iterator[SourceImage]:
 
 
 def _read_shard(path: Path) -> Iterator[SourceImage]:
-    """Yield the samples of a tar shard: members that follow each other and have the same name up to the first dot."""
-    key, members = None, dict[str, bytes]()
-    try:
-        with tarfile.open(path, "r|*") as shard:
-            for member in shard:
-                name = PurePosixPath(member.name)
-                stem, _, suffix = name.name.partition(".")
-                file = shard.extractfile(member) if member.isfile() and stem else None
-                if file is None:
-                    continue
-                if str(name.parent / stem) != key:
-                    yield from _sample(path, key, members)
-                    key, members = str(name.parent / stem), {}
-                members[suffix.lower()] = file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise GroundingFileError(f"The shard {str(path)!r} is damaged: {error}.") from error
-    yield from _sample(path, key, members)
+    """Yield the images of a tar shard; a damaged part of it is one that cannot be read."""
+    for sample in read_shard(path):
+        if sample.problem is not None:
+            yield SourceImage(f"{path.name}: {sample.problem}", {"bytes": b"", "path": sample.problem})
+        else:
+            yield from _sample(path, sample.key, sample.members)
 
 
-def _sample(path: Path, key: str | None, members: Mapping[str, bytes]) -> Iterator[SourceImage]:
+def _sample(path: Path, key: str, members: Mapping[str, bytes]) -> Iterator[SourceImage]:
     suffix = next((one for one in members if f".{one}" in IMAGE_SUFFIXES), None)
-    if key is None or suffix is None:
+    if suffix is None:
         return
     metadata: dict[str, Any] = {}
     if "json" in members:
@@ -125,10 +119,13 @@ def _read_rows(rows: Iterable[Any]) -> Iterator[SourceImage]:
         if not isinstance(row, Mapping):
             raise GroundingTypeError(f"A row must be a mapping with an image, got {type(row).__name__}.")
         if column is None:
-            column = next((name for name in IMAGE_COLUMNS if name in row), None)
+            column = next((name for name in (FEATURES_COLUMN, *IMAGE_COLUMNS) if name in row), None)
         if column is None or column not in row:
-            raise GroundingValueError(f"A row needs an image in a column {list(IMAGE_COLUMNS)}; it has {sorted(row)}.")
+            columns = [*IMAGE_COLUMNS, FEATURES_COLUMN]
+            raise GroundingValueError(f"A row needs an image in a column {columns}; it has {sorted(row)}.")
         image, id = row[column], row.get("id")
+        if column == FEATURES_COLUMN:
+            image = torch.as_tensor(image, dtype=torch.float32)
         address = row.get("url") or (image if isinstance(image, str) else None)
         metadata = _plain({name: value for name, value in row.items() if name not in (column, "id", "url")})
         yield SourceImage(id if isinstance(id, (str, int)) else None, image, address, metadata)

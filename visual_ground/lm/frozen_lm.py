@@ -230,8 +230,8 @@ class FrozenLM:
 
     def head_logits(self, states: Tensor) -> Tensor:
         """Run the output head, with `[RET]`'s column, on states (r, h); return logits (r, columns) in float32."""
-        with self.bind():
-            logits: Tensor = self.lm.get_output_embeddings()(states.unsqueeze(0))
+        with self.bind():  # In mixed precision, states come in another type than the head's.
+            logits: Tensor = self.lm.get_output_embeddings()(states.to(self.dtype).unsqueeze(0))
         return logits[0].float()
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from visual_ground.lm.key_values import cache_of
+
 
 @dataclass(eq=False)
 class HookContext:
@@ -68,8 +70,7 @@ class HookContext:
 
     def end_forward(self, output: object) -> None:
         """Note what the LM kept, and forget which ids were virtual."""
-        # transformers 5.24 renamed what older ones call past_key_values.
-        self.cache = getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
+        self.cache = cache_of(output)
         self.virtual = None
 
     def locate(self, seen: Tensor) -> tuple[Tensor, Tensor] | None:

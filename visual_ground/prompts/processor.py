@@ -136,20 +136,20 @@ class GroundingProcessor:
         return queries
 
     def retrieval_suffix(self, ids: Sequence[int]) -> list[int]:
-        """Return the ids after what was said, at the last of which its retrieval state is read.
-
-        They are those of the retrieval prompt, or `[RET]` where that is empty. The prompt goes on with a space, except
-        where it opens a turn: after white space, or after a special token, as chat templates end.
+        """Return the ids of the retrieval prompt, or `[RET]`'s where that is empty, put after what was said.
 
         Args:
             ids: what was said, at least one id; negative ones are image tokens.
         """
-        prompt, last = self.config.retrieval_prompt.strip(), ids[-1]
+        prompt = self.config.retrieval_prompt.strip()
         if not prompt:
             return [self.ret_token_id]
-        is_text = 0 <= last < self.vocabulary.num_rows and last != self.ret_token_id
-        opens = is_text and (last in self._special_ids or self.tokenizer.decode([last])[-1:].isspace())
-        return self.encode_text(prompt) if opens else self.continue_text(" " + prompt)
+        return self.encode_text(prompt) if self.opens_turn(ids) else self.continue_text(" " + prompt)
+
+    def opens_turn(self, ids: Sequence[int]) -> bool:
+        """Return whether ids, at least one, end with white space or a special token, as chat templates do."""
+        is_text = 0 <= ids[-1] < self.vocabulary.num_rows and ids[-1] != self.ret_token_id
+        return is_text and (ids[-1] in self._special_ids or self.tokenizer.decode([ids[-1]])[-1:].isspace())
 
     def encode_continuations(
         self, prompts: Prompts, continuations: Sequence[str]

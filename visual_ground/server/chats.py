@@ -11,7 +11,7 @@ from typing import Any
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingError
-from visual_ground.generation.generate import silent_ids
+from visual_ground.generation.ends import silent_ids
 from visual_ground.generation.growing import GrowingAnswer
 from visual_ground.generation.output import Part, RetrievedImage
 from visual_ground.prompts.encoded import EncodedPrompt

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from visual_ground.errors import GroundingStateError
+from visual_ground.generation.ends import end_ids
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.generate import generate_ids, heard_by, listen, with_padding
 from visual_ground.generation.retrieval_token import RetrievalSettings
@@ -124,7 +125,7 @@ class Engine:
         attached = model.active
         batch = attached.processor.batch([job.prompt for job in jobs]).to(model.frozen_lm.device)
         image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
-        ends = end_tokens(model)
+        ends = end_ids(model.frozen_lm, attached)
 
         image_tokens, padding = with_padding(attached, image_tokens, {})
         sees = [job.sampling.retrieval.see_images for job in jobs]
@@ -157,10 +158,3 @@ class Engine:
     def _sight(self, jobs: list[Job]) -> int:
         """Return the most tokens that the images at one `[RET]` have."""
         return self.model.config.num_visual_tokens * max(job.sampling.retrieval.images_per_ret for job in jobs)
-
-
-def end_tokens(model: GroundedModel) -> frozenset[int]:
-    """Return the ids that end an answer."""
-    configured: Any = getattr(model.lm.generation_config, "eos_token_id", None)
-    configured = model.tokenizer.eos_token_id if configured is None else configured
-    return frozenset([] if configured is None else [configured] if isinstance(configured, int) else configured)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from visual_ground.errors import GroundingError, GroundingStateError
+from visual_ground.generation.generate import check_index
 from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.model import GroundedModel
 from visual_ground.server.chats import Chat, encode
@@ -66,9 +68,15 @@ class Routes:
         model: the grounded model.
         index: the pictures that it can show, or None.
         settings: what is allowed.
+
+    Raises:
+        GroundingValueError: an index that does not fit the model.
     """
 
-    def __init__(self, model: GroundedModel, index: ImageIndex | None, settings: ServerSettings) -> None:
+    def __init__(
+        self, model: GroundedModel, index: ImageIndex | MilvusImageIndex | None, settings: ServerSettings
+    ) -> None:
+        check_index(index, model.active)
         self.model, self.settings = model, settings
         self.pictures, self.metrics = Pictures(index, settings.api_key), Metrics()
         self.engine = Engine(model, settings.limits)
@@ -144,7 +152,7 @@ class Routes:
 
 
 def create_app(
-    model: GroundedModel, index: ImageIndex | None = None, settings: ServerSettings | None = None
+    model: GroundedModel, index: ImageIndex | MilvusImageIndex | None = None, settings: ServerSettings | None = None
 ) -> FastAPI:
     """Return the server as an ASGI application.
 

@@ -118,7 +118,7 @@ class Job:
 
     def _end(self, reason: str) -> bool:
         """Say what was held back, and end."""
-        stopped = any(self._say(part) for part in self.answer.end())
+        stopped = any(self._say(part) for part in self.answer.end(is_whole=reason == "stop"))
         if not stopped and (held := self.stop.flush()):
             self.emit(held)
         return self.finish("stop" if stopped else reason)

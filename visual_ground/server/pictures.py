@@ -16,6 +16,7 @@ from PIL import Image
 from visual_ground.errors import GroundingError
 from visual_ground.generation.output import RetrievedImage
 from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.server.failures import RequestFailure
 from visual_ground.vision.decoding import decode_file
@@ -86,9 +87,11 @@ class Pictures:
         secret: signs the addresses, so that only pictures of answers are shown; None shows all.
     """
 
-    def __init__(self, index: ImageIndex | None, secret: str | None = None) -> None:
+    def __init__(self, index: ImageIndex | MilvusImageIndex | None, secret: str | None = None) -> None:
         self.index, self._secret = index, secret
-        self._positions = {} if index is None else {str(name): i for i, name in enumerate(index.ids)}
+        # In Milvus there may be too many to list; each is looked up there.
+        ids = index.ids if isinstance(index, ImageIndex) else []
+        self._positions = {str(name): i for i, name in enumerate(ids)}
 
     def address(self, name: str | int, folder: str = "images") -> str:
         """Return the path of a picture in the server."""
@@ -117,6 +120,9 @@ class Pictures:
     def find(self, name: str) -> Any:
         """Return a picture by id, as the index has it, or None where it has none that can be read."""
         position = self._positions.get(name)
+        if isinstance(self.index, MilvusImageIndex):
+            found = self.index.find([name, int(name)] if name.isdecimal() and len(name) < 19 else [name])
+            position = next(iter(found.values()), None)
         if position is None or self.index is None:
             return None
         image = self.index.entry(position)[1]

@@ -88,6 +88,7 @@ def _samplings(body: Mapping[str, Any]) -> list[Sampling]:
             body, "min_new_tokens_between_rets", usual.min_new_tokens_between_rets, 0, 1e6, whole=True
         ),
         see_images=body.get("see_images") is True,
+        complete_sentences=body.get("complete_sentences") is True,
     )
     temperature, top_p = number(body, "temperature", 1.0, 0, 2), number(body, "top_p", 1.0, 0, 1)
     seeds = (None if seed is None else seed + i for i in range(number(body, "n", 1, 1, MAX_CHOICES, whole=True)))

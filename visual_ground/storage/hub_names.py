@@ -23,6 +23,24 @@ def is_hub_name(name: str) -> bool:
     return HUB_NAME.fullmatch(name) is not None and ".." not in name and not any(map(os.path.exists, parts))
 
 
+def rooted(name: str) -> str:
+    """Return the name of a model with the local path in it, if any, made absolute: it holds in every working folder.
+
+    Example:
+        >>> rooted("openai/clip-vit-base-patch32"), rooted("timm:..") == f"timm:{os.path.abspath('..')}"
+        ('openai/clip-vit-base-patch32', True)
+    """
+    library, colon, bare = name.partition(":") if name.startswith(("timm:", "open_clip:")) else ("", "", name)
+    path, mark, part = (bare, "", "") if os.path.exists(bare) else bare.partition("#")
+    if os.path.exists(path):
+        return f"{library}{colon}{os.path.abspath(path)}{mark}{part}"
+    architecture, _, file = bare.partition("/")
+    # A file of weights has a suffix, which tells it from one of open_clip's tags.
+    if library and os.path.splitext(file)[1] and os.path.isfile(file):
+        return f"{library}:{architecture}/{os.path.abspath(file)}"
+    return name
+
+
 def check_name(name: str, what: str) -> None:
     """Raise GroundingFileError where a model's name is no local path that exists and could be none of the Hub's."""
     if not os.path.exists(name) and not is_hub_name(name):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingValueError
+from visual_ground.generation.generate import check_index
 from visual_ground.generation.growing import joined
 from visual_ground.generation.output import InterleavedOutput, Part, RetrievedImage
 from visual_ground.index.base import RetrievalIndex
@@ -31,9 +32,13 @@ class Conversation:
 
     Attributes:
         turns: who said what, "user" or "assistant", with the images of both.
+
+    Raises:
+        GroundingValueError: an index that does not fit the model.
     """
 
     def __init__(self, model: GroundedModel, index: RetrievalIndex | None, options: Mapping[str, Any]) -> None:
+        check_index(index, model.active)
         self.model, self.index, self.options = model, index, dict(options)
         self.turns: list[tuple[str, InterleavedOutput]] = []
         self._messages: list[dict[str, Any]] = []

@@ -52,6 +52,13 @@ class GroundingTrainingArguments(TrainingArguments):
             `training.initialization`; without effect where the adapter's `scaling` is "none".
         projector_learning_rate: learning rate of the layer from image features to image tokens; `learning_rate` where
             None.
+        retrieval_learning_rate: learning rate of the two layers into the retrieval space, whose start values need only
+            small changes; `learning_rate` where None, and where they have no such start values: with
+            `data_dependent_init=False` or the adapter's `scaling` "none".
+        held_out: the part of the training data's groups, in [0, 1), that is not trained on. The start and ten states of
+            the run are scored on it, and the best is the result. Without effect for streams, with
+            `load_best_model_at_end`, with start values as above, and where it would be fewer than ten groups.
+        patience: scores in a row without a better one, after which the run ends.
         num_logged_examples: pairs drawn on the contact sheet of each evaluation; 0 draws none.
 
     Raises:
@@ -96,6 +103,9 @@ class GroundingTrainingArguments(TrainingArguments):
     max_skipped: float = field(default=0.01)
     data_dependent_init: bool = field(default=True)
     projector_learning_rate: float | None = field(default=None)
+    retrieval_learning_rate: float | None = field(default=3e-5)
+    held_out: float = field(default=0.1)
+    patience: int = field(default=3)
     num_logged_examples: int = field(default=4)
 
     def __post_init__(self) -> None:
@@ -106,6 +116,10 @@ class GroundingTrainingArguments(TrainingArguments):
                 raise GroundingValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if self.captioning_fraction == 0:
             raise GroundingValueError("captioning_fraction must be in (0, 1], got 0; see caption_loss_scale=0.")
+        if not 0 <= self.held_out < 1:
+            raise GroundingValueError(f"held_out must be in [0, 1), got {self.held_out}.")
+        if self.patience < 1:
+            raise GroundingValueError(f"patience must be at least 1, got {self.patience}.")
         if self.max_caption_length < 2:
             raise GroundingValueError(
                 f"max_caption_length must be at least 2, a token and [RET], got {self.max_caption_length}."

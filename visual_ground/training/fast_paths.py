@@ -16,6 +16,7 @@ from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.prefix_files import PrefixFiles
+from visual_ground.training.losses.prompts import without_images
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def set_compute_plan(
 
     Args:
         objective: the losses.
-        batch: a few examples, as from `ExampleCollator`, on the run's device.
+        batch: a few examples without prompts, as from `ExampleCollator`, on the run's device.
         args: the settings.
         sharded: whether FSDP shards the LM, whose gradients are then left to the backward pass.
     """
@@ -71,7 +72,8 @@ def refill_prefix_cache(
         sampler.set_epoch(epoch)
         logger.info("Computing again what the prefix cache held: %d batches left.", batches)
         for _, batch in zip(range(batches), loader, strict=False):
-            cache.run(on_device(batch)["retrieval"])
+            if texts := without_images(cache.model, on_device(batch)["retrieval"]):
+                cache.run(texts)
             batches -= 1
         epoch += 1
         if cache.held_bytes == held_before:  # The memory is full, or has all captions.

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
 from visual_ground.adapter.adapter import Adapter
-from visual_ground.adapter.initialization import standardize_features
+from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.evaluation.pairs import image_features
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.data.columns import Columns, is_stream
@@ -23,15 +21,15 @@ from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.data.preparing import Preparing
 from visual_ground.training.data.sampler import EpochSampler
 from visual_ground.training.data.streams import ExampleStream, prepare_stream
-from visual_ground.training.distributed import broadcast_adapter
+from visual_ground.training.distributed import broadcast_adapter, gathered_outside_layers
 from visual_ground.training.fast_paths import set_compute_plan
 from visual_ground.training.initialization.data_dependent import initialize_from_data
+from visual_ground.training.initialization.statistics import first_examples, standardise
 from visual_ground.training.losses.objective import FromageLoss, GroundingObjective, Loss
+from visual_ground.training.selection.best_state import BestState
+from visual_ground.training.selection.held_out import HeldOut, split_off
 from visual_ground.vision.feature_cache import FeatureCache
 
-# Images whose features give the mean and standard deviation: cached ones cost only a read, others run the encoder.
-MAX_CACHED_STATISTICS = 65_536
-MAX_UNCACHED_STATISTICS = 1024
 ANSWERS_FOLDER = "answers"
 # Examples on which the fast paths are compared with the plain computation: enough for captions of several lengths.
 PLAN_EXAMPLES = 8
@@ -154,40 +152,6 @@ def check_batches(examples: ExampleDataset | ExampleStream | None, args: Groundi
         args.max_steps = max(1, math.ceil(args.num_train_epochs * (count // size) / args.gradient_accumulation_steps))
 
 
-def first_examples(examples: ExampleDataset | ExampleStream, count: int) -> list[dict[str, Any]]:
-    """Return the first examples, fewer where there are fewer."""
-    if isinstance(examples, ExampleStream):
-        return examples.take(count)
-    return [examples[i] for i in range(min(len(examples), count))]
-
-
-@torch.no_grad()
-def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) -> bool:
-    """Give a new adapter the mean and standard deviation of the training images' features.
-
-    They are those of up to 65,536 images, or of 1,024 where the features are not cached.
-
-    Args:
-        model: the grounded model.
-        examples: the training examples.
-
-    Returns:
-        Whether the adapter was new.
-    """
-    adapter = model.adapter
-    is_new = not adapter.feature_mean.any() and bool((adapter.feature_std == 1).all())
-    # A transferred adapter's image side is frozen, and standardises features already.
-    if model.config.scaling != "embedding" or not is_new or not adapter.image_retrieval_projection.weight.requires_grad:
-        return False
-    sample = getattr(examples.features, "sample", None)
-    if sample is None:
-        features = image_features(model, first_examples(examples, MAX_UNCACHED_STATISTICS))
-    else:
-        features = sample(MAX_CACHED_STATISTICS)
-    standardize_features(adapter, features.to(adapter.feature_mean.device))
-    return True
-
-
 def initialize(
     objective: GroundingObjective,
     examples: ExampleDataset | ExampleStream,
@@ -215,13 +179,58 @@ def initialize(
     broadcast_adapter(objective.model.adapter, args.world_size)
 
 
-def set_projector_learning_rate(optimizer: Optimizer, adapter: Adapter, rate: float | None) -> None:
-    """Give the layer from image features to image tokens its own learning rate; None leaves all as it is."""
-    if rate is None:
-        return
-    groups = adapter.projector_groups(rate)
+def set_learning_rates(optimizer: Optimizer, adapter: Adapter, args: GroundingTrainingArguments) -> None:
+    """Give the layer from image features to image tokens, and those into the retrieval space, their own rates."""
+    groups = []
+    if args.projector_learning_rate is not None:
+        groups += adapter.projector_groups(args.projector_learning_rate)
+    if args.retrieval_learning_rate is not None and has_start_values(adapter.config, args):
+        layers = adapter.image_retrieval_projection, adapter.text_retrieval_projection
+        parameters = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
+        # No parameters, no group: a transferred adapter's image side is frozen.
+        groups.append({"params": parameters, "lr": args.retrieval_learning_rate})
     moved = {id(parameter) for group in groups for parameter in group["params"]}
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
     for group in groups:
         optimizer.add_param_group(group)
+
+
+def has_start_values(config: GroundingConfig, args: GroundingTrainingArguments) -> bool:
+    """Return whether a new adapter starts from what was fitted to the data, which training is not to make worse."""
+    return config.scaling == "embedding" and args.data_dependent_init
+
+
+def training_data(
+    model: GroundedModel, rows: Any, preparation: Preparing, args: GroundingTrainingArguments
+) -> tuple[ExampleDataset | ExampleStream | None, ExampleDataset | None]:
+    """Return the examples to train on, and those that choose the best state; None where there are none.
+
+    Args:
+        model: the grounded model.
+        rows: the dataset or stream, or None.
+        preparation: how examples are made of it.
+        args: the settings.
+    """
+    examples = None if rows is None else training_examples(rows, preparation)
+    is_chosen = args.load_best_model_at_end or not has_start_values(model.config, args)
+    if is_chosen or not isinstance(examples, ExampleDataset):
+        return examples, None
+    return split_off(examples, args.held_out, args.sampling_seed)
+
+
+def best_state(
+    objective: GroundingObjective,
+    held_out: ExampleDataset | None,
+    args: GroundingTrainingArguments,
+    log: Callable[[dict[str, float]], None],
+) -> BestState:
+    """Return what scores a run's states and keeps the best."""
+    model, scores = objective.model, None
+    if held_out is not None:
+        scales = {"retrieval": args.retrieval_loss_scale, "captioning": args.caption_loss_scale}
+        names = [name for name, scale in scales.items() if scale]
+        options: dict[str, Any] = {"max_caption_length": args.max_caption_length, "end_captions": args.end_captions}
+        collator = ExampleCollator(model, concat_captions_prob=0.0, **options)
+        scores = HeldOut(objective, held_out, collator, args.per_device_eval_batch_size, names)
+    return BestState(model, scores, args.patience, log, gathered_outside_layers)

@@ -19,8 +19,8 @@ from visual_ground.storage.hub import CARD_FILE
 from visual_ground.training import checks, setup
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.callback import GroundingCallback
-from visual_ground.training.data.columns import Skipped
 from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.skipped import Skipped
 from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.distributed import optimizer_unsharded, shard_base_only, stream_loader
 from visual_ground.training.evaluating import Examples, RunEvaluation
@@ -37,9 +37,9 @@ from visual_ground.training.saving.publishing import Publisher
 class GroundingTrainer(Trainer):
     """Trains the adapter of a grounded model on image-caption pairs.
 
-    The features of all images are computed first and kept on disk. After each step `[RET]` is scaled back to the mean
-    norm. A loss or gradient that is not finite stops the training before it changes the adapter. A killed run resumes
-    with `train(resume_from_checkpoint=True)`, and ends with the same adapter as if it had not been killed.
+    Image features are computed first and kept on disk. A loss or gradient that is not finite stops the run before it
+    changes the adapter. The result is the best state on held-out groups (`args.held_out`), the start among them. A
+    killed run resumes with `train(resume_from_checkpoint=True)`, and ends as if it had not been killed.
 
     Args:
         model: the grounded model; its adapter is trained in place.
@@ -57,10 +57,6 @@ class GroundingTrainer(Trainer):
         GroundingValueError: a dataset that is empty, lacks a column, has only empty captions or too many unreadable
             images, or is smaller than a batch; a batch of one.
         GroundingStateError: an adapter that was loaded without `is_trainable=True`.
-
-    Example:
-        >>> trainer = GroundingTrainer(model, args, train_dataset=pairs, eval_dataset=others)  # doctest: +SKIP
-        >>> trainer.train()  # doctest: +SKIP
     """
 
     args: GroundingTrainingArguments
@@ -83,7 +79,7 @@ class GroundingTrainer(Trainer):
         self.grounded, self.evaluators = model, as_evaluators(evaluator)
         objective = setup.build_objective(model, args, loss)
         self._preparation = setup.data_preparation(model, args)
-        train = None if train_dataset is None else setup.training_examples(train_dataset, self._preparation)
+        train, held_out = setup.training_data(model, train_dataset, self._preparation, args)
         evaluated = None if eval_dataset is None else setup.evaluation_examples(eval_dataset, self._preparation)
         setup.check_batches(train, args)
         self._sampler = setup.build_sampler(train, args)
@@ -97,13 +93,15 @@ class GroundingTrainer(Trainer):
         shard_base_only(self.accelerator, objective)
         self.loss_is_scaled_for_ga = False  # The objective returns the mean of a batch, as Trainer has to know.
         self.add_callback(GroundingCallback(model.adapter, self.meters, self._finite_check, self._sampler))
+        self._best = setup.best_state(objective, held_out, args, self.log)
+        self.add_callback(self._best)
         set_tensorboard_folder(self.callback_handler, os.path.join(str(args.output_dir), "logs"))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Return the optimizer; the layer from image features to image tokens may have its own learning rate."""
+        """Return the optimizer; some layers may have their own learning rates."""
         is_new, optimizer = self.optimizer is None, super().create_optimizer(model)
         if is_new:
-            setup.set_projector_learning_rate(optimizer, self.grounded.adapter, self.args.projector_learning_rate)
+            setup.set_learning_rates(optimizer, self.grounded.adapter, self.args)
         checks.check_optimizer(optimizer, self.grounded)
         return optimizer
 
@@ -121,8 +119,7 @@ class GroundingTrainer(Trainer):
     ) -> TrainOutput:
         """Train, as `Trainer.train` does; a new adapter first gets start values from the training pairs.
 
-        `resume_from_checkpoint=True` takes the run's last complete checkpoint, and starts from the beginning where
-        there is none, so that the same command both starts and resumes a run.
+        `resume_from_checkpoint=True` takes the run's last complete checkpoint; where there is none, the run starts.
 
         Raises:
             GroundingFileError: the checkpoint is not complete, or none could be written.
@@ -132,7 +129,8 @@ class GroundingTrainer(Trainer):
         steps_done = 0 if checkpoint is None else checkpoints.global_step(checkpoint)
         batches = steps_done * self.args.gradient_accumulation_steps
         checks.freeze_others(self.grounded)
-        if checkpoint is not None and 0 < self.args.max_steps <= steps_done:
+        self._best.load(checkpoint)
+        if checkpoint is not None and (self._best.is_over or 0 < self.args.max_steps <= steps_done):
             self._checkpoints.load_adapter(checkpoint)
             output = TrainOutput(steps_done, 0.0, {})
         else:
@@ -143,6 +141,7 @@ class GroundingTrainer(Trainer):
             record_settings(self.grounded, self.args, self.train_dataset)
             resumed = None if checkpoint is None else os.fspath(checkpoint)
             output = super().train(resumed, trial, ignore_keys_for_eval)
+        self._best.restore()
         if self.args.push_to_hub:
             self.push_to_hub()
         return output
@@ -226,12 +225,14 @@ class GroundingTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint is many files, and counts once all are on disk; callbacks hear of it only where nothing failed.
-        with self._checkpoints.writing(self.state, self.accelerator.wait_for_everyone), optimizer_unsharded(self):
+        written = self._checkpoints.writing(self.state, self.accelerator.wait_for_everyone)
+        with written as folder, optimizer_unsharded(self):
             super()._save_checkpoint(model, trial)
+            self._best.save(folder)
         self._publisher.push_checkpoint(self.state.global_step)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        pass  # Trainer would upload the output folder; `_save_checkpoint` pushes the adapter, once it is sealed.
+    # Trainer would upload the output folder; `_save_checkpoint` pushes the adapter, once it is sealed.
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None: ...
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Trainer would load what `_save_checkpoint` wrote without FSDP as a state that FSDP had sharded.
@@ -244,6 +245,5 @@ class GroundingTrainer(Trainer):
         # Trainer would look for the weights of the whole objective, the LM's among them.
         self._checkpoints.load_adapter(resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        # Likewise.
+    def _load_best_model(self) -> None:  # Likewise.
         self._checkpoints.load_adapter(str(self.state.best_model_checkpoint))

@@ -127,4 +127,4 @@ def _copy_image_side(adapter: Adapter, side: ImageSide) -> None:
     state = adapter.state_dict()
     for name in IMAGE_SIDE:
         state[name].copy_(side.tensors[name])
-    adapter.image_retrieval_projection.requires_grad_(False)
+    adapter.keep(name for name, _ in adapter.named_parameters() if name.startswith("image_retrieval_projection."))

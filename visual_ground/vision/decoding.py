@@ -23,6 +23,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+JPEG_QUALITY = 85  # Of thumbnails.
 BITS_PER_SAMPLE = 258  # A TIFF tag.
 
 
@@ -67,6 +68,15 @@ def decode(image: Image.Image, name: str) -> Image.Image:
         raise _damaged(name, error) from error
     pixels.info = {}
     return pixels
+
+
+def to_thumbnail(image: Image.Image, size: int) -> bytes:
+    """Return a JPEG file of an image made to fit into a square of `size` pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((size, size))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
 
 
 def is_image(data: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.storage.hub_names import check_name
+from visual_ground.storage.hub_names import check_name, rooted
 from visual_ground.vision.checkpoints import load_open_clip, load_timm
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.preprocessing import TransformProcessor
@@ -54,7 +54,7 @@ def load_vision(
         model, processor = vision_encoder, image_processor or processor_of(vision_encoder)
     else:
         raise GroundingTypeError(f"vision_encoder must be a name or a module, got {type(vision_encoder).__name__}.")
-    return VisionEncoder(model, processor, name, None, num_patch_tokens, use_pooler)
+    return VisionEncoder(model, processor, name and rooted(name), None, num_patch_tokens, use_pooler)
 
 
 def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple[nn.Module, Any, bool]:

@@ -9,10 +9,12 @@ from tests.tiny import grounded
 from tests.training.runs import ROWS
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
+from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan
 from visual_ground.training.losses.compute_plan import choose_compute_plan, choose_prefix_cache
 from visual_ground.training.losses.objective import FromageLoss, GroundingLoss, GroundingObjective
+from visual_ground.training.losses.retrieval import plain_retrieval
 from visual_ground.training.speedups import cross_entropy as cross_entropy_module
 from visual_ground.training.speedups.checkpointing import LayerCheckpoints
 from visual_ground.training.speedups.cross_entropy import sum_of_parts
@@ -152,6 +154,18 @@ def test_the_shared_prefix_runs_once():
     assert (1, 2) not in runs and sum(n * s for n, s in runs) < len(batch) * max(
         len(sequence.ids) for sequence in batch
     )
+
+
+def test_turns_that_begin_alike_run_their_beginning_once():
+    model, runs = grounded(), []
+    ids = [(1, 50, 51, 52, 53, 10 + i, 20, model.ret_token_id) for i in range(5)]
+    turns = [TokenSequence(row, (*[IGNORE_INDEX] * 7, model.ret_token_id)) for row in ids]
+    plain = plain_retrieval(model, turns)
+    model.lm.register_forward_pre_hook(lambda m, a, kwargs: runs.append(kwargs["input_ids"].shape), with_kwargs=True)
+    quick = PrefixCache(model, packed=True, shared_prefix=True).run(turns)
+    assert torch.allclose(plain.vectors, quick.vectors, atol=1e-5) and torch.allclose(plain.loss, quick.loss, atol=1e-5)
+    # The beginning, two ids of each turn behind it, and each `[RET]`.
+    assert sorted(n * s for n, s in runs) == [5, 5, 10]
 
 
 def test_only_rows_at_once_run_with_gradient():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,15 +9,19 @@ from itertools import islice
 from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.training.data.rows import check_not_empty, has_images, is_missing, rows_by_number
+from visual_ground.training.data.prompts import PROMPT, SplitPrompt, is_given, prompt_problem
+from visual_ground.training.data.rows import (
+    PROBLEM,
+    check_not_empty,
+    has_images,
+    is_missing,
+    is_unicode,
+    named_by,
+    rows_by_number,
+)
+from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.link_rules import is_address
 
-logger = logging.getLogger(__name__)
-
-# How many skipped names are logged and shown in an error.
-NUM_SHOWN = 10
-# A stream's skipped part is judged as if it had at least so many rows: one bad row among the first ten is no 10 %.
-MIN_ROWS_TO_JUDGE = 1000
 # How many rows of a stream have their captions checked before training.
 NUM_CHECKED = 100
 
@@ -61,13 +64,15 @@ class Columns:
             return "is empty"
         if not isinstance(text, str):
             return f"is a {type(text).__name__} and no text"
-        if "\ufffd" in text or not _is_unicode(text):
+        if "\ufffd" in text or not is_unicode(text):
             return "has characters that could not be read as UTF-8"
         found = next((word for word in self.forbidden if word in text), None)
         return None if found is None else f"contains {found}, which must not stand in a text"
 
     def problem_of(self, row: Mapping[str, Any]) -> str | None:
-        """Return why a row's texts cannot be used; None where one of each kind can."""
+        """Return why a row or its texts cannot be used; None where one text of each kind can."""
+        if row.get(PROBLEM):
+            return str(row[PROBLEM])
         texts = _as_list(row[self.caption])
         problems = [self.problem(text) for text in texts]
         if None not in problems:
@@ -76,59 +81,29 @@ class Columns:
             given = [text for text in _as_list(row.get(name)) if not is_missing(text)]
             if given and not self.texts(row, name):
                 return f"its {name} {self.problem(given[0])}"
-        return None
+        problem = None if (prompt := self.prompt(row)) is None else prompt_problem(prompt, self.problem)
+        return None if problem is None else f"its prompt {problem}"
+
+    def prompt(self, row: Mapping[str, Any]) -> Any:
+        """Return a row's prompt as it is, or None where it has none."""
+        # Datasets of generated pictures call their captions so.
+        given = self.caption != PROMPT and is_given(row.get(PROMPT))
+        return row[PROMPT] if given else None
+
+    def split_prompt(self, row: Mapping[str, Any]) -> SplitPrompt | None:
+        """Return a row's prompt, which has no problem, with its images apart; None where it has none."""
+        prompt = self.prompt(row)
+        return None if prompt is None else SplitPrompt.of(prompt, self._resolve)
+
+    def prompt_images(self, row: Mapping[str, Any]) -> Sequence[Any]:
+        """Return the images of a row's prompt."""
+        split = self.split_prompt(row)
+        return () if split is None else split.images
 
     def _resolve(self, image: Any) -> Any:
         if self.folder is not None and isinstance(image, (str, os.PathLike)) and not is_address(image):
             return os.path.join(self.folder, image)
         return image
-
-
-class Skipped:
-    """Counts what cannot be used, logs it by name, and raises where it is too much.
-
-    Args:
-        limit: the part that may be skipped.
-        total: how many there are; None where that is not known, as in a stream.
-
-    Attributes:
-        names: what was skipped, and why.
-    """
-
-    def __init__(self, limit: float, total: int | None = None) -> None:
-        self.limit, self.total, self.seen = limit, total, 0
-        self.names: list[str] = []
-
-    def add(self, name: str, check: bool = True) -> None:
-        """Skip one, with its reason.
-
-        Args:
-            name: what is skipped, and why.
-            check: whether to raise where it is one too many.
-
-        Raises:
-            GroundingValueError: too many by now.
-        """
-        self.names.append(name)
-        if len(self.names) <= NUM_SHOWN:
-            logger.warning("Skipped %s", self.names[-1])
-        if check:
-            self.check(self.total or max(self.seen, MIN_ROWS_TO_JUDGE))
-
-    def check(self, total: int) -> None:
-        """Raise GroundingValueError where more than the allowed part of `total` was skipped."""
-        if len(self.names) <= self.limit * total:
-            return
-        shown = "\n  ".join(self.names[:NUM_SHOWN])
-        raise GroundingValueError(
-            f"{len(self.names)} of {total} images and captions cannot be used, and max_skipped={self.limit:g} of them "
-            f"may be skipped. Fix them, or raise max_skipped. The first are:\n  {shown}"
-        )
-
-    def finish(self) -> None:
-        """Log how many were skipped in all."""
-        if self.names:
-            logger.warning("Skipped %d images and captions that cannot be used.", len(self.names))
 
 
 def open_rows(rows: Any, columns: Columns) -> Any:
@@ -173,14 +148,12 @@ def usable_rows(rows: Any, columns: Columns, skipped: Skipped) -> list[int]:
     usable, captioned = [], False
     for number, row in enumerate(texts):
         captioned |= _has_caption(row, number, columns)
-        problem = columns.problem_of(row)
         has_image = "image_features" in row or (shown[number] if shown else bool(columns.images(row)))
-        if problem is None and not has_image:
-            problem = "it has no image"
+        problem = columns.problem_of(row) or (None if has_image else "it has no image")
         if problem is None:
             usable.append(number)
         else:
-            skipped.add(f"row {number}: {problem}", check=captioned)
+            skipped.add(f"row {number}{named_by(row)}: {problem}", check=captioned)
     if not captioned:
         raise _no_captions(columns)
     skipped.check(len(texts))
@@ -192,13 +165,6 @@ def without_images(rows: Any, columns: Columns) -> Any:
     if not hasattr(rows, "remove_columns") or columns.image not in (rows.column_names or ()):
         return rows
     return rows.remove_columns([columns.image])
-
-
-def select_rows(rows: Any, indices: Sequence[int]) -> Any:
-    """Return the rows at these indices."""
-    if len(indices) == len(rows):
-        return rows
-    return rows.select(indices) if hasattr(rows, "select") else [rows[i] for i in indices]
 
 
 def is_stream(rows: Any) -> bool:
@@ -240,11 +206,3 @@ def _undecoded(rows: Any, columns: Columns) -> Any:
 
 def _as_list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # Half of a pair of surrogates, which no tokenizer takes.
-        return False
-    return True

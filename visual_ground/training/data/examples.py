@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.training.data.columns import Columns, open_rows, without_images
+from visual_ground.training.data.prompts import PromptIds
+from visual_ground.training.data.reading import example_of, prompt_of, read_image, without_prompt
+from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.sampler import first, happens, picker
 from visual_ground.training.data.sequences import TokenSequence, number_images, with_retrieval_prompt
-from visual_ground.vision.images import image_name, to_rgb
 
 # Stands for the image where a chat template is rendered; only its place in the ids matters.
 _PLACEHOLDER = Image.new("RGB", (1, 1))
@@ -31,16 +34,18 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
     Args:
         rows: mappings with an image (or `image_features`, (f,)) and a caption; either may be a list, of which one is
-            sampled each time. Optional: `request`, with which a user asks to be shown the image, read instead of the
-            caption in retrieval; `question`, which a user asks about the image when captioning; both go through the
-            tokenizer's chat template. `group`: rows of one group are no negatives of each other; by default those that
-            share an image.
+            sampled each time. Optional: `prompt`, texts and images behind which the image is to be found, as
+            `embed_text` takes it, read instead of the caption in retrieval; `request`, with which a user asks to be
+            shown the image, likewise; `question`, which a user asks about the image when captioning; the latter two go
+            through the tokenizer's chat template. `group`: rows of one group are no negatives of each other; by default
+            those that share an image.
         features: for each row by number, its images' features (images, f); None reads the image each time.
         groups: for each row, a number.
         sample: False always takes the first image and caption.
         columns: where the images and captions are.
         numbers: for each row, its number in the user's dataset, for messages.
         seed: of what is sampled.
+        prompt_features: for each row by number, the features of its prompt's images; None reads these each time.
 
     Raises:
         GroundingValueError: no rows, or columns missing.
@@ -55,8 +60,9 @@ class ExampleDataset(Dataset[dict[str, Any]]):
         columns: Columns | None = None,
         numbers: Sequence[int] | None = None,
         seed: int = 0,
+        prompt_features: Any = None,
     ) -> None:
-        self.columns = columns or Columns()
+        self.columns, self.prompt_features = columns or Columns(), prompt_features
         self.rows = open_rows(rows, self.columns)
         self.features, self.sample, self.seed, self.numbers = features, sample, seed, numbers
         self._texts = self.rows if features is None else without_images(self.rows, self.columns)
@@ -74,6 +80,11 @@ class ExampleDataset(Dataset[dict[str, Any]]):
             example = example_of(row, self.columns, choose)
             example |= {"row": number if self.numbers is None else int(self.numbers[number])}
             example |= {"group": int(self.groups[number]), "draw": draw}
+            features = None if self.prompt_features is None else self.prompt_features[number]
+            prompt = prompt_of(row, self.columns, features, skipped, self.sample)
+            if prompt is None:
+                continue
+            example |= prompt
             if self.features is not None:
                 return {**example, "image_features": choose(list(self.features[number]))}
             if "image_features" in row:
@@ -82,30 +93,20 @@ class ExampleDataset(Dataset[dict[str, Any]]):
                 return {**example, "image": image, "skipped": skipped}
         raise GroundingValueError(f"None of the dataset's images can be read. The first are: {skipped[:3]}")
 
+    def select(self, indices: Sequence[int], sample: bool) -> ExampleDataset:
+        """Return the rows at these indices, with features from a cache or none, as another dataset."""
+        features, prompts = (
+            None if given is None else given.select(indices) for given in (self.features, self.prompt_features)
+        )
+        groups = [self.groups[i] for i in indices]
+        numbers = list(indices) if self.numbers is None else [self.numbers[i] for i in indices]
+        rows = select_rows(self.rows, indices)
+        return ExampleDataset(rows, features, groups, sample, self.columns, numbers, self.seed, prompts)
+
     def image(self, number: int) -> Any:
         """Return a row's first image as it is in the dataset, or None where that has only features."""
         row = self.rows[number]
         return self.columns.images(row)[0] if self.columns.image in row else None
-
-
-def read_image(image: Any, skipped: list[str], may_skip: bool = True) -> Image.Image | None:
-    """Return an image as RGB; one that cannot be read is noted in `skipped`, or raises where it may not be skipped."""
-    try:
-        return to_rgb(image)
-    except GroundingValueError as error:
-        if not may_skip:
-            raise
-        skipped.append(f"{image_name(image)}: {error}")
-        return None
-
-
-def example_of(row: Mapping[str, Any], columns: Columns, choose: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
-    """Return a row's texts, one of each kind."""
-    example = {"caption": choose(columns.captions(row) or [""])}
-    for name in ("request", "question"):
-        if texts := columns.texts(row, name):
-            example[name] = choose(texts)
-    return example
 
 
 class ExampleCollator:
@@ -145,8 +146,10 @@ class ExampleCollator:
         return TokenSequence.of(self.processor.caption_prefix(image=True), caption)
 
     def retrieval(self, example: Mapping[str, Any]) -> TokenSequence:
-        """Return the caption with `[RET]` as labels, after its prompt; or a request, answered by `[RET]`."""
+        """Return the caption with `[RET]` as labels, after its prompt; or a request or prompt, answered by `[RET]`."""
         ret = self.model.ret_token_id
+        if "prompt" in example:
+            return TokenSequence.of(PromptIds.of(self.processor, example["prompt"]).ids, [ret])
         if request := example.get("request"):
             return TokenSequence.of(self._chat([request]), [ret])
         return TokenSequence.of(self.processor.caption_prefix(image=False), [*self._caption(example), ret])
@@ -173,6 +176,7 @@ class ExampleCollator:
         Returns:
             `captioning` and `retrieval`, lists of `TokenSequence`; `groups` and `rows`, (b,); and `image_features`
             (b, f) or `pixel_values` (b, c, h, w). The captioning sequences use the first of the images, in order.
+            Where prompts have images, also `prompt_features` (m, f) or `prompt_pixels` (m, c, h, w).
         """
         captioned = examples[: max(1, round(self.captioning_fraction * len(examples)))]
         sequences = [self.captioning(example) for example in captioned]
@@ -181,7 +185,7 @@ class ExampleCollator:
             sequences = [one + two for one, two in pairs] + sequences[len(sequences) - len(sequences) % 2 :]
         batch: dict[str, Any] = {
             "captioning": self.checked(sequences),
-            "retrieval": self.texts(examples),
+            "retrieval": self._read([self.retrieval(example) for example in examples]),
             "groups": torch.tensor([example["group"] for example in examples]),
             "rows": torch.tensor([example["row"] for example in examples]),
         }
@@ -191,11 +195,26 @@ class ExampleCollator:
             batch["image_features"] = torch.stack([example["image_features"] for example in examples])
         else:
             batch["pixel_values"] = self.model.vision.preprocess([example["image"] for example in examples])
-        return batch
+        return batch | self._prompt_images(examples)
+
+    def _prompt_images(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the features (m, f) of the prompts' images, in the order of their marks, or the pixels."""
+        features: list[Tensor] = []
+        images: list[Any] = []
+        for example in examples:
+            order = PromptIds.of(self.processor, example["prompt"]).order if "prompt" in example else ()
+            features += [example["prompt_features"][i] for i in order if "prompt_images" not in example]
+            images += [example["prompt_images"][i] for i in order if "prompt_images" in example]
+        if images:
+            return {"prompt_pixels": self.model.vision.preprocess(images)}
+        return {"prompt_features": torch.stack(features)} if features else {}
 
     def texts(self, examples: Sequence[Mapping[str, Any]]) -> list[TokenSequence]:
-        """Return the `retrieval` part alone, which reads no images."""
-        sequences = [self.retrieval(example) for example in examples]
+        """Return the `retrieval` part of the captions and requests alone, which reads no images."""
+        return self._read([self.retrieval(without_prompt(example)) for example in examples])
+
+    def _read(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """Return `checked` sequences, also where the retrieval prompt comes after each."""
         read = [with_retrieval_prompt(self.processor, sequence) for sequence in sequences]
         self.processor.check_ids([EncodedPrompt(sequence.ids, ()) for sequence in read])
         return self.checked(sequences)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.training.data.columns import Columns
+from visual_ground.training.data.files import line_rows, readable, shard_rows
 
 # Which loader of `datasets` reads files with this ending.
 LOADERS = {
@@ -26,6 +28,8 @@ _MARKED: dict[str, Any] = {"encoding_errors": "replace"}
 OPTIONS: dict[str, dict[str, Any]] = {
     ".csv": _MARKED,
     ".tsv": {**_MARKED, "sep": "\t", "quoting": csv.QUOTE_NONE},
+    ".json": _MARKED,
+    ".jsonl": _MARKED,
 }
 # The usual names of columns, the likeliest first.
 IMAGE_NAMES = ("image", "images", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
@@ -50,29 +54,42 @@ def load_rows(name: str, split: str = "train", streaming: bool = False) -> Any:
         GroundingFileError: it cannot be loaded.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     path = Path(name)
     options: dict[str, Any] = {"split": split, "streaming": streaming}
     try:
         if path.is_dir():
             return _load_folder(path, options)
-        if path.suffix in LOADERS:
-            options |= OPTIONS.get(path.suffix, {})
-            return load_dataset(LOADERS[path.suffix], data_files={split: str(path)}, **options)
-        return load_dataset(name, **options)
+        return _load_files(path, options) if path.suffix in LOADERS else readable(load_dataset(name, **options))
     except (OSError, ValueError, DatasetNotFoundError) as error:
         raise GroundingFileError(f"The dataset {name!r} cannot be loaded: {error}") from error
+    except DatasetGenerationError as error:
+        reason = error.__cause__ or error
+        raise GroundingFileError(f"The dataset {name!r} is damaged, or of no one form: {reason}") from error
+
+
+def _load_files(path: Path, options: dict[str, Any]) -> Any:
+    """Load one file, or several by a pattern."""
+    from datasets import load_dataset
+
+    streaming, files = options["streaming"], {options["split"]: str(path)}
+    if path.suffix == ".tar":
+        return shard_rows(sorted(glob(str(path))) or [str(path)], streaming)
+    if LOADERS[path.suffix] in ("json", "csv") and (rows := line_rows(str(path), streaming)) is not None:
+        return rows
+    return readable(load_dataset(LOADERS[path.suffix], data_files=files, **options, **OPTIONS.get(path.suffix, {})))
 
 
 def _load_folder(path: Path, options: dict[str, Any]) -> Any:
     """Load a folder; img2dataset puts a table beside each of its tar shards, so shards come first."""
     from datasets import load_dataset
 
-    for suffix in (".tar", ".parquet"):
-        if files := sorted(str(file) for file in path.rglob(f"*{suffix}")):
-            return load_dataset(LOADERS[suffix], data_files={options["split"]: files}, **options)
-    return load_dataset("imagefolder", data_dir=str(path), **options)
+    if shards := sorted(str(file) for file in path.rglob("*.tar")):
+        return shard_rows(shards, options["streaming"])
+    if files := sorted(str(file) for file in path.rglob("*.parquet")):
+        return readable(load_dataset("parquet", data_files={options["split"]: files}, **options))
+    return readable(load_dataset("imagefolder", data_dir=str(path), **options))
 
 
 def find_columns(names: Sequence[str], image: str | None = None, caption: str | None = None) -> Columns:

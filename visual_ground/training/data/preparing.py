@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visual_ground.errors import GroundingError, GroundingValueError
-from visual_ground.training.data.columns import Columns, Skipped, open_rows, select_rows, usable_rows
+from visual_ground.training.data.columns import Columns, open_rows, usable_rows, without_images
 from visual_ground.training.data.examples import ExampleDataset
+from visual_ground.training.data.rows import select_rows
+from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.feature_cache import FeatureCache
 from visual_ground.vision.feature_store import FeatureFile
 
@@ -45,6 +47,10 @@ class StoredFeatures:
         if not 0 <= number < len(self):
             raise IndexError(number)
         return self._places[self._ends[number - 1] if number else 0 : self._ends[number]]
+
+    def select(self, numbers: Sequence[int]) -> StoredFeatures:
+        """Return the features of some rows."""
+        return StoredFeatures(self.file, [self.place(number) for number in numbers])
 
     def sample(self, limit: int) -> Tensor:
         """Return the features of all images, or of at most `limit` of them at even distances, (n, f)."""
@@ -91,24 +97,34 @@ class Preparing:
         skipped = Skipped(self.max_skipped, len(rows))
         numbers = np.array(usable_rows(rows, self.columns, skipped))
         rows = select_rows(rows, numbers.tolist())
-        features = None
+        features, prompts = None, None
         if "image_features" in rows[0]:
             self._check_widths(rows)
-        elif self.cache is not None:
-            places = self._places(rows, numbers, skipped)
-            readable = [i for i, place in enumerate(places) if len(place)]
+        if self.cache is not None:
+            asked = ImagesOf(without_images(rows, self.columns), self.columns.prompt_images)
+            of_prompts = self._places(asked, numbers, skipped)
+            # A prompt is read whole or not at all, and of a row's own images those that can be read.
+            usable = np.array([bool((places >= 0).all()) for places in of_prompts])
+            if "image_features" not in rows[0]:
+                places = self._places(ImagesOf(rows, self.columns.images, self.columns.image), numbers, skipped)
+                places = [place[place >= 0] for place in places]
+                usable &= [len(place) > 0 for place in places]
+            readable = usable.nonzero()[0].tolist()
             if not readable:
                 skipped.check(0)
             rows, numbers = select_rows(rows, readable), numbers[readable]
-            features = StoredFeatures(self.cache.file, [places[i] for i in readable])
+            if len(asked):
+                prompts = StoredFeatures(self.cache.file, [of_prompts[i] for i in readable])
+            if "image_features" not in rows[0]:
+                features = StoredFeatures(self.cache.file, [places[i] for i in readable])
         skipped.finish()
         groups = _groups(rows, features)
-        return ExampleDataset(rows, features, groups, sample, self.columns, numbers.tolist(), self.seed)
+        return ExampleDataset(rows, features, groups, sample, self.columns, numbers.tolist(), self.seed, prompts)
 
-    def _places(self, rows: Any, numbers: Indices, skipped: Skipped) -> list[Indices]:
-        """Return, for each row, where the features of its readable images are."""
+    def _places(self, images: ImagesOf, numbers: Indices, skipped: Skipped) -> list[Indices]:
+        """Return, for each row, where the features of its images are; -1 for one that cannot be read."""
         assert self.cache is not None
-        state, images = PartialState(), ImagesOf(rows, self.columns)
+        state, rows = PartialState(), images.rows
         share = range(state.process_index, len(images), state.num_processes)
         skipped.total = max(len(rows), len(images))
 
@@ -119,9 +135,7 @@ class Preparing:
         places = np.full(len(images), -1)
         for process, part in gather_object([(state.process_index, share_places)]):
             places[process :: state.num_processes] = part
-        of_rows = np.split(places, np.searchsorted(images.owners, np.arange(1, len(rows))))
-        # An image that could not be read has the place -1.
-        return [of_row[of_row >= 0] for of_row in of_rows]
+        return np.split(places, np.searchsorted(images.owners, np.arange(1, len(rows))))
 
     def _check_widths(self, rows: Any) -> None:
         for number in range(min(len(rows), 100)):
@@ -134,20 +148,21 @@ class Preparing:
 
 
 class ImagesOf(Sequence[Any]):
-    """All images of a dataset, row by row; each is read when it is needed.
+    """Some images of a dataset, row by row; each is read when it is needed.
 
     Args:
         rows: the dataset.
-        columns: where its images are.
+        images_of: returns a row's images.
+        column: the only one that `images_of` reads; None: any.
 
     Attributes:
         owners: for each image, its row.
     """
 
-    def __init__(self, rows: Any, columns: Columns) -> None:
-        self.columns = columns
-        self.rows = rows.select_columns([columns.image]) if hasattr(rows, "select_columns") else rows
-        counts = self._counts()
+    def __init__(self, rows: Any, images_of: Callable[[Any], Sequence[Any]], column: str | None = None) -> None:
+        self.images_of = images_of
+        self.rows = rows.select_columns([column]) if column and hasattr(rows, "select_columns") else rows
+        counts = self._counts(column)
         self.owners = np.repeat(np.arange(len(rows)), counts)
         self._slots = np.arange(len(self.owners)) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -155,13 +170,13 @@ class ImagesOf(Sequence[Any]):
         return len(self.owners)
 
     def __getitem__(self, number: Any) -> Any:
-        return self.columns.images(self.rows[int(self.owners[number])])[self._slots[number]]
+        return self.images_of(self.rows[int(self.owners[number])])[self._slots[number]]
 
-    def _counts(self) -> Indices:
-        kind = (getattr(self.rows, "features", None) or {}).get(self.columns.image)
+    def _counts(self, column: str | None) -> Indices:
+        kind = (getattr(self.rows, "features", None) or {}).get(column)
         if kind is not None and not hasattr(kind, "feature"):
             return np.ones(len(self.rows), dtype=int)  # An image column that is no list: nothing to read.
-        return np.array([len(self.columns.images(row)) for row in self.rows])
+        return np.array([len(self.images_of(row)) for row in self.rows], dtype=int)
 
 
 class _Subset(Sequence[Any]):

@@ -12,6 +12,10 @@ from visual_ground.errors import GroundingTypeError, GroundingValueError
 TO_ROWS = (("iloc", "to_dict", ("records",)), ("iter_rows", "to_dicts", ()), ("to_pylist", "to_pylist", ()))
 
 
+# Columns of rows that were read from files: a row's name in its shard, and why it could not be read.
+KEY, PROBLEM = "__key__", "__problem__"
+
+
 class RowsByNumber(Sequence[Any]):
     """Some rows of anything with rows by number; each is read when it is needed, and none is kept.
 
@@ -89,6 +93,13 @@ def _formatted(rows: Any) -> Any:
     return rows.remove_columns(sorted(hidden)) if hidden and not wanted["output_all_columns"] else rows
 
 
+def select_rows(rows: Any, indices: Sequence[int]) -> Any:
+    """Return the rows at these indices."""
+    if len(indices) == len(rows):
+        return rows
+    return rows.select(indices) if hasattr(rows, "select") else [rows[i] for i in indices]
+
+
 def is_missing(value: Any) -> bool:
     """Return whether a cell of a table is empty: None, NaN, pandas' NA, an empty text, or a file that is nowhere.
 
@@ -103,6 +114,20 @@ def is_missing(value: Any) -> bool:
     if isinstance(value, numbers.Real):
         return bool(value != value)
     return value is None or type(value).__name__ in ("NAType", "NaTType")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no half of a pair of surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def named_by(row: Mapping[str, Any]) -> str:
+    """Return the name that a row has in a shard, as " (name)"; nothing where it has none."""
+    return f" ({row[KEY]})" if row.get(KEY) else ""
 
 
 def has_images(rows: Any, column: str) -> list[bool]:

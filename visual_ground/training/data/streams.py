@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from visual_ground.errors import GroundingError, GroundingValueError
-from visual_ground.training.data.columns import Columns, Skipped, open_rows
-from visual_ground.training.data.examples import example_of, read_image
+from visual_ground.training.data.columns import Columns, open_rows
 from visual_ground.training.data.preparing import Indices, Preparing
+from visual_ground.training.data.reading import example_of, prompt_of, read_image
 from visual_ground.training.data.sampler import picker
+from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.feature_store import FeatureFile
 from visual_ground.vision.identity import image_key
 from visual_ground.vision.images import image_name
@@ -92,7 +93,10 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
                 skipped.append(f"a row of the stream: {problem or 'it has no image'}")
             return None
         choose = picker(self.seed, draw)
-        example = {**example_of(row, self.columns, choose), "row": draw, "draw": draw}
+        prompt = self._prompt(row, skipped)
+        if prompt is None:
+            return None
+        example = {**example_of(row, self.columns, choose), **prompt, "row": draw, "draw": draw}
         image = choose(images)
         try:
             key = image_key(image)
@@ -107,6 +111,19 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         place = self.features.file.rows.get(key)
         return None if place is None else {**example, "image_features": self.features.file.read([place])[0]}
 
+    def _prompt(self, row: Mapping[str, Any], skipped: list[str]) -> dict[str, Any] | None:
+        """Return a row's prompt as in `prompt_of`, or None where one of its images cannot be read."""
+        split, features = self.columns.split_prompt(row), None
+        if split is not None and self.features is not None:
+            try:
+                places = [self.features.file.rows.get(image_key(image)) for image in split.images]
+            except GroundingError:
+                return None  # It was reported when the features were cached.
+            if None in places:
+                return None
+            features = self.features.file.read([place for place in places if place is not None])
+        return prompt_of(row, self.columns, features, skipped)
+
 
 class _StreamImages:
     """The images of a stream's usable rows, and an error for every other row."""
@@ -119,6 +136,7 @@ class _StreamImages:
             images, problem = self.columns.images(row), self.columns.problem_of(row)
             if problem is None and images:
                 yield from images
+                yield from self.columns.prompt_images(row)
             else:
                 yield GroundingValueError(problem or "it has no image")
 

@@ -12,7 +12,8 @@ import torch
 from transformers import BatchFeature
 
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.generate import end_ids, generate_ids
+from visual_ground.generation.ends import end_ids
+from visual_ground.generation.generate import generate_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.sentences import sentence_ends
 from visual_ground.model import GroundedModel

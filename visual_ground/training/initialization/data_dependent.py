@@ -26,7 +26,7 @@ from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.initialization.emission import fit_emission
 from visual_ground.training.initialization.idf import caption_ids, fit_image_tokens_to_words, idf_weights
-from visual_ground.training.initialization.retrieval import BATCH_SIZE, Collate, batched, fit_retrieval
+from visual_ground.training.initialization.retrieval import BATCH_SIZE, Collate, batched, fit_prompts, fit_retrieval
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.speedups.kv_cache import KeysValues, SharedPrefixCache, expanded, fixed_cache
 
@@ -67,11 +67,13 @@ def initialize_from_data(
     features = torch.cat([image_features(objective.model, batch) for batch in batches])
     # With their features, so that neither the fit nor its batches encode or preprocess the images again.
     encoded = [{**example, "image_features": row} for example, row in zip(sampled, features, strict=True)]
+    pairs = None
     try:
-        fit_retrieval(objective, batched(encoded), collate)
+        pairs = fit_retrieval(objective, batched(encoded), collate)
     except GroundingValueError as error:
         logger.warning("The retrieval layers start from random values. %s", error)
     start_image_tokens(objective.model, sampled, features, progress=progress)
+    fit_prompts(objective, pairs, batched(encoded), collate)
 
 
 def evenly_sampled(examples: ExampleDataset | ExampleStream) -> list[dict[str, Any]]:

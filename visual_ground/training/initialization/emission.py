@@ -84,9 +84,7 @@ def fit_emission(
     adapter.ret_output.copy_(fit_output_embedding(places))
     # Scaled back to these norms after each step.
     adapter.ret_norms.copy_(torch.stack([embedding.norm() for embedding in adapter.ret_embeddings()]))
-    for embedding in adapter.ret_embeddings():
-        # The text loss would move them to where captions end.
-        embedding.requires_grad_(False)
+    adapter.keep(["ret_input", "ret_output"])  # The text loss would move them to where captions end.
     return True
 
 

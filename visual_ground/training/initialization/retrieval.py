@@ -13,9 +13,11 @@ from torch import Tensor
 from visual_ground.adapter.initialization import initialize_retrieval, retrieval_inputs
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.shared_space.accumulator import MomentAccumulator
+from visual_ground.training.data.reading import without_prompt
+from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
 from visual_ground.training.initialization.idf import without_sentence_marks
 from visual_ground.training.losses.objective import GroundingObjective
-from visual_ground.training.losses.retrieval import plain_states
+from visual_ground.training.losses.prompts import Asked
 
 Example: TypeAlias = Mapping[str, Any]
 # Makes a batch of examples, as `ExampleCollator` does.
@@ -26,7 +28,7 @@ BATCH_SIZE = 128
 # Captions of a group without requests become requests too. Fitted to captions alone, requests find their images 7
 # points less often (docs/recipe.md). Were only some groups' requests fitted, the difference between the states of
 # captions and of requests would be taken for one between these groups' images and the others'.
-REQUESTS_A_GROUP = 2
+REQUESTS_A_GROUP = 1
 REQUESTS = (
     "Show me a picture: {caption}.",
     "Can I see this? {caption}",
@@ -36,26 +38,67 @@ REQUESTS = (
 
 
 @torch.no_grad()
-def fit_retrieval(objective: GroundingObjective, batches: Iterable[Sequence[Example]], collate: Collate) -> None:
+def fit_retrieval(
+    objective: GroundingObjective, batches: Iterable[Sequence[Example]], collate: Collate, steps_follow: bool = True
+) -> MomentAccumulator | None:
     """Fit the retrieval layers to a stream of examples; nothing is kept of these but their second moments.
+
+    Of examples with a prompt, the caption is read: prompts may have images, whose tokens are not fitted yet.
 
     Args:
         objective: the model, and how its text-retrieval pass is run.
         batches: of examples.
         collate: makes a batch of examples.
+        steps_follow: keep what the steps of training need of the captions besides, as far as there is room.
+
+    Returns:
+        The moments, for `fit_prompts`, where any example has a prompt.
 
     Raises:
         GroundingValueError: pairs of one group only, features that are all alike or not finite; the layers are then
             as they were.
     """
     model, pairs, num_requests = objective.model, MomentAccumulator(), Counter[Any]()
-    for batch in batches:
+    has_prompts = False
+    for given in batches:
+        has_prompts |= any("prompt" in example for example in given)
+        batch = [without_prompt(example) for example in given]
         features, groups = image_features(model, batch), [example["group"] for example in batch]
-        pairs.add(*retrieval_inputs(model.adapter, _states(objective, collate(batch)), features), groups)
+        states = _states(objective, collate(batch), steps_follow)
+        pairs.add(*retrieval_inputs(model.adapter, states, features), groups)
         # Encoded once: a caption as a request is about the same image.
         if chosen := _without_requests(batch, num_requests):
-            states = _states(objective, collate([as_request(batch[i]) for i in chosen]))
+            states = _states(objective, collate([as_request(batch[i]) for i in chosen]), steps_follow)
             pairs.add(*retrieval_inputs(model.adapter, states, features[chosen]), [groups[i] for i in chosen])
+    initialize_retrieval(model.adapter, pairs.solve(model.config.retrieval_dim))
+    return pairs if has_prompts else None
+
+
+@torch.no_grad()
+def fit_prompts(
+    objective: GroundingObjective,
+    pairs: MomentAccumulator | None,
+    batches: Iterable[Sequence[Example]],
+    collate: Collate,
+) -> None:
+    """Fit the retrieval layers to prompts too, after the image tokens that these may hold.
+
+    Args:
+        objective: as in `fit_retrieval`.
+        pairs: what that returned; None where no example has a prompt, and nothing is done.
+        batches: of the examples; only those with a prompt are read.
+        collate: makes a batch of examples.
+
+    Raises:
+        GroundingValueError: as `fit_retrieval`.
+    """
+    if pairs is None:
+        return
+    model = objective.model
+    for given in batches:
+        if batch := [example for example in given if "prompt" in example]:
+            features, groups = image_features(model, batch), [example["group"] for example in batch]
+            pairs.add(*retrieval_inputs(model.adapter, _states(objective, collate(batch), False), features), groups)
     initialize_retrieval(model.adapter, pairs.solve(model.config.retrieval_dim))
 
 
@@ -70,9 +113,15 @@ def _without_requests(batch: Sequence[Example], num_requests: Counter[Any]) -> l
     return chosen
 
 
-def _states(objective: GroundingObjective, batch: Mapping[str, Any]) -> list[Tensor]:
-    sequences, prefixes = batch["retrieval"], objective.prefixes
-    return plain_states(objective.model, sequences) if prefixes is None else prefixes.states(sequences)
+def _states(objective: GroundingObjective, batch: Mapping[str, Any], steps_follow: bool) -> list[Tensor]:
+    sequences, features = batch["retrieval"], batch.get("prompt_features")
+    if "prompt_pixels" in batch:
+        features = objective.model.vision(batch["prompt_pixels"])
+    if not steps_follow:
+        # Without labels, the output head does not run at the captions' words.
+        sequences = [TokenSequence(s.ids, (*[IGNORE_INDEX] * (len(s.ids) - 1), s.labels[-1])) for s in sequences]
+    states = Asked.of(objective.model, sequences, features).states(objective.prefixes)
+    return [layer.float() for layer in states]
 
 
 def as_request(example: Example) -> dict[str, Any]:

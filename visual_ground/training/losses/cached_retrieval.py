@@ -98,14 +98,25 @@ class PrefixCache:
         """Run captions, each labelled from its first label on, up to before their `[RET]`."""
         # The last id of the prompt predicts a caption's first label, so it runs with each caption.
         prompt = tuple(self.model.processor.caption_prefix(image=False))[:-1] if self.shared_prefix else ()
-        by_prefix: dict[tuple[int, ...], list[Key]] = {}
-        for ids, first in keys:
-            prefix = prompt if first > len(prompt) and ids[: len(prompt)] == prompt else ()
-            by_prefix.setdefault(prefix, []).append((ids, first))
+        captions = [(ids, first) for ids, first in keys if first > len(prompt) and ids[: len(prompt)] == prompt]
+        others = [key for key in keys if key not in set(captions)]
         fresh: dict[Key, CachedCaption] = {}
-        for prefix, group in by_prefix.items():
-            fresh |= self._compute_after(prefix, group)
+        for prefix, group in ((prompt, captions), (self._common_prefix(others), others)):
+            if group:
+                fresh |= self._compute_after(prefix, group)
         return fresh
+
+    def _common_prefix(self, keys: Sequence[Key]) -> tuple[int, ...]:
+        """Return the text ids that all begin with, as turns of a chat do, before the last one ahead of a label."""
+        if not self.shared_prefix or len(keys) < 2:
+            return ()
+        count, rows = 0, [ids[: first - 1] for ids, first in keys]
+        for column in zip(*rows, strict=False):
+            # Ids from `[RET]`'s on stand for what is trained, of which nothing is kept.
+            if len(set(column)) > 1 or column[0] >= self.model.ret_token_id or column[0] < 0:
+                break
+            count += 1
+        return rows[0][:count]
 
     def _compute_after(self, prefix: tuple[int, ...], keys: Sequence[Key]) -> dict[Key, CachedCaption]:
         n, fresh = len(prefix), {}

@@ -12,9 +12,10 @@ from transformers.utils.generic import ModelOutput
 
 from visual_ground.model import GroundedModel
 from visual_ground.training.data.sequences import TokenSequence
-from visual_ground.training.losses.cached_retrieval import PrefixCache, run_retrieval
+from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan, LossSum
 from visual_ground.training.losses.contrastive import Contrast, contrast, share_of_processes
+from visual_ground.training.losses.prompts import Asked
 from visual_ground.training.speedups.checkpointing import LayerCheckpoints
 
 
@@ -50,12 +51,14 @@ class PreparedBatch:
         retrieval: b sequences, each with `[RET]` as its last id.
         features: (b, f), the images' features, on the adapter's device.
         groups: (b,), equal where two examples are no negatives of each other.
+        prompt_features: (m, f), of the images in `retrieval`, in order; None without any.
     """
 
     captioning: Sequence[TokenSequence]
     retrieval: Sequence[TokenSequence]
     features: Tensor
     groups: Tensor
+    prompt_features: Tensor | None = None
 
 
 class Loss(Protocol):
@@ -168,6 +171,8 @@ class GroundingObjective(nn.Module):
         pixel_values: Tensor | None = None,
         image_features: Tensor | None = None,
         rows: Tensor | None = None,
+        prompt_features: Tensor | None = None,
+        prompt_pixels: Tensor | None = None,
     ) -> GroundingLoss:
         """Compute the losses of one batch, as `ExampleCollator` makes it.
 
@@ -178,9 +183,13 @@ class GroundingObjective(nn.Module):
             pixel_values: (b, c, h, w).
             image_features: (b, f), instead of pixels.
             rows: (b,), the examples' numbers in the dataset; not used here.
+            prompt_features: (m, f), of the images in `retrieval`, in order.
+            prompt_pixels: (m, c, h, w), instead of these.
         """
         features = self.model.vision(pixel_values) if image_features is None else image_features
-        return self.loss(self, PreparedBatch(captioning, retrieval, features, groups))
+        if prompt_pixels is not None:
+            prompt_features = self.model.vision(prompt_pixels)
+        return self.loss(self, PreparedBatch(captioning, retrieval, features, groups, prompt_features))
 
     def captioning(self, batch: PreparedBatch) -> Tensor:
         """Return the mean cross entropy of the captions' tokens after their images."""
@@ -190,7 +199,8 @@ class GroundingObjective(nn.Module):
     def text_retrieval(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
         """Return the mean cross entropy of the captions' tokens and `[RET]`, and the vectors (b, q) for retrieval."""
         mini_batch_size, context = self.plan.mini_batch_size, self._checkpoints.active
-        output = run_retrieval(self.model, batch.retrieval, self.prefixes, mini_batch_size, context)
+        asked = Asked.of(self.model, batch.retrieval, batch.prompt_features)
+        output = asked.run(self.prefixes, mini_batch_size, context)
         vectors = output.vectors
         if self.model.config.retrieval_prompt and not self.model.adapter.tied:
             # `[RET]` is not read then, and DDP waits for the gradient of every trained parameter.

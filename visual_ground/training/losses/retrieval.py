@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,19 +79,30 @@ class CaptionLikelihoods:
         return LossSum(normaliser.sum() - predicted, len(normaliser))
 
 
-def plain_retrieval(model: GroundedModel, sequences: Sequence[TokenSequence]) -> RetrievalOutput:
-    """Run whole captions, each ending with `[RET]`, with gradient; `PrefixCache.run` computes the same for less."""
+def plain_retrieval(
+    model: GroundedModel, sequences: Sequence[TokenSequence], image_tokens: Tensor | None = None
+) -> RetrievalOutput:
+    """Run whole captions, each ending with `[RET]`, with gradient; `PrefixCache.run` computes the same for less.
+
+    Args:
+        model: the grounded model.
+        sequences: the captions, requests or prompts.
+        image_tokens: (m * k, d), of the images in them, in order.
+    """
     batch = pad_in_order(model, [with_retrieval_prompt(model.processor, sequence) for sequence in sequences])
     count = len(batch.targets)
     positions = torch.cat([batch.label_positions, batch.last_positions])
-    reading = read(model, batch, positions, layers=model.config.text_layers)
+    reading = read(model, batch, positions, image_tokens, layers=model.config.text_layers)
     logits = reading.logits[:count].float()
     total = F.cross_entropy(logits, batch.targets.to(logits.device), reduction="sum")
     vectors = model.active.embed_states([states[count:] for states in reading.states])
     return RetrievalOutput(LossSum(total, count), vectors)
 
 
-def plain_states(model: GroundedModel, sequences: Sequence[TokenSequence]) -> list[Tensor]:
+def plain_states(
+    model: GroundedModel, sequences: Sequence[TokenSequence], image_tokens: Tensor | None = None
+) -> list[Tensor]:
     """Run whole captions, each ending with `[RET]`; return what `PrefixCache.states` returns."""
     batch = pad_in_order(model, [with_retrieval_prompt(model.processor, sequence) for sequence in sequences])
-    return read(model, batch, batch.last_positions, layers=model.config.text_layers, max_logits=1).states
+    options: dict[str, Any] = {"layers": model.config.text_layers, "max_logits": 1}
+    return read(model, batch, batch.last_positions, image_tokens, **options).states

@@ -66,10 +66,13 @@ class AdapterCheckpoints:
     def load_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Load the adapter's tensors, all or none."""
         self.model.active.load_weights(folder, self.model.lm)
+        self.model.adapter.keep(read_adapter_config(folder).get("kept", ()))
 
     @contextmanager
-    def writing(self, state: TrainerState, wait_for_everyone: Callable[[], None]) -> Iterator[None]:
+    def writing(self, state: TrainerState, wait_for_everyone: Callable[[], None]) -> Iterator[Path | None]:
         """Inside the block, `Trainer` writes the files of a checkpoint; after it, the checkpoint is sealed.
+
+        The block is given the checkpoint's folder, or None in a process that writes nothing.
 
         Args:
             state: the trainer's state, for the step and the best checkpoint.
@@ -87,7 +90,7 @@ class AdapterCheckpoints:
         self.args.save_total_limit = None
         try:
             with checkpoints.removed_unless_written(folder, writes):
-                yield
+                yield folder if writes else None
                 wait_for_everyone()
                 if writes:
                     checkpoints.seal(folder)

@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from visual_ground.errors import GroundingStateError
+from visual_ground.lm.key_values import cache_of, plain_layers
 from visual_ground.model import GroundedModel
 
 # Prefixes whose keys and values are held; the least recently computed go first. Chats give every question its own.
 MAX_PREFIXES = 64
-
-# Layers that keep all positions. A sliding window keeps fewer, but only where it is shorter than what was run, which
-# `keys_values_of` checks.
-FULL_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 # For each layer of the LM, keys and values (b, heads, p, width).
 KeysValues = list[tuple[Tensor, Tensor]]
@@ -60,11 +57,10 @@ def keys_values_of(output: Any, length: int) -> KeysValues:
     Raises:
         GroundingStateError: an LM that keeps something else, such as a state space, or fewer positions.
     """
-    # transformers 5.24 renamed what older ones call past_key_values.
-    cache = getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
-    layers = getattr(cache, "layers", None)
-    if type(cache) is not DynamicCache or not layers or any(type(layer) not in FULL_LAYERS for layer in layers):
-        raise GroundingStateError(f"{type(cache).__name__} is not one plain key-value cache per layer.")
+    layers = plain_layers(cache_of(output), length)
+    if layers is None:
+        raise GroundingStateError(f"{type(cache_of(output)).__name__} is not one plain key-value cache per layer.")
+    # A sliding window keeps fewer where it is shorter than what was run.
     if any(layer.keys.shape[-2] != length for layer in layers):
         raise GroundingStateError(f"A layer keeps fewer than the {length} positions that were run.")
     return [(layer.keys, layer.values) for layer in layers]

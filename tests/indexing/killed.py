@@ -1,0 +1,29 @@
+"""Builds an index until it is killed: `python -m tests.indexing.killed SOURCE FOLDER POINT N` kills itself with SIGKILL
+at the N-th call of a function, named POINT, of `visual_ground.indexing.build`.
+"""
+
+import os
+import signal
+import sys
+
+from tests.tiny import grounded
+from visual_ground.indexing import build
+
+OPTIONS = build.BuildOptions(batch_size=2, part_size=4, thumbnail_size=4, progress=False)
+
+
+def main(source, folder, point, number):
+    original, calls = getattr(build, point), []
+
+    def call(*arguments, **options):
+        calls.append(1)
+        if len(calls) == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(build, point, call)
+    build.build_index(grounded("llama_untied").eval(), source, folder, OPTIONS)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,114 @@
+"""The retrieval vectors of sequences, each read at its last position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from visual_ground.adapter.attached import AttachedAdapter
+from visual_ground.lm.frozen_lm import FrozenLM
+
+# How many contexts that end with a `[RET]` are read together; a bound on the memory that long answers take.
+QUERIES_PER_RUN = 32
+
+
+def query_vectors(
+    frozen_lm: FrozenLM, attached: AttachedAdapter, queries: Sequence[Sequence[int]], image_tokens: Tensor | None
+) -> Tensor:
+    """Return the unit vectors (n, q) read at the last id of each query.
+
+    Args:
+        frozen_lm: the LM.
+        attached: the active adapter.
+        queries: n queries as ids, each ending with `GroundingProcessor.retrieval_suffix`.
+        image_tokens: (m * k, d), of the images in the ids.
+    """
+    length = max(map(len, queries))
+    pad_id, device = attached.processor.pad_token_id, frozen_lm.device
+    ids = torch.tensor([[*[pad_id] * (length - len(query)), *query] for query in queries], device=device)
+    mask = torch.tensor([[0] * (length - len(query)) + [1] * len(query) for query in queries], device=device)
+    return last_vectors(frozen_lm, attached, ids, mask, image_tokens)
+
+
+def last_vectors(
+    frozen_lm: FrozenLM, attached: AttachedAdapter, ids: Tensor, mask: Tensor, image_tokens: Tensor | None
+) -> Tensor:
+    """Return the unit vectors (b, q) read at the last position of ids (b, s), which are padded on the left."""
+    last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
+    states = frozen_lm.hidden_states(ids, mask, last, attached.config.text_layers, image_tokens)
+    return attached.embed_states(states)
+
+
+def ret_vectors(
+    frozen_lm: FrozenLM,
+    attached: AttachedAdapter,
+    sequences: Tensor,
+    mask: Tensor,
+    start: int,
+    image_tokens: Tensor | None,
+) -> list[Tensor]:
+    """Return, for each sequence, the retrieval vectors (r, q) of the `[RET]`s in its answer.
+
+    The finished sequences are read once more up to each `[RET]`, so beams, sampling and caches make no difference.
+
+    Args:
+        frozen_lm: the LM.
+        attached: the active adapter.
+        sequences: (b, s), prompts and answers.
+        mask: (b, start), of the prompts.
+        start: where the answers begin.
+        image_tokens: (n * k, d), of the prompts' images.
+    """
+    processor = attached.processor
+    prompts = [row[:start][kept.bool()].tolist() for row, kept in zip(sequences, mask, strict=True)]
+    answers = sequences[:, start:].tolist()
+    contexts: list[list[int]] = []
+    counts: list[int] = []
+    openings: list[tuple[int, list[int]]] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        places = [i for i, token in enumerate(answer) if token == processor.ret_token_id]
+        if places and reads_opening(attached, prompt, answer[: places[0]]):
+            openings.append((len(contexts), prompt))
+        contexts += [[*prompt, *answer[:place]] for place in places]
+        counts.append(len(places))
+    if not contexts:
+        return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
+    vectors = _read_behind(frozen_lm, attached, [*contexts, *(prompt for _, prompt in openings)], image_tokens)
+    vectors, asked = vectors[: len(contexts)], vectors[len(contexts) :]
+    for (place, _), vector in zip(openings, asked, strict=True):
+        vectors[place] = with_opening(vectors[place], vector)
+    return list(torch.split(vectors, counts))
+
+
+def _read_behind(
+    frozen_lm: FrozenLM, attached: AttachedAdapter, contexts: Sequence[Sequence[int]], image_tokens: Tensor | None
+) -> Tensor:
+    """Return the vectors (n, q), on the CPU, read behind each context's ids."""
+    processor = attached.processor
+    # If the context and the suffix together are longer than the LM's limit, the oldest ids are dropped.
+    limit = -(processor.max_length or 0)
+    queries = [[*context, *processor.retrieval_suffix(context)][limit:] for context in contexts]
+    parts = [queries[i : i + QUERIES_PER_RUN] for i in range(0, len(queries), QUERIES_PER_RUN)]
+    return torch.cat([query_vectors(frozen_lm, attached, part, image_tokens).cpu() for part in parts])
+
+
+def reads_opening(attached: AttachedAdapter, prompt: Sequence[int], said: Sequence[int]) -> bool:
+    """Return whether an answer's first `[RET]` is also searched with what was asked, read where the answer begins.
+
+    It is where the prompt opens a turn of a chat and the answer has words before its `[RET]`: these may have drifted
+    from what was asked for. Later pictures are about what the answer has come to.
+
+    Args:
+        attached: the active adapter.
+        prompt: the prompt's ids.
+        said: the answer's ids before its first `[RET]`.
+    """
+    return bool(attached.config.retrieval_prompt and said) and attached.processor.opens_turn(prompt)
+
+
+def with_opening(place: Tensor, opening: Tensor) -> Tensor:
+    """Return the unit vectors (..., q) half way between those read at a `[RET]` and where its answer begins."""
+    return normalize(place + opening, dim=-1)
