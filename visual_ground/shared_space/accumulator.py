@@ -138,8 +138,8 @@ class MomentAccumulator:
     def _choose(self, total: Moments, candidates: Sequence[Penalties]) -> Penalties:
         """Return the candidate with the best held-out recalls, but `DEFAULT` where that is within one standard error.
 
-        A few hundred groups leave the recalls of neighbouring penalties within their noise. Only for both sides together
-        is there a usual choice.
+        A few hundred groups leave the recalls of neighbouring penalties within their noise. Where only texts are
+        fitted there is no usual choice.
         """
         scores: list[Tensor] = []
         for fold, kept in zip(self._folds, self._samples, strict=True):
