@@ -309,3 +309,13 @@ def test_pictures_of_an_index_in_milvus_are_found_by_their_ids(tmp_path):
     pictures = Pictures(index)
     assert pictures.find("a").size == picture(0).size
     assert pictures.find("7") is None and pictures.find("none") is None and pictures.find("9" * 30) is None
+
+
+def test_a_picture_is_found_by_its_id_after_others_were_removed_and_added():
+    index = ImageIndex(torch.eye(4), ["a", "b", 7, "c"], [picture(i) for i in range(4)])
+    pictures = Pictures(index)
+    index.remove(["a", "b"])
+    index.add(torch.eye(4)[:1], ["new"], [picture(5)])
+    assert pictures.find("a") is None
+    for name, number in (("7", 2), ("c", 3), ("new", 5)):
+        assert pictures.find(name).tobytes() == picture(number).tobytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -153,6 +153,10 @@ class ImageIndex:
     def info(self) -> dict[str, Any]:
         """Return how many entries there are, their width, the engine, and the columns that a filter can compare."""
         return self._state.info()
+
+    def find(self, ids: Iterable[str | int]) -> dict[str | int, int]:
+        """Return the position of each of these ids that is in the index."""
+        return self._state.entries.find(ids)
 
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
         """Return the id, image (or None) and metadata at a position, also where it was removed after a search.

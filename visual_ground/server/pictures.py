@@ -89,9 +89,6 @@ class Pictures:
 
     def __init__(self, index: ImageIndex | MilvusImageIndex | None, secret: str | None = None) -> None:
         self.index, self._secret = index, secret
-        # In Milvus there may be too many to list; each is looked up there.
-        ids = index.ids if isinstance(index, ImageIndex) else []
-        self._positions = {str(name): i for i, name in enumerate(ids)}
 
     def address(self, name: str | int, folder: str = "images") -> str:
         """Return the path of a picture in the server."""
@@ -119,11 +116,11 @@ class Pictures:
 
     def find(self, name: str) -> Any:
         """Return a picture by id, as the index has it, or None where it has none that can be read."""
-        position = self._positions.get(name)
-        if isinstance(self.index, MilvusImageIndex):
-            found = self.index.find([name, int(name)] if name.isdecimal() and len(name) < 19 else [name])
-            position = next(iter(found.values()), None)
-        if position is None or self.index is None:
+        if self.index is None:
+            return None
+        found = self.index.find([name, int(name)] if name.isdecimal() and len(name) < 19 else [name])
+        position = next(iter(found.values()), None)
+        if position is None:
             return None
         image = self.index.entry(position)[1]
         return None if isinstance(image, ImageLink) else image
