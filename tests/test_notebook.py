@@ -24,6 +24,7 @@ def test_it_is_saved_without_outputs():
     assert not any(cell["outputs"] or cell["execution_count"] for cell in NOTEBOOK["cells"] if "outputs" in cell)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Those of the libraries that load and train.
 def test_it_runs_and_shows_a_picture(documentation, capsys):  # noqa: F811
     names = {}
