@@ -59,13 +59,15 @@ def report(model, data: Data) -> dict:
             "image_to_text": recall(torch.cat([ranks(image @ text.T) for text, image in pairs])),
         }
 
+    captions = {"unseen_of_150": both_ways(test), "seen_of_150": both_ways(train[:150])}
+    if not data.tokenizer.chat_template:
+        return captions
     asked = data.picked(REPORTED, "reporta")
     everything = torch.cat([train, test])
     requests = embedded([[{"role": "user", "content": asked[i]}] for i in everything.tolist()])
     unseen = requests[len(train) :]
     return {
-        "unseen_of_150": both_ways(test),
-        "seen_of_150": both_ways(train[:150]),
+        **captions,
         "requests_in_new_words_seen_of_all": recall(
             torch.cat([ranks(requests[: len(train)] @ image[everything].T) for image in images])
         ),
