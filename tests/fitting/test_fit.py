@@ -71,6 +71,14 @@ def test_fitted_twice_it_is_the_same(tmp_path):
         assert torch.allclose(value, twice.adapter.state_dict()[name], atol=1e-4), name
 
 
+def test_it_says_how_far_it_is(tmp_path, capfd):
+    fit(grounded(), ROWS, arguments(tmp_path))
+    said = capfd.readouterr().err
+    assert "fit: captions and requests" in said and "start values: image tokens" in said
+    fit(grounded(), ROWS, GroundingTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True))
+    assert "fit:" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_in_mixed_precision_the_fit_is_nearly_the_same(family, tmp_path):
     vectors = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from visual_ground.adapter.initialization import initialize_from_lm
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
@@ -21,7 +22,7 @@ from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.fast_paths import set_compute_plan
 from visual_ground.training.initialization.data_dependent import evenly_sampled, start_emission, start_image_tokens
 from visual_ground.training.initialization.ret_token import fit_ret
-from visual_ground.training.initialization.retrieval import batched, fit_prompts, fit_retrieval
+from visual_ground.training.initialization.retrieval import BATCH_SIZE, batched, fit_prompts, fit_retrieval
 from visual_ground.training.initialization.statistics import first_examples, standardise
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.retrieval import CaptionLikelihoods
@@ -85,15 +86,24 @@ def _fit(model: GroundedModel, examples: ExampleDataset, args: GroundingTraining
     set_compute_plan(objective, collator(first_examples(examples, setup.PLAN_EXAMPLES)), args, sharded=False)
     sampled = evenly_sampled(examples)
     with autocast_lm(model.lm, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None):
-        said = start_emission(model, sampled, Path(args.features_folder, setup.ANSWERS_FOLDER))
-        # Two epochs: a row's several images and captions take turns.
-        count = 2 * len(examples)
-        pairs = fit_retrieval(objective, batched(examples[i] for i in range(count)), collator, steps_follow=False)
+        said = start_emission(model, sampled, Path(args.features_folder, setup.ANSWERS_FOLDER), args.shows_progress)
+        pairs = fit_retrieval(objective, _read(examples, args, "captions and requests"), collator, steps_follow=False)
         features = torch.cat([image_features(model, batch) for batch in batched(sampled)])
-        start_image_tokens(model, sampled, features)
-        fit_prompts(objective, pairs, batched(examples[i] for i in range(count)), collator)
+        start_image_tokens(model, sampled, features, progress=args.shows_progress)
+        if pairs is not None:
+            fit_prompts(objective, pairs, _read(examples, args, "prompts"), collator)
         if not said:
             _fit_ret_token(objective, sampled, collator)
+
+
+def _read(
+    examples: ExampleDataset, args: GroundingTrainingArguments, what: str
+) -> Iterator[Sequence[Mapping[str, Any]]]:
+    """Yield all examples in batches, twice: a row's several images and captions take turns."""
+    count = 2 * len(examples)
+    batches = batched(examples[i] for i in range(count))
+    total, hidden = -(-count // BATCH_SIZE), not args.shows_progress
+    yield from tqdm(batches, f"fit: {what}", total, unit="batch", disable=hidden)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import BatchFeature
 
 from visual_ground.errors import GroundingValueError
@@ -47,7 +48,9 @@ class Answer:
         return len(self.ids) + self.ended
 
 
-def answers_to(model: GroundedModel, texts: Sequence[str], wanted: bool, folder: Path | None) -> list[Answer]:
+def answers_to(
+    model: GroundedModel, texts: Sequence[str], wanted: bool, folder: Path | None, progress: bool = False
+) -> list[Answer]:
     """Let the LM answer what a user says, every second time after the system message `ILLUSTRATED`.
 
     Args:
@@ -55,6 +58,7 @@ def answers_to(model: GroundedModel, texts: Sequence[str], wanted: bool, folder:
         texts: what the user says.
         wanted: whether that asks for a picture.
         folder: where answers are kept; None: nowhere.
+        progress: show a progress bar.
     """
     prompts = [_prompt(model, text, illustrated=bool(i % 2)) for i, text in enumerate(texts)]
     path = None if folder is None else folder / f"{_key(model, prompts)}.json"
@@ -62,7 +66,12 @@ def answers_to(model: GroundedModel, texts: Sequence[str], wanted: bool, folder:
     if said is None:
         # Prompts of a length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        starts = range(0, len(order), BATCH_SIZE)
+        starts = tqdm(
+            range(0, len(order), BATCH_SIZE),
+            desc="the LM's own answers",
+            unit="batch",
+            disable=not progress,
+        )
         in_order = [one for i in starts for one in _generated(model, [prompts[j] for j in order[i : i + BATCH_SIZE]])]
         of = dict(zip(order, in_order, strict=True))
         said = [of[i] for i in range(len(prompts))]

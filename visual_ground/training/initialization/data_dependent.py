@@ -62,7 +62,7 @@ def initialize_from_data(
     """
     sampled = evenly_sampled(examples)
     # First, because without a retrieval prompt states are read at `[RET]`, whose input embedding is chosen here.
-    start_emission(objective.model, sampled, folder)
+    start_emission(objective.model, sampled, folder, progress)
     batches = tqdm(list(batched(sampled)), desc="start values: images", unit="batch", disable=not progress)
     features = torch.cat([image_features(objective.model, batch) for batch in batches])
     # With their features, so that neither the fit nor its batches encode or preprocess the images again.
@@ -84,12 +84,14 @@ def evenly_sampled(examples: ExampleDataset | ExampleStream) -> list[dict[str, A
     return [examples[i] for i in range(0, count, -(-count // MAX_EXAMPLES))]
 
 
-def start_emission(model: GroundedModel, examples: Sequence[Mapping[str, Any]], folder: Path | None) -> bool:
+def start_emission(
+    model: GroundedModel, examples: Sequence[Mapping[str, Any]], folder: Path | None, progress: bool = False
+) -> bool:
     """Fit when `[RET]` is said, see `emission.fit_emission`; return whether it was."""
     if model.config.scaling != "embedding":
         return False
     requests = [example["request"] for example in examples if "request" in example]
-    return fit_emission(model, [example["caption"] for example in examples], requests, folder)
+    return fit_emission(model, [example["caption"] for example in examples], requests, folder, progress)
 
 
 def start_image_tokens(

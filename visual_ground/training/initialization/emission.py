@@ -56,7 +56,11 @@ class Places:
 
 @torch.no_grad()
 def fit_emission(
-    model: GroundedModel, captions: Sequence[str], requests: Sequence[str] = (), folder: Path | None = None
+    model: GroundedModel,
+    captions: Sequence[str],
+    requests: Sequence[str] = (),
+    folder: Path | None = None,
+    progress: bool = False,
 ) -> bool:
     """Fit when `[RET]` is said and what the LM reads in its place; both embeddings are no longer trained then.
 
@@ -65,6 +69,7 @@ def fit_emission(
         captions: what pictures show.
         requests: what users say to see them; without any, the captions are put into requests.
         folder: where the LM's answers are kept; None: nowhere.
+        progress: show progress bars.
 
     Returns:
         Whether it was fitted: not without a chat template, nor with one embedding for both ends, nor where no answer
@@ -74,7 +79,8 @@ def fit_emission(
     if not getattr(model.tokenizer, "chat_template", None) or adapter.tied or not captions:
         return False
     requests = _evenly(list(dict.fromkeys(requests or requests_of(captions))), MAX_REQUESTS)
-    answers = answers_to(model, requests, True, folder) + answers_to(model, others_about(captions), False, folder)
+    answers = answers_to(model, requests, True, folder, progress)
+    answers += answers_to(model, others_about(captions), False, folder, progress)
     ends = [place_of_picture(model, answer) if answer.wanted else None for answer in answers]
     if all(end is None for end in ends):
         logger.warning("No answer to a request has a whole sentence, so [RET] starts as it does without a chat.")
