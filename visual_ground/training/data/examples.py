@@ -17,7 +17,7 @@ from visual_ground.training.data.columns import Columns, open_rows, without_imag
 from visual_ground.training.data.prompts import PromptIds
 from visual_ground.training.data.reading import example_of, prompt_of, read_image, without_prompt
 from visual_ground.training.data.rows import select_rows
-from visual_ground.training.data.sampler import first, happens, picker
+from visual_ground.training.data.sampler import first, happens, turns
 from visual_ground.training.data.sequences import TokenSequence, number_images, with_retrieval_prompt
 
 # Stands for the image where a chat template is rendered; only its place in the ids matters.
@@ -75,7 +75,7 @@ class ExampleDataset(Dataset[dict[str, Any]]):
         skipped: list[str] = []
         for offset in range(len(self)):
             number = (draw + offset) % len(self)
-            choose = picker(self.seed, draw) if self.sample else first
+            choose = turns(self.seed, number, draw // len(self)) if self.sample else first
             row = self._texts[number]
             example = example_of(row, self.columns, choose)
             example |= {"row": number if self.numbers is None else int(self.numbers[number])}

@@ -23,6 +23,26 @@ def picker(seed: int, draw: int) -> Callable[[Sequence[Any]], Any]:
     return random.Random(f"{seed} {draw}").choice
 
 
+def turns(seed: int, row: int, epoch: int) -> Callable[[Sequence[Any]], Any]:
+    """Return a function that chooses one of several, the next one in each epoch.
+
+    Called for a row's captions and then for its images, it goes through all their combinations before any comes again.
+    Where a row begins depends on the seed.
+
+    Example:
+        >>> sorted(turns(0, 7, epoch)("abc") for epoch in range(3))
+        ['a', 'b', 'c']
+    """
+    turn = epoch + random.Random(f"{seed} {row}").randrange(2**16)
+
+    def choose(values: Sequence[Any]) -> Any:
+        nonlocal turn
+        turn, place = divmod(turn, len(values))
+        return values[place]
+
+    return choose
+
+
 def first(values: Sequence[Any]) -> Any:
     """Return the first of several."""
     return values[0]
