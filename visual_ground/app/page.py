@@ -73,12 +73,13 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """Return the page."""
-        title = self.settings.title
-        with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=(3600, 86400)) as blocks:
+        options: dict[str, Any] = {"analytics_enabled": False, "fill_height": True, "delete_cache": (3600, 86400)}
+        blocks: gr.Blocks
+        with gr.Blocks(title=self.settings.title, **options) as blocks:
             talk = gr.State(Talk)
             with gr.Sidebar(open=False, position="right", width=360):
                 controls = self._controls()
-            gr.Markdown(f"## {title}")
+            gr.Markdown(f"## {self.settings.title}")
             chatbot = gr.Chatbot(
                 show_label=False,
                 scale=1,
@@ -149,7 +150,7 @@ class Page:
     def undo(self, talk: Talk) -> list[Any]:
         """Take the last question back into the box."""
         turn = talk.take_back()
-        value = None if turn is None else {"text": turn.text, "files": list(turn.files)}
+        value: Any = None if turn is None else {"text": turn.text, "files": list(turn.files)}
         return [talk.shown, talk, gr.MultimodalTextbox(value=value)]
 
     def clear(self) -> list[Any]:
