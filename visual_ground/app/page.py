@@ -73,13 +73,12 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """Return the page."""
-        options: dict[str, Any] = {"analytics_enabled": False, "fill_height": True, "delete_cache": (3600, 86400)}
-        blocks: gr.Blocks
-        with gr.Blocks(title=self.settings.title, **options) as blocks:
+        title = self.settings.title
+        with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=(3600, 86400)) as blocks:
             talk = gr.State(Talk)
             with gr.Sidebar(open=False, position="right", width=360):
                 controls = self._controls()
-            gr.Markdown(f"## {self.settings.title}")
+            gr.Markdown(f"## {title}")
             chatbot = gr.Chatbot(
                 show_label=False,
                 scale=1,
@@ -150,7 +149,7 @@ class Page:
     def undo(self, talk: Talk) -> list[Any]:
         """Take the last question back into the box."""
         turn = talk.take_back()
-        value: Any = None if turn is None else {"text": turn.text, "files": list(turn.files)}
+        value = None if turn is None else {"text": turn.text, "files": list(turn.files)}
         return [talk.shown, talk, gr.MultimodalTextbox(value=value)]
 
     def clear(self) -> list[Any]:
