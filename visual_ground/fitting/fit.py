@@ -90,8 +90,7 @@ def _fit(model: GroundedModel, examples: ExampleDataset, args: GroundingTraining
         pairs = fit_retrieval(objective, _read(examples, args, "captions and requests"), collator, steps_follow=False)
         features = torch.cat([image_features(model, batch) for batch in batched(sampled)])
         start_image_tokens(model, sampled, features, progress=args.shows_progress)
-        if pairs is not None:
-            fit_prompts(objective, pairs, _read(examples, args, "prompts"), collator)
+        fit_prompts(objective, pairs, _read(examples, args, "prompts"), collator)
         if not said:
             _fit_ret_token(objective, sampled, collator)
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from visual_ground.errors import GroundingIndexError, GroundingValueError
 from visual_ground.index.filters import COMPARISONS, ORDERED, Comparison, Condition, columns_of, kind_of
-from visual_ground.index.rows import RESERVED, THUMBNAIL, make_table, read_others, row_id, row_metadata
+from visual_ground.index.rows import RESERVED, THUMBNAIL, check_counts, make_table, read_others, row_id, row_metadata
 
 Ids = Sequence[str | int]
 ARROW_KINDS = {pa.string(): "string", pa.int64(): "number", pa.float64(): "number", pa.bool_(): "bool"}
@@ -178,14 +178,9 @@ def make_entries(
         GroundingValueError: lengths differ, ids repeat, or metadata that is no JSON.
         GroundingTypeError: ids that are neither strings nor integers.
     """
-    for name, values in (("ids", ids), ("images", images), ("metadata", metadata)):
-        if values is not None and len(values) != count:
-            raise GroundingValueError(f"{count} vectors need as many {name}, got {len(values)}.")
+    check_counts(count, ids=ids, images=images, metadata=metadata)
     own = list(range(first, first + count)) if ids is None else list(ids)
     table, pictures = make_table(own, images, metadata)
-    if len(set(own)) != len(own):
-        twice = next(one for i, one in enumerate(own) if one in own[:i])
-        raise GroundingValueError(f"ids must be distinct, and {twice!r} comes twice; give each image its own.")
     following = max((one + 1 for one in own if isinstance(one, int)), default=first)
     return Entries(
         (Segment(table, pictures),),

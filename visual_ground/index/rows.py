@@ -34,7 +34,7 @@ def make_table(
 
     Raises:
         GroundingTypeError: an id that is neither a string nor an integer, or metadata that is no mapping.
-        GroundingValueError: an id, address or metadata that cannot be saved as text or JSON.
+        GroundingValueError: an id, address or metadata that cannot be saved as text or JSON, or an id that comes twice.
     """
     pictures: dict[int, Any] = {}
     addresses: list[str | None] = []
@@ -58,6 +58,7 @@ def make_table(
         "file": pa.nulls(count, pa.string()),
         **_metadata_columns(metadata or [{}] * count),
     }
+    check_distinct(ids)
     return pa.table(columns), pictures
 
 
@@ -68,6 +69,20 @@ def check_ids(ids: Sequence[Any]) -> None:
             raise GroundingTypeError(f"An id must be a string or an integer, got {one!r} of type {type(one).__name__}.")
         if isinstance(one, int) and one not in INT64:
             raise GroundingValueError(f"An id that is a number must fit into 64 bits, got {one}; make it a string.")
+
+
+def check_distinct(ids: Sequence[Any]) -> None:
+    """Raise GroundingValueError where an id comes twice."""
+    if len(set(ids)) != len(ids):
+        twice = next(one for i, one in enumerate(ids) if one in ids[:i])
+        raise GroundingValueError(f"ids must be distinct, and {twice!r} comes twice; give each image its own.")
+
+
+def check_counts(count: int, **columns: Sequence[Any] | None) -> None:
+    """Raise GroundingValueError unless each column that is given has as many values as there are vectors."""
+    for name, values in columns.items():
+        if values is not None and len(values) != count:
+            raise GroundingValueError(f"{count} vectors need as many {name}, got {len(values)}.")
 
 
 def check_metadata(metadata: Sequence[Any]) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visual_ground.errors import GroundingValueError
 from visual_ground.index.milvus.rows import Entry
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
-from visual_ground.index.rows import THUMBNAIL, check_ids, check_metadata
+from visual_ground.index.rows import THUMBNAIL, check_counts, check_distinct, check_ids, check_metadata
 from visual_ground.index.state import Ids, IndexState
 from visual_ground.vision.decoding import to_thumbnail
 from visual_ground.vision.images import to_rgb
@@ -27,14 +26,10 @@ def make_entries(
         GroundingValueError: lengths differ, ids repeat, or metadata that is no JSON.
         GroundingTypeError: ids that are neither strings nor integers.
     """
-    for name, values in (("ids", ids), ("images", images), ("metadata", metadata)):
-        if values is not None and len(values) != count:
-            raise GroundingValueError(f"{count} vectors need as many {name}, got {len(values)}.")
+    check_counts(count, ids=ids, images=images, metadata=metadata)
     check_ids(ids)
     check_metadata(metadata or [])
-    if len(set(ids)) != len(ids):
-        twice = next(one for i, one in enumerate(ids) if one in ids[:i])
-        raise GroundingValueError(f"ids must be distinct, and {twice!r} comes twice; give each image its own.")
+    check_distinct(ids)
     kept = [_kept(image, None) for image in images or [None] * count]
     return [
         Entry(one, *image, dict(values)) for one, image, values in zip(ids, kept, metadata or [{}] * count, strict=True)

@@ -98,8 +98,11 @@ class PrefixCache:
         """Run captions, each labelled from its first label on, up to before their `[RET]`."""
         # The last id of the prompt predicts a caption's first label, so it runs with each caption.
         prompt = tuple(self.model.processor.caption_prefix(image=False))[:-1] if self.shared_prefix else ()
-        captions = [(ids, first) for ids, first in keys if first > len(prompt) and ids[: len(prompt)] == prompt]
-        others = [key for key in keys if key not in set(captions)]
+        captions: list[Key] = []
+        others: list[Key] = []
+        for ids, first in keys:
+            follows = first > len(prompt) and ids[: len(prompt)] == prompt
+            (captions if follows else others).append((ids, first))
         fresh: dict[Key, CachedCaption] = {}
         for prefix, group in ((prompt, captions), (self._common_prefix(others), others)):
             if group:
