@@ -125,9 +125,11 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="folder of image features; OUT/features")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="run the language model in bfloat16")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     (lm, tokenizer), vision, task = load_lm(options.cache), load_vision(), EasyVQA()
+    lm = lm.to(torch.bfloat16) if options.bf16 else lm
     model = ground(lm, vision, tokenizer, config=GroundingConfig(num_visual_tokens=NUM_TOKENS))
     paths = task.image_paths("train")
     images = sorted(paths)

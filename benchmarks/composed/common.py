@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from visual_ground import GroundedModel, GroundingTrainingArguments, fit, ground
+from visual_ground.demo.run import has_bf16_instructions
 from visual_ground.demo.weights import load_lm, load_vision
 
 CACHE = Path(os.environ.get("DEMO_CACHE", "demo/cache"))
@@ -47,7 +48,14 @@ def fitted(rows: Sequence[dict[str, Any]], out: Path, seed: int = 0) -> tuple[Gr
     tokenizer.chat_template = None
     torch.manual_seed(seed)
     model = ground(lm, load_vision(), tokenizer)
-    settings = dict(output_dir=str(out), prefix_cache_gb=1.0, max_caption_length=48, use_cpu=True, report_to="none")
+    settings = dict(
+        output_dir=str(out),
+        prefix_cache_gb=1.0,
+        max_caption_length=48,
+        use_cpu=True,
+        report_to="none",
+        bf16=has_bf16_instructions(),
+    )
     start = time.perf_counter()
     fit(model, rows, GroundingTrainingArguments(**settings))
     return model, time.perf_counter() - start

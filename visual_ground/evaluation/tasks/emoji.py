@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from visual_ground.demo import emoji
 from visual_ground.demo.baselines import bag_of_words_ridge, chance
+from visual_ground.demo.pairs import CAPTION_KINDS
 from visual_ground.errors import GroundingStateError
 from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import hits, ranks_of
@@ -31,9 +33,9 @@ BASELINE = "bag_of_words_"
 class EmojiRetrieval(Task):
     """Recall at 1, 5 and 10 both ways, in percent, among the pictures of one split's concepts, as the demo measures it.
 
-    A concept has one description and one picture; kinds of descriptions and styles of pictures alternate. Beside it is
-    what guessing reaches, `chance`, and ridge regression from the words of a description to the image's features, which
-    is fitted to the concepts of the training set.
+    A figure is the mean over both descriptions of a concept and both ways of drawing it, each way a gallery of its own.
+    Beside it is what guessing reaches, `chance`, and ridge regression from the words of a description to the image's
+    features, which is fitted to the concepts of the training set.
 
     Args:
         data: folder for the pictures, which are drawn where they are missing; a temporary one where None.
@@ -63,54 +65,74 @@ class EmojiRetrieval(Task):
         self.trained = [concept for concept in concepts if concept.split == "train"] if baseline else []
 
     def prepare(self, model: GroundedModel, images: ImageFeatures) -> Plan:
-        """Draw and read the pictures, and compare all descriptions with all pictures."""
-        styles = [emoji.STYLES[number // 2 % len(emoji.STYLES)] for number in range(len(self.concepts))]
-        pairs = zip(self.concepts, styles, strict=True)
-        found = images.read({concept.code: emoji.render(concept, style, self.folder) for concept, style in pairs})
-        described = {concept.code: emoji.captions(concept)[n % 2] for n, concept in enumerate(self.concepts)}
-        texts = [described[code] for code in found.names]
-        ranks = self._ranks(model, texts, found.features, images) if texts else {}
+        """Draw and read the pictures, and compare all descriptions with all pictures of each way of drawing."""
+        drawn = {
+            (concept.code, style): emoji.render(concept, style, self.folder)
+            for concept in self.concepts
+            for style in emoji.STYLES
+        }
+        found = images.read({" ".join(name): path for name, path in drawn.items()})
+        whole = [c for c in self.concepts if all(f"{c.code} {style}" in found for style in emoji.STYLES)]
+        galleries = (
+            [torch.stack([found[f"{c.code} {style}"] for c in whole]) for style in emoji.STYLES] if whole else []
+        )
+        ranks = self._ranks(model, whole, galleries, images) if whole else {}
 
         def measure(numbers: Sequence[int]) -> list[Record]:
-            return [{name: int(of[number]) for name, of in ranks.items()} for number in numbers]
+            return [{name: [int(of[number]) for of in each] for name, each in ranks.items()} for number in numbers]
 
-        return Plan(found.names, measure, found.missing)
+        return Plan([concept.code for concept in whole], measure, found.missing)
 
     def score(self, records: Sequence[Record]) -> Scores:
         """Return the recalls of both ways."""
         values: dict[str, list[list[float]]] = {}
         for record in records:
-            for name, rank in record.items():
-                for metric, hit in hits(rank).items():
-                    values.setdefault(f"{name}_{metric}", []).append(hit)
+            for name, ranks in record.items():
+                each = [hits(rank) for rank in ranks]
+                for metric in each[0]:
+                    values.setdefault(f"{name}_{metric}", []).append([hit for of in each for hit in of[metric]])
         return Scores(values, {f"chance_{metric}": value for metric, value in chance(len(records)).items()})
 
     def _ranks(
-        self, model: GroundedModel, texts: Sequence[str], features: Tensor, images: ImageFeatures
-    ) -> dict[str, Tensor]:
-        """Return the rank of each description's picture, and of each picture's description, by what is measured."""
-        parts = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
-        vectors = torch.cat([embed_prompts(model, part) for part in parts])
-        scores = {"": (vectors @ model.embed_images(image_features=features).T).float().cpu()}
-        if self.trained:
-            scores[BASELINE] = self._regression(texts, features, images)
-        same, ranks = torch.eye(len(texts), dtype=torch.bool), {}
-        for name, of in scores.items():
-            ranks[f"{name}text_to_image"], ranks[f"{name}image_to_text"] = ranks_of(of, same), ranks_of(of.T, same)
+        self,
+        model: GroundedModel,
+        concepts: Sequence[emoji.Concept],
+        galleries: Sequence[Tensor],
+        images: ImageFeatures,
+    ) -> dict[str, list[Tensor]]:
+        """Return the rank of each description's picture, and of each picture's description, by what is measured.
+
+        For each kind of description and each gallery of features (n, f) there is a tensor (n,).
+        """
+        same = torch.eye(len(concepts), dtype=torch.bool)
+        ranks: dict[str, list[Tensor]] = defaultdict(list)
+        known = self._pairs_to_regress(images) if self.trained else None
+        pictures = [model.embed_images(image_features=features) for features in galleries]
+        for kind in CAPTION_KINDS:
+            texts = [emoji.captions(concept)[kind] for concept in concepts]
+            parts = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
+            vectors = torch.cat([embed_prompts(model, part) for part in parts])
+            scores = {"": [(vectors @ of_style.T).float().cpu() for of_style in pictures]}
+            if known:
+                scores[BASELINE] = [bag_of_words_ridge(*known, texts, features.float()) for features in galleries]
+            for name, each in scores.items():
+                ranks[f"{name}text_to_image"] += [ranks_of(of, same) for of in each]
+                ranks[f"{name}image_to_text"] += [ranks_of(of.T, same) for of in each]
         return ranks
 
-    def _regression(self, texts: Sequence[str], features: Tensor, images: ImageFeatures) -> Tensor:
+    def _pairs_to_regress(self, images: ImageFeatures) -> tuple[list[str], Tensor]:
+        """Return the descriptions of the training set, and for each the mean features (n, f) of its pictures."""
         drawn = {
             f"{concept.code} {style}": emoji.render(concept, style, self.folder)
             for concept in self.trained
             for style in emoji.STYLES
         }
         read = images.read(drawn)
-        known, trained = [], []
+        texts, features = [], []
         for concept in self.trained:
             names = [f"{concept.code} {style}" for style in emoji.STYLES]
             if all(name in read for name in names):
                 captions = emoji.captions(concept)
-                known += captions
-                trained += [torch.stack([read[name] for name in names]).float().mean(0)] * len(captions)
-        return bag_of_words_ridge(known, torch.stack(trained), texts, features.float())
+                texts += captions
+                features += [torch.stack([read[name] for name in names]).float().mean(0)] * len(captions)
+        return texts, torch.stack(features)
