@@ -7,6 +7,7 @@ from tokenizers import normalizers
 from tests.tiny import FAMILIES, Eye, build, grounded, image_processor, picture, tokenizer
 from visual_ground import GroundingConfig, GroundingError, ImageIndex, ground
 from visual_ground.generation.generate import ret_vectors
+from visual_ground.generation.listener import AnswerListener
 
 PROMPT = "w40 w41 w42"
 
@@ -48,6 +49,45 @@ def test_the_first_picture_of_a_turn_is_half_what_was_asked_and_half_what_was_sa
     assert torch.allclose(vectors[1], second, atol=1e-4)
     _, (vectors,) = answer(model, [asked], [ret])
     assert torch.allclose(vectors[0], opening, atol=1e-4), "nothing was said that could have drifted"
+
+
+ROLE = "{{ {'user': 'w50', 'assistant': 'w51'}[m.role] }}"
+CHAT = (
+    f"{{% for m in messages %}}{ROLE} {{{{ m.content }}}} </s> {{% endfor %}}"
+    "{% if add_generation_prompt %}w51 </s> {% endif %}"
+)
+TALK = [
+    {"role": role, "content": text} for role, text in (("user", "w4 w5"), ("assistant", "w6 w7"), ("user", "w8 w9"))
+]
+
+
+@torch.no_grad()
+def test_in_a_longer_chat_what_is_asked_now_is_also_read_alone(monkeypatch):
+    model = grounded(retrieval_prompt=PROMPT)
+    model.tokenizer.chat_template = CHAT
+    _, (vectors,) = answer(model, [TALK], [20, model.ret_token_id])
+    opening, alone = model.embed_text([TALK, TALK[-1:]])
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.processor), "opens_turn", lambda self, ids: False)
+        suffix = model.processor.encode_text(PROMPT)
+        patch.setattr(type(model.processor), "retrieval_suffix", lambda self, ids: suffix)
+        _, (place,) = answer(model, [TALK], [20, model.ret_token_id])
+    mean = torch.nn.functional.normalize(opening + alone + place[0], dim=0)
+    assert torch.allclose(vectors[0], mean, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_chat_reads_alike_while_it_is_said_and_afterwards(monkeypatch):
+    model = grounded(retrieval_prompt=PROMPT)
+    model.tokenizer.chat_template = CHAT
+    index = ImageIndex.build(model, [picture(i) for i in range(5)])
+    shown = [[{**TALK[0], "content": ["w4", picture(1)]}, *TALK[1:]], TALK[:1], TALK]
+    options = dict(ret_bias=4.0, max_new_tokens=8, do_sample=False)
+    heard = model.generate(shown, index, **options)
+    monkeypatch.setattr(AnswerListener, "vectors_of", lambda self, sequences: None)
+    for one, other in zip(heard, model.generate(shown, index, **options), strict=True):
+        assert one.text == other.text and one.images
+        assert [i.score for i in one.images] == pytest.approx([i.score for i in other.images], abs=1e-4)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.generation.running_cache import copy_of_running_cache
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.scoring.query_vectors import reads_opening, with_opening
+from visual_ground.scoring.query_vectors import opening_contexts
 
 # Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
 OnToken = Callable[[int, int, Tensor | None], bool]
@@ -26,7 +26,7 @@ class AnswerListener(StoppingCriteria):
 
     The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
     an LM that holds something else is run once more up to the `[RET]`. What is read for an answer's first `[RET]` is
-    said at `query_vectors.reads_opening`.
+    said at `query_vectors.opening_contexts`.
 
     Args:
         frozen_lm: the LM.
@@ -94,19 +94,27 @@ class AnswerListener(StoppingCriteria):
         mask = self.mask.repeat_interleave(self.per_prompt, 0).to(ids.device)[chosen]
         mask = nn.functional.pad(mask, (0, ids.shape[1] - self.start), value=1)
         vectors = self._read_behind(ids.shape[1] - 1, ids[chosen], mask, chosen)
-        first = [i for i, row in enumerate(rows) if self._reads_opening(row, ids)]
-        if first:
-            openings = self._read_behind(self.start, ids[chosen[first]], mask[first], chosen[first])
-            vectors[first] = with_opening(vectors[first], openings)
+        asked = [self._openings(row, ids) for row in rows]
+        if first := [i for i, contexts in enumerate(asked) if contexts]:
+            vectors[first] += self._read_behind(self.start, ids[chosen[first]], mask[first], chosen[first])
+        for i, (_, *turn) in ((i, asked[i]) for i in first):
+            for alone in turn:  # A new beginning, of which nothing is kept.
+                sequence = torch.tensor([[*alone, self.attached.processor.ret_token_id]], device=ids.device)
+                vectors[i] += self.read_again(sequence, torch.ones_like(sequence[:, :-1]), len(alone))[0][0]
+        vectors = nn.functional.normalize(vectors, dim=-1)
         found = dict(zip(rows, vectors, strict=True))
         self._vectors |= {(row, ids.shape[1] - 1): vector for row, vector in found.items()}
         return found
 
-    def _reads_opening(self, row: int, ids: Tensor) -> bool:
+    def _openings(self, row: int, ids: Tensor) -> list[Sequence[int]]:
+        """Return the contexts of what was asked that are read too, if this is a row's first `[RET]`."""
         if any(known == row for known, _ in self._vectors):
-            return False
-        said = ids[row, self.start : -1].tolist()
-        return reads_opening(self.attached, ids[row, : self.start].tolist(), said)
+            return []
+        return opening_contexts(self.attached, self._prompt(row, ids), ids[row, self.start : -1].tolist())
+
+    def _prompt(self, row: int, ids: Tensor) -> list[int]:
+        kept = self.mask[row // self.per_prompt].bool().to(ids.device)
+        return list(ids[row, : self.start][kept].tolist())
 
     def _read_behind(self, count: int, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
         """Return the vectors (r, q), on the CPU, read behind the first so many of ids (r, s), of these rows."""

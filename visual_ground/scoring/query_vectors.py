@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.prompts.turns import last_turn
 
 # How many contexts that end with a `[RET]` are read together; a bound on the memory that long answers take.
 QUERIES_PER_RUN = 32
@@ -67,20 +68,20 @@ def ret_vectors(
     answers = sequences[:, start:].tolist()
     contexts: list[list[int]] = []
     counts: list[int] = []
-    openings: list[tuple[int, list[int]]] = []
+    openings: list[tuple[int, Sequence[int]]] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         places = [i for i, token in enumerate(answer) if token == processor.ret_token_id]
-        if places and reads_opening(attached, prompt, answer[: places[0]]):
-            openings.append((len(contexts), prompt))
+        if places:
+            openings += [(len(contexts), ids) for ids in opening_contexts(attached, prompt, answer[: places[0]])]
         contexts += [[*prompt, *answer[:place]] for place in places]
         counts.append(len(places))
     if not contexts:
         return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
-    vectors = _read_behind(frozen_lm, attached, [*contexts, *(prompt for _, prompt in openings)], image_tokens)
+    vectors = _read_behind(frozen_lm, attached, [*contexts, *(ids for _, ids in openings)], image_tokens)
     vectors, asked = vectors[: len(contexts)], vectors[len(contexts) :]
     for (place, _), vector in zip(openings, asked, strict=True):
-        vectors[place] = with_opening(vectors[place], vector)
-    return list(torch.split(vectors, counts))
+        vectors[place] += vector
+    return list(torch.split(normalize(vectors, dim=-1), counts))
 
 
 def _read_behind(
@@ -95,20 +96,20 @@ def _read_behind(
     return torch.cat([query_vectors(frozen_lm, attached, part, image_tokens).cpu() for part in parts])
 
 
-def reads_opening(attached: AttachedAdapter, prompt: Sequence[int], said: Sequence[int]) -> bool:
-    """Return whether an answer's first `[RET]` is also searched with what was asked, read where the answer begins.
+def opening_contexts(attached: AttachedAdapter, prompt: Sequence[int], said: Sequence[int]) -> list[Sequence[int]]:
+    """Return the contexts of what was asked, behind which an answer's first `[RET]` is read too; none where it is not.
 
-    It is where the prompt opens a turn of a chat and the answer has words before its `[RET]`: these may have drifted
-    from what was asked for. Later pictures are about what the answer has come to.
+    The vector is then the mean of all that are read. What was asked is read where the prompt opens a turn of a chat and
+    the answer has words before its `[RET]`: these may have drifted from what was asked for. In a longer chat it is read
+    once more in the last turn alone: what was talked about before counts for less. Later pictures are about what the
+    answer has come to.
 
     Args:
         attached: the active adapter.
         prompt: the prompt's ids.
         said: the answer's ids before its first `[RET]`.
     """
-    return bool(attached.config.retrieval_prompt and said) and attached.processor.opens_turn(prompt)
-
-
-def with_opening(place: Tensor, opening: Tensor) -> Tensor:
-    """Return the unit vectors (..., q) half way between those read at a `[RET]` and where its answer begins."""
-    return normalize(place + opening, dim=-1)
+    if not (attached.config.retrieval_prompt and said and attached.processor.opens_turn(prompt)):
+        return []
+    turn = last_turn(attached.processor, prompt)
+    return [prompt] if turn is None else [prompt, turn]
