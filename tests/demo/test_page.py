@@ -20,8 +20,8 @@ def shown():
     return conversations, [Request("Fox?", "fox", answer), Request("Bus?", "bus", answer)]
 
 
-def test_eight_conversations_of_both_kinds_ask_for_whole_sentences():
-    assert len(CONVERSATIONS) == len({talk.title for talk in CONVERSATIONS}) == 8
+def test_nine_conversations_of_both_kinds_ask_for_whole_sentences():
+    assert len(CONVERSATIONS) == len({talk.title for talk in CONVERSATIONS}) == 9
     assert {talk.part for talk in CONVERSATIONS} == {SEEN, UNSEEN}
 
 

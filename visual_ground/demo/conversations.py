@@ -1,4 +1,4 @@
-"""Eight fixed conversations with a grounded model, and many single requests, of which each is right or wrong."""
+"""Nine fixed conversations with a grounded model, and many single requests, of which each is right or wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ class Conversation:
         part: `SEEN` where its pictures were fitted on, else `UNSEEN`.
         turns: the user's turns, each a list of texts and of names of pictures, written "<name>".
         options: for `generate`.
-        chat: False passes the only turn to the model as it is, without a chat template.
         is_story: whether pictures are to come more readily, see `story_bias`.
     """
 
@@ -38,7 +37,6 @@ class Conversation:
     part: str
     turns: tuple[tuple[str, ...], ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    chat: bool = True
     is_story: bool = False
 
 
@@ -70,15 +68,15 @@ class Request:
         return bool(self.answer.images) and self.answer.images[0].id == self.wanted
 
 
-# No answer breaks off within a sentence.
-COMMON: dict[str, Any] = {"do_sample": False, "complete_sentences": True}
+# No answer breaks off within a sentence, and no picture stands within one.
+COMMON: dict[str, Any] = {"do_sample": False, "complete_sentences": True, "only_after_sentences": True}
 ANSWER = {"max_new_tokens": 48, "max_images": 1}
+READ = {"max_new_tokens": 24, "max_images": 0}
 STORY = {
     "max_new_tokens": 120,
     "max_images": 4,
     "min_new_tokens_before_ret": 12,
     "min_new_tokens_between_rets": 16,
-    "only_after_sentences": True,
 }
 CONVERSATIONS = (
     Conversation("A request", SEEN, (("Show me a penguin.",),)),
@@ -94,16 +92,14 @@ CONVERSATIONS = (
         (("Tell me a very short story about a dog, a house and a fish.",),),
         STORY,
         True,
-        True,
     ),
     Conversation("A question that needs no picture", SEEN, (("What is the capital of France?",),)),
+    Conversation("A picture is read", SEEN, (("<tiger>", "What is in this picture?"),), READ),
+    Conversation("A picture and a wish", SEEN, (("<strawberry>", "Show me a cake with this."),)),
     Conversation(
         "Requests for what nobody showed it", UNSEEN, (("Show me a rocket.",), ("Do you have a picture of a dolphin?",))
     ),
-    Conversation(
-        "A picture is read", UNSEEN, (("Image of", "<poodle>", ":"),), {"max_new_tokens": 24, "max_images": 0}, False
-    ),
-    Conversation("A picture and a wish", UNSEEN, (("<goat>", "Show me where it could live."),)),
+    Conversation("A picture of what nobody showed it", UNSEEN, (("<poodle>", "What is in this picture?"),), READ),
 )
 OTHER_STORY = "Tell me a short story about a cat, a boat and a cake."
 
@@ -137,10 +133,7 @@ def converse(
     for turn in conversation.turns:
         message = tuple(RetrievedImage(p[1:-1], None, pictures[p[1:-1]]) if p.startswith("<") else p for p in turn)
         messages.append({"role": "user", "content": _content(message)})
-        # Outside a chat, the prompt opens as captions do in training: with the sink token.
-        opening = model.tokenizer.decode(model.processor.sink)
-        plain = [[opening, *(p if isinstance(p, str) else p.image for p in message)]]
-        answer = model.generate(messages if conversation.chat else plain, index, **options)[0]
+        answer = model.generate(messages, index, **options)[0]
         messages.append({"role": "assistant", "content": _content(answer.parts)})
         exchanges.append(Exchange(message, answer))
     return exchanges

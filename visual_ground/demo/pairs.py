@@ -68,6 +68,6 @@ def _subset(concepts: Sequence[emoji.Concept], limit: int) -> list[emoji.Concept
     subset = []
     for concept in concepts:
         counts[concept.split] = counts.get(concept.split, 0) + 1
-        if counts[concept.split] <= limit or concept.name in ("poodle", "goat"):
+        if counts[concept.split] <= limit or concept.name in ("tiger", "strawberry", "poodle"):
             subset.append(concept)
     return subset
