@@ -34,7 +34,7 @@ def test_the_page_has_both_parts_and_marks_what_is_right(shown, tmp_path):
     page = (tmp_path / "index.html").read_text()
     assert 0 < page.index(">Seen<") < page.index(">2 requests<") < page.index(">Unseen<")
     assert page.count('class="card right"') == page.count('class="card wrong"') == 1
-    assert "fox &amp; a bus" in page and "&lt;goat&gt;" in page
+    assert "fox &amp; a bus" in page and "&lt;poodle&gt;" in page
 
 
 def test_the_contact_sheet_is_one_picture(shown, tmp_path):
