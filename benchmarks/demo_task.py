@@ -12,8 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.transfer import common
 from visual_ground import GroundedModel, evaluate
-from visual_ground.demo.weights import load_lm, load_vision
+from visual_ground.demo.weights import load_vision
 
 
 def main() -> None:
@@ -22,11 +23,13 @@ def main() -> None:
     parser.add_argument("task", help="emoji, easy-vqa, or another one with --data")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--cache", type=Path, required=True, help="the demo's cache, with the language model")
+    parser.add_argument("--lm", choices=["smollm2", "gemma3"], default="smollm2")
     parser.add_argument("--data", help="folder of the task's files, where it reads any")
     parser.add_argument("--settings", type=json.loads, default={}, help='of the task, such as {"images": 100}')
     parser.add_argument("--output", type=Path, help="file for the report")
     options = parser.parse_args()
-    lm, tokenizer = load_lm(options.cache)
+    common.CACHE = options.cache
+    lm, tokenizer = common.load_lm(options.lm)
     model = GroundedModel.from_pretrained(lm, options.adapter, load_vision(), tokenizer)
     report = evaluate(model, options.task, options.data, options.cache, **options.settings)
     print(report)

@@ -1,6 +1,9 @@
-"""Teach a frozen SmolLM2-135M to answer easy-VQA's questions, through the layer that makes image tokens alone.
+"""Teach a frozen LM to answer easy-VQA's questions, through the layer that makes image tokens alone.
 
-    python -m benchmarks.easy_vqa --out runs/easy_vqa --cache demo/cache
+    python -m benchmarks.easy_vqa --out runs/easy_vqa --cache demo/cache --bf16
+    python -m benchmarks.demo_task easy-vqa --adapter runs/easy_vqa/adapter --cache demo/cache
+
+The LM is SmolLM2-135M-Instruct, or with `--lm gemma3` Gemma 3 270M.
 
 Nothing of the language model or the image encoder is trained. The layer starts from a ridge regression onto the
 embeddings of the image's colour and shape, and is then trained on the answers to the training questions. A question
@@ -21,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.transfer import common
 from visual_ground import GroundedModel, GroundingConfig, ground
-from visual_ground.demo.weights import load_lm, load_vision
+from visual_ground.demo.weights import load_vision
 from visual_ground.evaluation.running.questions import Question
 from visual_ground.evaluation.tasks.easy_vqa import COLOURS, SHAPES, EasyVQA
 from visual_ground.regression import ridge
@@ -122,13 +126,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     parser.add_argument("--cache", type=Path, required=True, help="the demo's cache, with the language model")
+    parser.add_argument("--lm", choices=["smollm2", "gemma3"], default="smollm2")
     parser.add_argument("--features", type=Path, help="folder of image features; OUT/features")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="run the language model in bfloat16")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    (lm, tokenizer), vision, task = load_lm(options.cache), load_vision(), EasyVQA()
+    common.CACHE = options.cache
+    (lm, tokenizer), vision, task = common.load_lm(options.lm), load_vision(), EasyVQA()
     lm = lm.to(torch.bfloat16) if options.bf16 else lm
     model = ground(lm, vision, tokenizer, config=GroundingConfig(num_visual_tokens=NUM_TOKENS))
     paths = task.image_paths("train")
