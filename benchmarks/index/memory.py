@@ -25,10 +25,10 @@ PART = 500_000
 
 def build(folder: Path, count: int, width: int) -> dict[str, float]:
     """Save an index of random float16 unit vectors, whose parts are joined as `build_index` joins its own."""
-    from visual_ground.index.entries import Entries, make_entries
     from visual_ground.index.exact import ExactIndex
     from visual_ground.index.files import write_index
     from visual_ground.index.state import IndexState
+    from visual_ground.index.table.entries import Entries, make_entries
 
     parts, segments = [], []
     for start in range(0, count, PART):

@@ -17,13 +17,13 @@ import numpy as np
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
 from visual_ground.index.base import VectorIndex
 from visual_ground.index.card import index_card, read_page
-from visual_ground.index.entries import Entries, Segment, make_entries
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.places import IMAGES_FOLDER, check_files, place_images, write_png
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
 from visual_ground.index.state import IndexState
-from visual_ground.index.table_file import read_table, write_table
+from visual_ground.index.table.entries import Entries, Segment, make_entries
+from visual_ground.index.table.table_file import read_table, write_table
 from visual_ground.storage.atomic import resolve, write_folder
 from visual_ground.storage.hub import CARD_FILE, PushOptions, push_folder
 from visual_ground.storage.tensors import read_json, write_json

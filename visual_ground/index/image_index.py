@@ -13,12 +13,12 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingTypeError, GroundingValueError
 from visual_ground.index.base import ImageEmbedder, SearchResult, VectorIndex
-from visual_ground.index.entries import make_entries
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.files import FILES, publishable, push_index, read_index, write_index
 from visual_ground.index.places import movable
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import Filter, Ids, IndexState
+from visual_ground.index.table.entries import make_entries
 from visual_ground.storage.hub import HubOptions, PushOptions, fetch_folder
 from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import ImageLike
@@ -137,7 +137,7 @@ class ImageIndex:
     def search(self, vectors: Tensor, k: int, filter: Filter | None = None) -> SearchResult:
         """Return the k >= 1 best entries for each query (queries, q), fewer where fewer are allowed.
 
-        `filter` says which entries may be found: a filter on metadata (see `visual_ground.index.filters`), a function
+        `filter` says which entries may be found: a filter on metadata (`visual_ground.index.table.filters`), a function
         of an entry's metadata, or a mask over positions. A column that is not there is a GroundingValueError.
         """
         state = self._state

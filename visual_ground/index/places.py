@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from visual_ground.errors import GroundingFileError
-from visual_ground.index.entries import Entries, Segment
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
-from visual_ground.index.table_file import live_tables
+from visual_ground.index.table.entries import Entries, Segment
+from visual_ground.index.table.table_file import live_tables
 from visual_ground.storage.atomic import resolve
 from visual_ground.vision.images import ImageLike, to_rgb
 

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.index.base import VectorIndex
-from visual_ground.index.entries import Entries, make_entries
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
-from visual_ground.index.filters import parse_filter
 from visual_ground.index.places import find_image
 from visual_ground.index.remote_images import LinkRules, shown
-from visual_ground.index.rows import THUMBNAIL
+from visual_ground.index.table.entries import Entries, make_entries
+from visual_ground.index.table.filters import parse_filter
+from visual_ground.index.table.rows import THUMBNAIL
 from visual_ground.vision.identity import ImageSpace
 
-# A mask over positions, a filter as in `visual_ground.index.filters`, or a function of an entry's metadata.
+# A mask over positions, a filter as in `visual_ground.index.table.filters`, or a function of an entry's metadata.
 Filter: TypeAlias = Tensor | Mapping[str, Any] | Callable[[Mapping[str, Any]], Any]
 Ids: TypeAlias = Sequence[str | int]
 

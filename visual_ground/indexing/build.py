@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.index.entries import Entries, Segment, make_entries
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.files import SPACE, write_index
 from visual_ground.index.state import IndexState
-from visual_ground.index.table_file import read_table, write_table
+from visual_ground.index.table.entries import Entries, Segment, make_entries
+from visual_ground.index.table.table_file import read_table, write_table
 from visual_ground.indexing.decoding import Batch, read_batches
 from visual_ground.indexing.sources import SourceImage, read_source
 from visual_ground.storage.tensors import FORMAT_VERSION, read_json, write_json

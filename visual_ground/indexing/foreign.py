@@ -14,7 +14,7 @@ import torch
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.index.image_index import ImageIndex
-from visual_ground.index.rows import COLUMN_TYPES
+from visual_ground.index.table.rows import COLUMN_TYPES
 
 # Where clip-retrieval puts its embeddings and their metadata.
 EMBEDDINGS_FOLDER, METADATA_FOLDER = "img_emb", "metadata"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
-from visual_ground.index.rows import COLUMN_TYPES
+from visual_ground.index.table.rows import COLUMN_TYPES
 from visual_ground.prompts.types import IMAGE_SUFFIXES
 from visual_ground.storage.shards import read_shard
 from visual_ground.vision.images import ImageLike

@@ -9,8 +9,8 @@ from typing import Any
 
 from visual_ground.index.milvus.rows import Entry
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
-from visual_ground.index.rows import THUMBNAIL, check_counts, check_distinct, check_ids, check_metadata
 from visual_ground.index.state import Ids, IndexState
+from visual_ground.index.table.rows import THUMBNAIL, check_counts, check_distinct, check_ids, check_metadata
 from visual_ground.vision.decoding import to_thumbnail
 from visual_ground.vision.images import to_rgb
 

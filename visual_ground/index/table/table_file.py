@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.index.entries import Entries, Segment
-from visual_ground.index.rows import COLUMN_TYPES, FIXED, OTHERS, RESERVED, THUMBNAIL, parse_others
+from visual_ground.index.table.entries import Entries, Segment
+from visual_ground.index.table.rows import COLUMN_TYPES, FIXED, OTHERS, RESERVED, THUMBNAIL, parse_others
 from visual_ground.storage.atomic import replacing, resolve
 
 ROW_GROUP = 1 << 17
