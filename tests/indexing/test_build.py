@@ -4,8 +4,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 
 import datasets
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -85,6 +87,28 @@ def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):
         assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL, point
     build_index(MODEL, source, tmp_path / "killed", OPTIONS)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_processes_that_read_do_not_outlive_a_build_that_was_killed(tmp_path):
+    source = photos(tmp_path / "photos", 11)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.indexing.killed",
+        str(source),
+        str(tmp_path / "killed"),
+        "_features",
+        "2",
+        "2",
+    ]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    left = [int(number) for number in killed.stdout.split()]
+    assert killed.returncode == -signal.SIGKILL and len(left) == 2
+    deadline = time.monotonic() + 30
+    while any(map(psutil.pid_exists, left)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_features_are_a_source_like_images(tmp_path):
