@@ -1,5 +1,5 @@
-"""Builds an index until it is killed: `python -m tests.indexing.killed SOURCE FOLDER POINT N [WORKERS]` kills itself with
-SIGKILL at the N-th call of a function, named POINT, of `visual_ground.indexing.build`, and prints the ids of the
+"""Builds an index until it is killed: `python -m tests.indexing.killed SOURCE FOLDER POINT N [WORKERS]` kills itself
+with SIGKILL at the N-th call of a function, named POINT, of `visual_ground.indexing.build`, and prints the ids of the
 processes that it leaves behind.
 """
 
