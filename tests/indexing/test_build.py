@@ -17,6 +17,7 @@ from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
 from visual_ground.index.files import FILES
 from visual_ground.indexing.build import PARTS_FOLDER, BuildOptions, build_index
+from visual_ground.vision.images import to_rgb
 
 MODEL = grounded("llama_untied").eval()
 OPTIONS = BuildOptions(batch_size=2, part_size=4, thumbnail_size=4, progress=False)
@@ -153,9 +154,11 @@ def test_shards_merge_to_the_whole(tmp_path):
     assert sorted(parts[0].ids) == [str(source / f"{i:02}.png") for i in range(5)]
 
 
-def test_thumbnails_are_shown_where_the_images_cannot_be(tmp_path):
+def test_thumbnails_are_shown_where_the_images_cannot_be(tmp_path, another_machine):
     source = photos(tmp_path / "photos", 2)
     build_index(MODEL, source, tmp_path / "index", OPTIONS)
+    assert to_rgb(ImageIndex.from_pretrained(tmp_path / "index").entry(0)[1]).size == (8, 8)
+    another_machine()
     index = ImageIndex.from_pretrained(tmp_path / "index")
     assert index.entry(0)[1].size == (4, 4)
     index.update([index.ids[0]], metadata=[{"new": 1}])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -94,10 +93,8 @@ def _build_options(options: argparse.Namespace) -> BuildOptions:
 def run_build(options: argparse.Namespace) -> None:
     """Embed images into an index, and say how many."""
     from visual_ground.indexing.build import build_index
-    from visual_ground.indexing.trust import trust
 
     report = build_index(load_model(options), options.images, options.output, _build_options(options))
-    trust(options.output, [name if os.path.isdir(name) else os.path.dirname(name) or "." for name in options.images])
     for name, why in report.unreadable:
         print(f"visual-ground: left out {name}: {why}", file=sys.stderr)
     print(
@@ -113,17 +110,14 @@ def run_add(options: argparse.Namespace) -> None:
 
     from visual_ground import ImageIndex
     from visual_ground.index.files import ENTRIES_FILE
-    from visual_ground.index.remote_images import LinkRules
     from visual_ground.indexing.build import build_index
 
     index = ImageIndex.from_pretrained(options.index)
     before = len(index)
-    # What is added here may be anywhere on this machine; the index keeps the paths, and opens none of them.
-    everywhere = LinkRules(folders=(Path(options.index).absolute().anchor,))
     images = []
     for name in options.images:
         if Path(name, ENTRIES_FILE).is_file():
-            index.merge(ImageIndex.from_pretrained(name, everywhere))
+            index.merge(ImageIndex.from_pretrained(name))
         else:
             images.append(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +125,7 @@ def run_add(options: argparse.Namespace) -> None:
             model = load_model(options)
             index.check_model(model.image_space)  # Embedding takes long: what is wrong is said before.
             build_index(model, images, folder, _build_options(options))
-            index.merge(ImageIndex.from_pretrained(folder, everywhere))
+            index.merge(ImageIndex.from_pretrained(folder))
         index.save_pretrained(options.index)
     print(f"{len(index) - before} entries added, {len(index)} in all")
 

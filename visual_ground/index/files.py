@@ -24,6 +24,7 @@ from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
 from visual_ground.index.state import IndexState
 from visual_ground.index.table.entries import Entries, Segment, make_entries
 from visual_ground.index.table.table_file import read_table, write_table
+from visual_ground.index.trust import folders_of, trust, trusted
 from visual_ground.storage.atomic import resolve, write_folder
 from visual_ground.storage.hub import CARD_FILE, PushOptions, push_folder
 from visual_ground.storage.tensors import read_json, write_json
@@ -45,7 +46,9 @@ TRIES, PAUSE = 50, 0.05  # How often, and after how many seconds, a reader tries
 
 
 def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str | None = None) -> None:
-    """Write vectors, ids, images and metadata; paths and addresses stay as they are, PIL images become files.
+    """Write vectors, ids, images and metadata; paths become absolute, and PIL images files.
+
+    The folders of the images that the index may open are noted for this machine, see `trust`.
 
     Args:
         folder: where to. Files of other names in it stay as they are.
@@ -68,19 +71,17 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
 
         return write_and_sum
 
-    search: dict[str, Callable[[Path], object]] = {}
     if isinstance(contents.engine, FaissIndex):
         contents = replace(contents, engine=contents.engine.whole())
-        search = _search_writers(contents, checksums)
         card = index_card(contents, os.fspath(folder), read_page(folder)) if card is None else card
     page = {} if card is None else {CARD_FILE: lambda path: path.write_bytes(card.encode("utf-8"))}
     writers: dict[str, Callable[[Path], object]] = {
         **{name: partial(write_png, image) for name, image in new_images.items()},
         **page,
         VECTORS_FILE: checked(VECTORS_FILE, engine.save),
-        **search,
+        **_search_writers(contents, checksums),
         TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
-        ENTRIES_FILE: lambda path: write_json(path, {**_about(contents), "checksums": checksums}),
+        ENTRIES_FILE: partial(_write_about, contents, checksums),
     }
     _write(folder, writers)
 
@@ -97,18 +98,19 @@ def _write(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path]
 
 
 def _search_writers(contents: IndexState, checksums: Mapping[str, str]) -> dict[str, Callable[[Path], object]]:
-    """Return what writes the files of a `FaissIndex`, when the vectors' checksum is there."""
+    """Return what writes the files of a `FaissIndex`, once the vectors have a checksum; else nothing."""
     engine = contents.engine
-    assert isinstance(engine, FaissIndex)
+    if not isinstance(engine, FaissIndex):
+        return {}
     return {
         FAISS_FILE: engine.write,
         FAISS_ABOUT: lambda path: write_json(path, engine.about(checksums[VECTORS_FILE])),
     }
 
 
-def _about(contents: IndexState) -> dict[str, Any]:
-    """Return what `index.json` says, but for the checksums."""
-    return {
+def _write_about(contents: IndexState, checksums: Mapping[str, str], path: Path) -> None:
+    """Write `index.json`, after all other files, and note the folders whose images this index may open."""
+    about = {
         "format_version": INDEX_FORMAT_VERSION,
         "num_entries": len(contents.entries),
         "dim": contents.engine.dim,
@@ -117,13 +119,18 @@ def _about(contents: IndexState) -> dict[str, Any]:
         "has_metadata": contents.entries.has_metadata,
         "next_id": contents.entries.next_id,
         SPACE: None if contents.space is None else contents.space.to_dict(),
+        "checksums": checksums,
     }
+    write_json(path, about)
+    if folders := folders_of(contents.entries, contents.folder, contents.rules):
+        trust(path.with_name(TABLE_FILE), path, folders)
 
 
 def read_index(folder: str | os.PathLike[str], rules: LinkRules) -> IndexState:
     """Open what `write_index` wrote; vectors are mapped into memory, and images are not looked at.
 
-    `rules` say what may be opened later. A reader who meets a writer gets the old index or the new one, never a mix.
+    `rules` say which images may be opened later, besides those of folders that it was saved with on this machine. A
+    reader who meets a writer gets the old index or the new one, never a mix.
 
     Raises:
         GroundingFileError: a file is missing or damaged, or a file of the folder's own is outside of it.
@@ -157,7 +164,8 @@ def _read_parts(folder: Path, about: dict[str, Any], rules: LinkRules) -> IndexS
     found_by = _open_search(folder, engine, about)
     check_files(table, folder)
     removed = np.zeros(len(engine), dtype=bool)
-    segment = Segment(table)
+    segment = Segment(table, given=False)
+    rules = trusted(rules, resolve(folder, TABLE_FILE), resolve(folder, ENTRIES_FILE))
     entries = Entries((segment,), removed, about["has_images"], about["has_metadata"], about["next_id"])
     space = None if about[SPACE] is None else ImageSpace.from_dict(about[SPACE], engine.dim)
     return IndexState(found_by, entries, folder, rules, space)

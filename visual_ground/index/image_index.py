@@ -218,7 +218,7 @@ class ImageIndex:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save vectors, ids, images and metadata, whole or not at all; files of other names stay as they are.
 
-        Paths and addresses are kept as given. PIL images are written beside the index as upright RGB,
+        Paths are kept as absolute ones, and PIL images are written beside the index as upright RGB,
         `images/00000012.png`. A GroundingError says what cannot be saved, such as an engine that is no `ExactIndex`.
         """
         with self._lock:
@@ -239,9 +239,9 @@ class ImageIndex:
     ) -> ImageIndex:
         """Open a local folder, or a dataset repository of the Hub. Vectors are mapped into memory, not read.
 
-        Nothing outside the folder is opened, and nothing on the network, but for what `rules` allow. `hub_options` are
-        revision, subfolder, token, cache_dir, local_files_only. An index that is missing, damaged or of another format
-        version is a GroundingError.
+        An index that was saved on this machine opens images where they were then. Otherwise nothing outside the folder
+        is opened, and nothing ever on the network, but for what `rules` allow. `hub_options` are revision, subfolder,
+        token, cache_dir, local_files_only. One that is missing, damaged or of another format is a GroundingError.
         """
         folder = fetch_folder(name, FILES, HubOptions.of(hub_options), kind="dataset")
         state = read_index(folder, LinkRules() if rules is None else rules)

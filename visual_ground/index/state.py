@@ -65,7 +65,8 @@ class IndexState:
         image = self.entries.cell(position, "image")
         if image is not None and not isinstance(image, str):
             return image
-        return find_image(image, self.entries.cell(position, "file"), self.folder, self.rules)
+        folder = None if self.entries.is_given(position) else self.folder
+        return find_image(image, self.entries.cell(position, "file"), folder, self.rules)
 
     def shown(self, position: int) -> Any:
         """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere."""

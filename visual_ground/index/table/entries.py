@@ -33,10 +33,12 @@ class Segment:
     Args:
         table: as `rows.make_table` makes it.
         pictures: the images that are objects rather than addresses, by row.
+        given: whether this process was given the addresses, rather than reading them from an index.
     """
 
     table: pa.Table
     pictures: Mapping[int, Any] = field(default_factory=dict)
+    given: bool = True
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -88,6 +90,14 @@ class Entries:
         if column == "image" and row in segment.pictures:
             return segment.pictures[row]
         return segment.table[column][row].as_py() if column in segment.table.column_names else None
+
+    def is_given(self, position: int) -> bool:
+        """Whether this process was given the image at a position, rather than reading of it in an index."""
+        return self._locate(position)[0].given
+
+    def from_elsewhere(self) -> Entries:
+        """Return entries whose images are opened only where rules allow it."""
+        return replace(self, segments=tuple(replace(segment, given=False) for segment in self.segments))
 
     def _locate(self, position: int) -> tuple[Segment, int]:
         row = position
@@ -199,8 +209,11 @@ def make_entries(
 
 
 def _join(one: Segment, other: Segment) -> Segment | None:
+    if one.given != other.given:
+        return None
     try:
         table = pa.concat_tables([one.table, other.table], promote_options="default").combine_chunks()
     except pa.ArrowException:
         return None
-    return Segment(table, {**one.pictures, **{len(one) + row: image for row, image in other.pictures.items()}})
+    pictures = {**one.pictures, **{len(one) + row: image for row, image in other.pictures.items()}}
+    return Segment(table, pictures, one.given)
