@@ -155,7 +155,7 @@ def rates(model: Watched) -> dict[str, object]:
 
 def kill_and_continue(command: list[str], folder: Path, images: int) -> int:
     """Start a build again and again, each time until it is killed; return how often."""
-    from visual_ground.indexing.build import PARTS_FOLDER
+    from visual_ground.indexing.parts import PARTS_FOLDER
 
     marks = [lambda done, part=part: done >= part * images for part in KILLED_AT]
     marks.append(lambda done: bool(list(folder.glob(".staged-*/*"))))

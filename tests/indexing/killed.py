@@ -1,5 +1,5 @@
 """Builds an index until it is killed: `python -m tests.indexing.killed SOURCE FOLDER POINT N [WORKERS]` kills itself
-with SIGKILL at the N-th call of a function, named POINT, of `visual_ground.indexing.build`, and prints the ids of the
+with SIGKILL at the N-th call of a function, named POINT, of a build, and prints the ids of the
 processes that it leaves behind.
 """
 
@@ -10,13 +10,14 @@ import signal
 import sys
 
 from tests.tiny import grounded
-from visual_ground.indexing import build
+from visual_ground.indexing import build, parts
 
 OPTIONS = build.BuildOptions(batch_size=2, part_size=4, thumbnail_size=4, progress=False)
 
 
 def main(source, folder, point, number, workers=0):
-    original, calls = getattr(build, point), []
+    module = build if hasattr(build, point) else parts
+    original, calls = getattr(module, point), []
 
     def call(*arguments, **options):
         calls.append(1)
@@ -25,7 +26,7 @@ def main(source, folder, point, number, workers=0):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **options)
 
-    setattr(build, point, call)
+    setattr(module, point, call)
     build.build_index(
         grounded("llama_untied").eval(), source, folder, dataclasses.replace(OPTIONS, workers=int(workers))
     )

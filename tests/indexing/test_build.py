@@ -16,7 +16,8 @@ from tests.paths import ROOT
 from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
 from visual_ground.index.files import FILES
-from visual_ground.indexing.build import PARTS_FOLDER, BuildOptions, build_index
+from visual_ground.indexing.build import BuildOptions, build_index
+from visual_ground.indexing.parts import PARTS_FOLDER
 from visual_ground.vision.images import to_rgb
 
 MODEL = grounded("llama_untied").eval()
@@ -70,7 +71,7 @@ def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):
     [
         [("write_table", 1), ("write_table", 2), ("write_json", 3)],
         [("write_json", 1), ("write_index", 1), ("write_index", 1)],
-        [("_features", 2), ("_write_part", 2), ("read_table", 2)],
+        [("_features", 2), ("write_part", 2), ("read_table", 2)],
     ],
 )
 def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_model_arguments, load_model, open_index
+from visual_ground.cli.arguments import add_model_arguments, load_model, number, open_index
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -75,6 +75,13 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that read images; 0 for none besides this")
     parser.add_argument("--thumbnails", type=int, metavar="PIXELS", help="keep a thumbnail of each image")
     parser.add_argument("--half", action="store_true", help="keep vectors as float16, half as large")
+    parser.add_argument(
+        "--caption-weight",
+        metavar="X",
+        type=number(0, 1),
+        default=0.0,
+        help="part of a caption in its image's vector; 0",
+    )
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th image from the I-th on, from 0")
 
 
@@ -86,7 +93,12 @@ def _build_options(options: argparse.Namespace) -> BuildOptions:
     if not first.isdigit() or not step.isdigit():
         raise GroundingValueError(f"--shard must be two numbers such as 0/4, got {options.shard!r}.")
     return BuildOptions(
-        options.batch_size, options.workers, options.thumbnails, options.half, shard=(int(first), int(step))
+        options.batch_size,
+        options.workers,
+        options.thumbnails,
+        options.half,
+        shard=(int(first), int(step)),
+        caption_weight=options.caption_weight,
     )
 
 
