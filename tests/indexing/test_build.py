@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -153,6 +155,39 @@ def test_shards_merge_to_the_whole(tmp_path):
         parts.append(ImageIndex.from_pretrained(tmp_path / str(i)))
     parts[0].merge(parts[1])
     assert sorted(parts[0].ids) == [str(source / f"{i:02}.png") for i in range(5)]
+
+
+def launch(*words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "tests.indexing.together", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    return done.returncode, sorted(done.stdout.splitlines()), done.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_accelerate_launched_build_one_index_together(tmp_path):
+    source = photos(tmp_path / "photos", 21)
+    (source / "03.png").write_bytes(b"no image")
+    code, lines, errors = launch(source, tmp_path / "index")
+    assert code == 0 and lines == ["0 20 1", "1 20 1"], errors[-2000:]
+    index = ImageIndex.from_pretrained(tmp_path / "index")
+    readable = [str(source / f"{i:02}.png") for i in range(21) if i != 3]
+    assert sorted(index.ids) == readable and not (tmp_path / "index" / PARTS_FOLDER).exists()
+    assert torch.allclose(index.vectors, MODEL.embed_images(index.ids), atol=1e-5)
+    code, _, _ = launch(source, tmp_path / "again", "1")
+    assert code != 0
+    with pytest.raises(GroundingError, match="another number of processes"):
+        build_index(MODEL, source, tmp_path / "again", OPTIONS)
+    assert launch(source, tmp_path / "again")[:2] == (0, ["0 20 1", "1 20 1"])
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "index")
+    code, lines, _ = launch(source, tmp_path / "failed", "fail0")
+    assert lines[0] == "0 GroundingValueError no more"
+    assert lines[1].startswith("1 GroundingStateError") and lines[1].endswith("process 0: no more")
 
 
 def test_thumbnails_are_shown_where_the_images_cannot_be(tmp_path, another_machine):

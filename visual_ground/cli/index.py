@@ -82,22 +82,27 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="part of a caption in its image's vector; 0",
     )
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th image from the I-th on, from 0")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="every N-th image from the I-th on, from 0; shared where accelerate launched it"
+    )
 
 
 def _build_options(options: argparse.Namespace) -> BuildOptions:
     from visual_ground.errors import GroundingValueError
     from visual_ground.indexing.build import BuildOptions
 
-    first, _, step = options.shard.partition("/")
-    if not first.isdigit() or not step.isdigit():
-        raise GroundingValueError(f"--shard must be two numbers such as 0/4, got {options.shard!r}.")
+    shard = None
+    if options.shard is not None:
+        first, _, step = options.shard.partition("/")
+        if not first.isdigit() or not step.isdigit():
+            raise GroundingValueError(f"--shard must be two numbers such as 0/4, got {options.shard!r}.")
+        shard = int(first), int(step)
     return BuildOptions(
         options.batch_size,
         options.workers,
         options.thumbnails,
         options.half,
-        shard=(int(first), int(step)),
+        shard=shard,
         caption_weight=options.caption_weight,
     )
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias, TypeVar, cast
 
 from tqdm import tqdm
 
+from visual_ground.errors import GroundingError
 from visual_ground.indexing.decoding import Batch, read_batches
 from visual_ground.indexing.options import BuildOptions, BuildReport, PixelEmbedder
 from visual_ground.indexing.parts import PARTS_FOLDER, finish, open_parts, write_part
+from visual_ground.indexing.processes import Processes
 from visual_ground.indexing.sources import SourceImage, read_source
 
 __all__ = ["BuildOptions", "BuildReport", "PixelEmbedder", "build_index"]
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+Parts: TypeAlias = list[dict[str, Any]]
 NAMED = 10  # Unreadable images that the log names; the report has all.
 
 
@@ -31,7 +36,9 @@ def build_index(
     """Embed the images of a source and save them as an index.
 
     Parts that are done are kept in the folder's `.building`. After a stop, the same call continues behind the last of
-    them, and makes the same index as if it had not been stopped. Memory does not grow with the number of images.
+    them, and makes the same index as if it had not been stopped. Memory holds one part's vectors and thumbnails and, in
+    the end, all ids, addresses and metadata. Processes that `accelerate launch` started build together, in a folder
+    that all of them see; each must call this.
 
     Args:
         model: the grounded model, whose image layer gives the vectors.
@@ -42,36 +49,64 @@ def build_index(
     Raises:
         GroundingFileError: a source that leads nowhere, or a folder that cannot be written.
         GroundingValueError: no image that can be read, ids that repeat, or an unfinished build with other options.
+        GroundingStateError: another of the processes has failed.
     """
     options = BuildOptions() if options is None else options
     options = replace(options, part_size=-(-options.part_size // options.batch_size) * options.batch_size)
-    parts = Path(folder, PARTS_FOLDER)
-    space = model.image_space
-    done = open_parts(parts, options, space)
-    started, consumed = monotonic(), sum(part["consumed"] for part in done)
-    items = islice(_sharded(read_source(source), options), consumed, None)
+    processes = Processes() if options.shard is not None else Processes.launched()
+    builds = [Path(folder, PARTS_FOLDER)]
+    if processes.count > 1:
+        builds = [builds[0] / f"{number:05d}-of-{processes.count:05d}" for number in range(processes.count)]
+        options = replace(options, shard=(processes.number, processes.count))
+    started = monotonic()
+    new = _together(processes, partial(_build_parts, model, source, builds[processes.number], options))
+    rate = sum(new) / max(monotonic() - started, 1e-9)
+    join: Callable[[], Parts] = partial(finish, Path(folder), builds, model.image_space, options.caption_weight)
+    done = _together(processes, join if processes.number == 0 else list[dict[str, Any]])[0]
+    unreadable = [(name, why) for part in done for name, why in part["unreadable"]]
+    if processes.number == 0:
+        _name(unreadable)
+    return BuildReport(sum(part["count"] for part in done), unreadable, rate)
+
+
+def _together(processes: Processes, work: Callable[[], Result]) -> list[Result]:
+    """Do some work in each process, and return what it gave in all of them."""
+    result, failure = None, None
+    try:
+        result = work()
+    except GroundingError as error:
+        failure = error
+    processes.raise_together(failure)
+    return cast("list[Result]", processes.gather(result))
+
+
+def _build_parts(model: PixelEmbedder, source: Any, parts: Path, options: BuildOptions) -> int:
+    """Write the parts that are missing, and return how many images they were made of."""
+    done = open_parts(parts, options, model.image_space)
+    consumed = sum(part["consumed"] for part in done)
+    items = islice(_sharded(read_source(source), options.shard or (0, 1)), consumed, None)
     batches = read_batches(
         items, model.vision.preprocessing, options.batch_size, options.workers, options.thumbnail_size
     )
-    with tqdm(unit=" images", initial=consumed, disable=not options.progress, desc="index") as bar:
+    shown = options.progress and (options.shard is None or options.shard[0] == 0)
+    with tqdm(unit=" images", initial=consumed, disable=not shown, desc="index") as bar:
         for group in _groups(batches, options.part_size // options.batch_size):
             done.append(write_part(parts, len(done), model, group, options, bar))
-    seconds, new = monotonic() - started, sum(part["consumed"] for part in done) - consumed
-    unreadable = [(name, why) for part in done for name, why in part["unreadable"]]
-    finish(Path(folder), parts, done, space, options.caption_weight)
-    for name, why in unreadable[:NAMED]:
-        logger.warning("%s is left out of the index: %s", name, why)
-    if len(unreadable) > NAMED:
-        logger.warning("%d images in all are left out of the index.", len(unreadable))
-    return BuildReport(sum(part["count"] for part in done), unreadable, new / max(seconds, 1e-9))
+    return int(sum(part["consumed"] for part in done) - consumed)
 
 
-def _sharded(items: Iterator[SourceImage], options: BuildOptions) -> Iterator[SourceImage]:
-    first, step = options.shard
-    for number, item in islice(enumerate(items), first, None, step):
+def _sharded(items: Iterator[SourceImage], shard: tuple[int, int]) -> Iterator[SourceImage]:
+    for number, item in islice(enumerate(items), shard[0], None, shard[1]):
         yield item if item.id is not None else replace(item, id=number)
 
 
 def _groups(batches: Iterator[Batch], size: int) -> Iterator[Iterator[Batch]]:
     for first in batches:
         yield chain([first], islice(batches, size - 1))
+
+
+def _name(unreadable: Sequence[tuple[str, str]]) -> None:
+    for name, why in unreadable[:NAMED]:
+        logger.warning("%s is left out of the index: %s", name, why)
+    if len(unreadable) > NAMED:
+        logger.warning("%d images in all are left out of the index.", len(unreadable))

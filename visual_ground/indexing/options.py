@@ -43,7 +43,8 @@ class BuildOptions:
         half: keep vectors as float16, half as large.
         part_size: images in a part, which is lost when the build is stopped before it is done; a multiple of batch_size
             is used.
-        shard: (i, n) builds every n-th image from the i-th on, so that n processes build n indexes that can be merged.
+        shard: (i, n) builds every n-th image from the i-th on, so that n processes build n indexes that can be merged;
+            (0, 1) all images in this process. Where None, processes that `accelerate launch` started share them.
         progress: show a progress bar.
         caption_weight: w, from 0 to 1; the vector of an image with a caption is (1 - w) times its own and w times its
             caption's, scaled to length 1.
@@ -54,14 +55,14 @@ class BuildOptions:
     thumbnail_size: int | None = None
     half: bool = False
     part_size: int = 2048
-    shard: tuple[int, int] = (0, 1)
+    shard: tuple[int, int] | None = None
     progress: bool = True
     caption_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.part_size, self.shard[1], self.thumbnail_size or 1) < 1 or self.workers < 0:
+        if min(self.batch_size, self.part_size, self.thumbnail_size or 1) < 1 or self.workers < 0:
             raise GroundingValueError(f"Sizes and numbers of an index's build must be at least 1, got {self}.")
-        if not 0 <= self.shard[0] < self.shard[1]:
+        if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
             raise GroundingValueError(f"shard must be (i, n) with 0 <= i < n, got {self.shard}.")
         check_weight(self.caption_weight)
 

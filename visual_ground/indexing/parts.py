@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from visual_ground.index.exact import ExactIndex
 from visual_ground.index.files import SPACE, write_index
 from visual_ground.index.state import IndexState
 from visual_ground.index.table.entries import Entries, Segment, make_entries
-from visual_ground.index.table.table_file import read_table, write_table
+from visual_ground.index.table.table_file import read_table, repeats, write_table
 from visual_ground.indexing.decoding import Batch
 from visual_ground.indexing.options import BuildOptions, PixelEmbedder
 from visual_ground.indexing.sources import SourceImage
@@ -38,10 +38,10 @@ def open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[di
         "part_size": options.part_size,
         "thumbnail_size": options.thumbnail_size,
         "half": options.half,
-        "shard": list(options.shard),
+        "shard": list(options.shard or (0, 1)),
         "caption_weight": options.caption_weight,
     }
-    shutil.rmtree(parts.with_name(FINISHED_FOLDER), ignore_errors=True)
+    _check_team(parts)
     try:
         parts.mkdir(parents=True, exist_ok=True)
         if (parts / "build.json").is_file():
@@ -55,6 +55,23 @@ def open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[di
         write_json(parts / "build.json", {**about, SPACE: space.to_dict()})
     except OSError as error:
         raise GroundingFileError(f"The index cannot be built in {str(parts.parent)!r}: {error}.") from error
+    return _done(parts)
+
+
+def _check_team(parts: Path) -> None:
+    """Raise where another number of processes has begun."""
+    together = parts.name != PARTS_FOLDER
+    root = parts.parent if together else parts
+    begun = [one.name for one in root.glob("*-of-*") if not together or one.name[-5:] != parts.name[-5:]]
+    begun += ["build.json"] if together and (root / "build.json").is_file() else []
+    if begun:
+        raise GroundingValueError(
+            f"{str(root)!r} holds an unfinished build by another number of processes ({begun[0]}). Continue it with as "
+            "many, or delete that folder."
+        )
+
+
+def _done(parts: Path) -> list[dict[str, Any]]:
     numbers = range(len(list(parts.glob("*.done.json"))))
     return [json.loads((parts / f"{number:06d}.done.json").read_text(encoding="utf-8")) for number in numbers]
 
@@ -110,27 +127,42 @@ def _features(model: PixelEmbedder, batch: Batch) -> Tensor:
     return batch.pixels
 
 
-def finish(folder: Path, parts: Path, done: list[dict[str, Any]], space: ImageSpace, caption_weight: float) -> None:
-    """Join the parts into an index, and delete them."""
-    numbers = [number for number, part in enumerate(done) if part["count"]]
-    if not numbers:
-        names = [name for part in done for name, _ in part["unreadable"]]
+def finish(folder: Path, builds: Sequence[Path], space: ImageSpace, caption_weight: float) -> list[dict[str, Any]]:
+    """Join the parts into an index, delete them, and return what they were.
+
+    Args:
+        folder: of the index.
+        builds: the folders with parts, in order.
+        space: of the model.
+        caption_weight: that the parts were built with.
+    """
+    done = [(parts / f"{number:06d}", part) for parts in builds for number, part in enumerate(_done(parts))]
+    full = [path for path, part in done if part["count"]]
+    if not full:
+        names = [name for _, part in done for name, _ in part["unreadable"]]
         raise GroundingValueError(f"There is no image that can be read, and so nothing to index; tried {names[:3]}.")
-    engine = ExactIndex.of_blocks(ExactIndex.load(parts / f"{number:06d}.safetensors") for number in numbers)
-    segments = tuple(Segment(read_table(parts / f"{number:06d}.parquet")) for number in numbers)
-    for name in ("id", "id_number"):
-        counts = pa.concat_tables([segment.table.select([name]) for segment in segments])[name].value_counts()
-        if twice := [one["values"].as_py() for one in counts if one["values"].is_valid and one["counts"].as_py() > 1]:
-            raise GroundingValueError(
-                f"ids must be distinct, and {twice[:5]} come twice. Give each image of the source its own, delete "
-                f"{str(parts)!r}, and build again."
-            )
+    engine = ExactIndex.of_blocks(ExactIndex.load(path.with_suffix(".safetensors")) for path in full)
+    segments = tuple(Segment(read_table(path.with_suffix(".parquet"))) for path in full)
+    _check_ids(segments, folder)
     entries = Entries(segments, np.zeros(len(engine), dtype=bool), True, True, _next_id(segments))
     write_index(folder, IndexState(engine, entries, space=space, caption_weight=caption_weight))
     # At once, so that a stop in between leaves no parts of which some are missing.
-    shutil.rmtree(parts.with_name(FINISHED_FOLDER), ignore_errors=True)
-    os.rename(parts, parts.with_name(FINISHED_FOLDER))
-    shutil.rmtree(parts.with_name(FINISHED_FOLDER))
+    shutil.rmtree(folder / FINISHED_FOLDER, ignore_errors=True)
+    os.rename(folder / PARTS_FOLDER, folder / FINISHED_FOLDER)
+    shutil.rmtree(folder / FINISHED_FOLDER)
+    return [part for _, part in done]
+
+
+def _check_ids(segments: Sequence[Segment], folder: Path) -> None:
+    for name in ("id", "id_number"):
+        column = pa.concat_tables([segment.table.select([name]) for segment in segments])[name]
+        if repeats(column):
+            counts = column.value_counts()
+            twice = [one["values"].as_py() for one in counts if one["values"].is_valid and one["counts"].as_py() > 1]
+            raise GroundingValueError(
+                f"ids must be distinct, and {twice[:5]} come twice. Give each image of the source its own, delete "
+                f"{str(folder / PARTS_FOLDER)!r}, and build again."
+            )
 
 
 def _next_id(segments: tuple[Segment, ...]) -> int:

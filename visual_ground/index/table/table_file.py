@@ -65,12 +65,13 @@ def read_table(path: str | os.PathLike[str]) -> pa.Table:
     both = pc.equal(pc.is_valid(table["id"]), pc.is_valid(table["id_number"]))
     if pc.any(both).as_py():
         raise GroundingFileError(f"{path} is damaged: an entry has no id, or two. Save it again.")
-    if any(_repeats(table[name]) for name in ("id", "id_number")):
+    if any(repeats(table[name]) for name in ("id", "id_number")):
         raise GroundingValueError(f"{path} holds an id twice; ids must be distinct.")
     return table
 
 
-def _repeats(column: pa.ChunkedArray) -> bool:
+def repeats(column: pa.ChunkedArray) -> bool:
+    """Return whether a value of a column comes twice."""
     if column.type == pa.int64():  # Sorted, because a set of ten million numbers would take a gigabyte.
         numbers = np.sort(column.drop_null().to_numpy())
         return bool((numbers[1:] == numbers[:-1]).any())
