@@ -23,6 +23,7 @@ ORDER = (
     "vision",
     "prompts",
     "adapter",
+    "index/table",
     "index",
     "index/milvus",
     "indexing",

@@ -26,13 +26,12 @@ def test_before_the_demo_has_run_it_says_what_to_do(tmp_path, capsys):
 
 
 def test_what_the_demo_saves_is_loaded_with_pictures_and_credits(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     pictures = tmp_path / "cache" / "emoji"
     pictures.mkdir(parents=True)
     picture(0).save(pictures / "fox.png")
     model = grounded()
     index = ImageIndex.build(model, [str(pictures / "fox.png")], ["fox"])
-    saved.save_demo(model, index, [Concept("1f98a", "fox", (), "train", "animal")], tmp_path, pictures)
+    saved.save_demo(model, index, [Concept("1f98a", "fox", (), "train", "animal")], tmp_path)
     monkeypatch.setattr(saved, "load_lm", lambda cache: (grounded().unground(), model.tokenizer))
     monkeypatch.setattr(saved, "load_vision", lambda: model.vision)
     _, loaded = saved.load_demo(tmp_path, tmp_path / "cache")

@@ -11,7 +11,6 @@ from visual_ground import GroundingConfig, ImageIndex, ground
 from visual_ground.cli.arguments import load_index
 from visual_ground.cli.main import main
 from visual_ground.index.remote_images import ImageLink
-from visual_ground.indexing.trust import trusted_folders
 
 
 @pytest.fixture
@@ -53,24 +52,30 @@ class Options:
     host, images = (), ()
 
 
-def test_an_index_shows_its_own_pictures_on_this_machine_and_on_no_other(parts, tmp_path, capsys, monkeypatch):
+def test_an_index_shows_its_own_pictures_on_this_machine_and_on_no_other(
+    parts, tmp_path, capsys, monkeypatch, another_machine
+):
     lm, adapter, photos = parts
     monkeypatch.chdir(photos)
     assert main(["index", "build", lm, adapter, "a.png", "c d.jpg", "--output", str(tmp_path / "index")]) == 0
     monkeypatch.chdir(tmp_path)
     options = Options()
-    options.index = str(tmp_path / "index")
-    shutil.move(options.index, tmp_path / "moved")
+    shutil.move(tmp_path / "index", tmp_path / "moved")
     options.index = str(tmp_path / "moved")
     opened = load_index(options).images
     assert [os.path.samefile(path, photos / name) for path, name in zip(opened, ("a.png", "c d.jpg"), strict=True)]
-    # Another index, however it came here, has no part in that.
-    lines = ImageIndex(load_index(options).vectors, images=[str(photos / "a.png")] * 2)
-    lines.save_pretrained(tmp_path / "foreign")
-    options.index = str(tmp_path / "foreign")
+    another_machine()
     assert all(isinstance(image, ImageLink) for image in load_index(options).images)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another machine"))
-    options.index = str(tmp_path / "moved")
-    assert trusted_folders(options.index) == ()
-    assert all(isinstance(image, ImageLink) for image in load_index(options).images)
-    assert trusted_folders(tmp_path / "none") == ()
+
+
+def test_an_index_that_is_added_to_ones_own_opens_no_more_than_it_did(parts, tmp_path, monkeypatch, another_machine):
+    lm, adapter, photos = parts
+    mine, theirs, secret = (str(tmp_path / name) for name in ("mine", "theirs", "secret"))
+    picture(2).save(tmp_path / "secret.png")
+    assert main(["index", "build", lm, adapter, str(photos / "a.png"), "--output", theirs]) == 0
+    ImageIndex(ImageIndex.from_pretrained(theirs).vectors, [secret], [f"{secret}.png"]).save_pretrained(theirs)
+    another_machine()
+    assert main(["index", "build", lm, adapter, str(photos / "a.png"), "--output", mine]) == 0
+    assert main(["index", "add", lm, adapter, mine, theirs, str(photos / "b.JFIF")]) == 0
+    names = [str(photos / "a.png"), ImageLink(f"{secret}.png"), str(photos / "b.JFIF")]
+    assert ImageIndex.from_pretrained(mine).images == names

@@ -4,8 +4,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from visual_ground.errors import GroundingError, GroundingValueError
-from visual_ground.index.filters import COMPARISONS, kind_of
 from visual_ground.index.image_index import ImageIndex
+from visual_ground.index.table.filters import COMPARISONS, kind_of
 
 NAMES = st.sampled_from(["licence", "year", "x"])
 NUMBERS = st.one_of(st.integers(-3, 3), st.sampled_from([0.5, 2.0, 2**62, 2**64, -(2**80), 2**53 + 1, 1e300]))

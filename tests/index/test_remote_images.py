@@ -133,14 +133,16 @@ def test_which_hosts_are_allowed():
         rules.fetch("http://c.org/x")
 
 
-def test_no_path_leads_out_of_the_folder(tmp_path):
+def test_no_path_leads_out_of_the_folder(tmp_path, another_machine):
     secret = tmp_path / "secret.png"
     picture(3).save(secret)
     folder = tmp_path / "index"
     (folder / "images").mkdir(parents=True)
     os.symlink(secret, folder / "link.png")
-    outside = [str(secret), str(folder / "../secret.png"), str(folder / "link.png"), "a\0b", "~/x.png"]
+    outside = [str(secret), str(folder / "../secret.png"), str(folder / "link.png"), "/a\0b", "~/x.png"]
+    outside[1] = os.path.abspath(outside[1])
     ImageIndex(torch.eye(6), images=[*outside, str(folder / "inside.png")]).save_pretrained(folder)
+    another_machine()
     index = ImageIndex.from_pretrained(folder)
     assert index.images == [*map(ImageLink, outside), str(folder / "inside.png")]
     allowed = ImageIndex.from_pretrained(folder, LinkRules(folders=[tmp_path]))
@@ -156,12 +158,13 @@ def test_no_path_leads_out_of_the_folder(tmp_path):
         ImageIndex.from_pretrained(folder).entry(0)
 
 
-def test_addresses_that_only_read_like_paths_of_the_folder_are_not_opened(tmp_path, monkeypatch):
+def test_addresses_that_only_read_like_paths_of_the_folder_are_not_opened(tmp_path, monkeypatch, another_machine):
     picture(3).save(tmp_path / "secret.png")
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "index"
     places = [f"file:{tmp_path}/secret.png", (tmp_path / "secret.png").as_uri(), "~/secret.png"]
     ImageIndex(torch.eye(3), images=places).save_pretrained(folder)
+    another_machine()
     monkeypatch.chdir(folder)  # As a relative path, each of them would be inside the folder.
     assert ImageIndex.from_pretrained(folder).images == [*map(ImageLink, places)]
     mine = ImageIndex(torch.eye(3), images=places)

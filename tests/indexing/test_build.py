@@ -1,11 +1,15 @@
 import io
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 
 import datasets
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +18,9 @@ from tests.paths import ROOT
 from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
 from visual_ground.index.files import FILES
-from visual_ground.indexing.build import PARTS_FOLDER, BuildOptions, build_index
+from visual_ground.indexing.build import BuildOptions, build_index
+from visual_ground.indexing.parts import PARTS_FOLDER
+from visual_ground.vision.images import to_rgb
 
 MODEL = grounded("llama_untied").eval()
 OPTIONS = BuildOptions(batch_size=2, part_size=4, thumbnail_size=4, progress=False)
@@ -67,7 +73,7 @@ def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):
     [
         [("write_table", 1), ("write_table", 2), ("write_json", 3)],
         [("write_json", 1), ("write_index", 1), ("write_index", 1)],
-        [("_features", 2), ("_write_part", 2), ("read_table", 2)],
+        [("_features", 2), ("write_part", 2), ("read_table", 2)],
     ],
 )
 def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):
@@ -85,6 +91,28 @@ def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):
         assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL, point
     build_index(MODEL, source, tmp_path / "killed", OPTIONS)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_processes_that_read_do_not_outlive_a_build_that_was_killed(tmp_path):
+    source = photos(tmp_path / "photos", 11)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.indexing.killed",
+        str(source),
+        str(tmp_path / "killed"),
+        "_features",
+        "2",
+        "2",
+    ]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    left = [int(number) for number in killed.stdout.split()]
+    assert killed.returncode == -signal.SIGKILL and len(left) == 2
+    deadline = time.monotonic() + 30
+    while any(map(psutil.pid_exists, left)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_features_are_a_source_like_images(tmp_path):
@@ -129,9 +157,44 @@ def test_shards_merge_to_the_whole(tmp_path):
     assert sorted(parts[0].ids) == [str(source / f"{i:02}.png") for i in range(5)]
 
 
-def test_thumbnails_are_shown_where_the_images_cannot_be(tmp_path):
+def launch(*words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "tests.indexing.together", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    return done.returncode, sorted(done.stdout.splitlines()), done.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_accelerate_launched_build_one_index_together(tmp_path):
+    source = photos(tmp_path / "photos", 21)
+    (source / "03.png").write_bytes(b"no image")
+    code, lines, errors = launch(source, tmp_path / "index")
+    assert code == 0 and lines == ["0 20 1", "1 20 1"], errors[-2000:]
+    index = ImageIndex.from_pretrained(tmp_path / "index")
+    readable = [str(source / f"{i:02}.png") for i in range(21) if i != 3]
+    assert sorted(index.ids) == readable and not (tmp_path / "index" / PARTS_FOLDER).exists()
+    assert torch.allclose(index.vectors, MODEL.embed_images(index.ids), atol=1e-5)
+    code, _, _ = launch(source, tmp_path / "again", "1")
+    assert code != 0
+    with pytest.raises(GroundingError, match="another number of processes"):
+        build_index(MODEL, source, tmp_path / "again", OPTIONS)
+    assert launch(source, tmp_path / "again")[:2] == (0, ["0 20 1", "1 20 1"])
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "index")
+    code, lines, _ = launch(source, tmp_path / "failed", "fail0")
+    assert lines[0] == "0 GroundingValueError no more"
+    assert lines[1].startswith("1 GroundingStateError") and lines[1].endswith("process 0: no more")
+
+
+def test_thumbnails_are_shown_where_the_images_cannot_be(tmp_path, another_machine):
     source = photos(tmp_path / "photos", 2)
     build_index(MODEL, source, tmp_path / "index", OPTIONS)
+    assert to_rgb(ImageIndex.from_pretrained(tmp_path / "index").entry(0)[1]).size == (8, 8)
+    another_machine()
     index = ImageIndex.from_pretrained(tmp_path / "index")
     assert index.entry(0)[1].size == (4, 4)
     index.update([index.ids[0]], metadata=[{"new": 1}])

@@ -107,18 +107,17 @@ def open_index(name: str, options: argparse.Namespace | None = None) -> ImageInd
 
     Args:
         name: its folder, Hub id or address.
-        options: which hosts and folders its pictures may come from; one that was built on this machine opens its own.
-            None opens no pictures.
+        options: which hosts and folders its pictures may come from; one that was saved on this machine opens its own.
+            None names none.
     """
     from visual_ground import ImageIndex
     from visual_ground.index.milvus.connection import named_place
     from visual_ground.index.milvus.image_index import MilvusImageIndex
     from visual_ground.index.remote_images import LinkRules
-    from visual_ground.indexing.trust import trusted_folders
 
     rules = None
     if options is not None:
-        rules = LinkRules(hosts=tuple(options.host), folders=(*options.images, *trusted_folders(name)))
+        rules = LinkRules(hosts=tuple(options.host), folders=tuple(options.images))
     if (place := named_place(name)) is not None:
         return MilvusImageIndex.open(*place, rules=rules)
     return ImageIndex.from_pretrained(name, rules)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_model_arguments, load_model, open_index
+from visual_ground.cli.arguments import add_model_arguments, load_model, number, open_index
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -76,28 +75,43 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that read images; 0 for none besides this")
     parser.add_argument("--thumbnails", type=int, metavar="PIXELS", help="keep a thumbnail of each image")
     parser.add_argument("--half", action="store_true", help="keep vectors as float16, half as large")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th image from the I-th on, from 0")
+    parser.add_argument(
+        "--caption-weight",
+        metavar="X",
+        type=number(0, 1),
+        default=0.0,
+        help="part of a caption in its image's vector; 0",
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="every N-th image from the I-th on, from 0; shared where accelerate launched it"
+    )
 
 
 def _build_options(options: argparse.Namespace) -> BuildOptions:
     from visual_ground.errors import GroundingValueError
     from visual_ground.indexing.build import BuildOptions
 
-    first, _, step = options.shard.partition("/")
-    if not first.isdigit() or not step.isdigit():
-        raise GroundingValueError(f"--shard must be two numbers such as 0/4, got {options.shard!r}.")
+    shard = None
+    if options.shard is not None:
+        first, _, step = options.shard.partition("/")
+        if not first.isdigit() or not step.isdigit():
+            raise GroundingValueError(f"--shard must be two numbers such as 0/4, got {options.shard!r}.")
+        shard = int(first), int(step)
     return BuildOptions(
-        options.batch_size, options.workers, options.thumbnails, options.half, shard=(int(first), int(step))
+        options.batch_size,
+        options.workers,
+        options.thumbnails,
+        options.half,
+        shard=shard,
+        caption_weight=options.caption_weight,
     )
 
 
 def run_build(options: argparse.Namespace) -> None:
     """Embed images into an index, and say how many."""
     from visual_ground.indexing.build import build_index
-    from visual_ground.indexing.trust import trust
 
     report = build_index(load_model(options), options.images, options.output, _build_options(options))
-    trust(options.output, [name if os.path.isdir(name) else os.path.dirname(name) or "." for name in options.images])
     for name, why in report.unreadable:
         print(f"visual-ground: left out {name}: {why}", file=sys.stderr)
     print(
@@ -113,17 +127,14 @@ def run_add(options: argparse.Namespace) -> None:
 
     from visual_ground import ImageIndex
     from visual_ground.index.files import ENTRIES_FILE
-    from visual_ground.index.remote_images import LinkRules
     from visual_ground.indexing.build import build_index
 
     index = ImageIndex.from_pretrained(options.index)
     before = len(index)
-    # What is added here may be anywhere on this machine; the index keeps the paths, and opens none of them.
-    everywhere = LinkRules(folders=(Path(options.index).absolute().anchor,))
     images = []
     for name in options.images:
         if Path(name, ENTRIES_FILE).is_file():
-            index.merge(ImageIndex.from_pretrained(name, everywhere))
+            index.merge(ImageIndex.from_pretrained(name))
         else:
             images.append(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +142,7 @@ def run_add(options: argparse.Namespace) -> None:
             model = load_model(options)
             index.check_model(model.image_space)  # Embedding takes long: what is wrong is said before.
             build_index(model, images, folder, _build_options(options))
-            index.merge(ImageIndex.from_pretrained(folder, everywhere))
+            index.merge(ImageIndex.from_pretrained(folder))
         index.save_pretrained(options.index)
     print(f"{len(index) - before} entries added, {len(index)} in all")
 

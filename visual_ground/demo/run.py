@@ -146,7 +146,7 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
         conversations = converse_all(model, pairs, bias)
         requests = requests_for_seen(model, pairs)
     with clock.step("save, load on a fresh language model, converse again"):
-        save_demo(model, build_index(model, pairs), pairs.concepts, out, cache / "emoji")
+        save_demo(model, build_index(model, pairs), pairs.concepts, out)
         fresh = GroundedModel.from_pretrained(str(out / ADAPTER))  # It names the model and the encoder.
         same = _answers(converse_all(fresh, pairs, bias)) == _answers(conversations)
     clock.total()

@@ -8,8 +8,6 @@ from visual_ground.demo.emoji import Concept
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.errors import GroundingStateError
 from visual_ground.index.image_index import ImageIndex
-from visual_ground.index.remote_images import LinkRules
-from visual_ground.indexing.trust import trust, trusted_folders
 from visual_ground.model import GroundedModel
 
 ADAPTER, INDEX = "adapter", "index"
@@ -18,7 +16,7 @@ CREDIT = {"credit": "OpenMoji", "licence": "CC BY-SA 4.0"}
 PAGE = "https://openmoji.org/library/emoji-{}/"
 
 
-def save_demo(model: GroundedModel, index: ImageIndex, concepts: list[Concept], out: Path, pictures: Path) -> None:
+def save_demo(model: GroundedModel, index: ImageIndex, concepts: list[Concept], out: Path) -> None:
     """Write the adapter and the index.
 
     Args:
@@ -26,12 +24,10 @@ def save_demo(model: GroundedModel, index: ImageIndex, concepts: list[Concept], 
         index: the pictures of all concepts, by their names.
         concepts: in the order of the index.
         out: where to.
-        pictures: the folder that the index's pictures are in.
     """
     model.save_pretrained(out / ADAPTER)
     index.update(index.ids, metadata=[{**CREDIT, "source": PAGE.format(c.code.upper())} for c in concepts])
     index.save_pretrained(out / INDEX)
-    trust(out / INDEX, [pictures])
 
 
 def load_demo(out: Path, cache: Path) -> tuple[GroundedModel, ImageIndex]:
@@ -49,6 +45,6 @@ def load_demo(out: Path, cache: Path) -> tuple[GroundedModel, ImageIndex]:
             f"{out} has no adapter and index of the demo. Run `make demo` first, or name a language model, an adapter "
             "and an index."
         )
-    index = ImageIndex.from_pretrained(out / INDEX, LinkRules(folders=trusted_folders(out / INDEX)))
+    index = ImageIndex.from_pretrained(out / INDEX)
     lm, tokenizer = load_lm(cache)
     return GroundedModel.from_pretrained(lm, out / ADAPTER, load_vision(), tokenizer), index

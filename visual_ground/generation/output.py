@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 
 from visual_ground.errors import GroundingError
 from visual_ground.generation import markdown
+from visual_ground.index.captions import caption_of
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.storage.atomic import replacing
 from visual_ground.vision.images import ImageLike, to_rgb
 
 MARKDOWN_WIDTH = 512  # Pixels, of images without a path or an address of their own in Markdown.
 # The names by which metadata of images say the same thing; the first that is there counts.
-_CAPTION = "caption", "title", "description", "text"
 _SOURCE = "source", "source_url", "page_url", "url"
 _LICENCE = "licence", "license"
 _CREDIT = "credit", "attribution", "author", "artist", "creator"
@@ -52,7 +52,7 @@ class RetrievedImage:
     @property
     def caption(self) -> str | None:
         """What the metadata say that it shows."""
-        return self._said(_CAPTION)
+        return caption_of(self.metadata)
 
     @property
     def source(self) -> str | None:

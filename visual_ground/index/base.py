@@ -93,3 +93,6 @@ class ImageEmbedder(Protocol):
 
     def embed_images(self, images: Sequence[ImageLike], *, batch_size: int) -> Tensor:
         """Map n images to unit vectors (n, q), `batch_size` of them run at once."""
+
+    def embed_text(self, prompts: Sequence[str]) -> Tensor:
+        """Map n texts to unit vectors (n, q); called only with a `caption_weight`."""

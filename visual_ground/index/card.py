@@ -26,6 +26,11 @@ def index_card(contents: IndexState, repo_id: str, page: str | None) -> str:
         f"{' and metadata' if contents.entries.has_metadata else ''}. It "
         "fits adapters whose image layer made these vectors, and those moved from them to other language models."
     )
+    if (weight := contents.caption_weight) > 0:
+        opening += (
+            f" The vector of an entry with a caption is {100 * (1 - weight):g} % its picture's and {100 * weight:g} % "
+            "its caption's, scaled to length 1."
+        )
     engine = contents.engine
     if isinstance(engine, FaissIndex) and engine.recall is not None:
         opening += (

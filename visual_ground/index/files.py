@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,18 @@ import numpy as np
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
 from visual_ground.index.base import VectorIndex
 from visual_ground.index.card import index_card, read_page
-from visual_ground.index.entries import Entries, Segment, make_entries
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.places import IMAGES_FOLDER, check_files, place_images, write_png
-from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
+from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import IndexState
-from visual_ground.index.table_file import read_table, write_table
+from visual_ground.index.table.entries import Entries, Segment
+from visual_ground.index.table.table_file import read_table, write_table
+from visual_ground.index.trust import folders_of, trust, trusted
 from visual_ground.storage.atomic import resolve, write_folder
-from visual_ground.storage.hub import CARD_FILE, PushOptions, push_folder
+from visual_ground.storage.hub import CARD_FILE
 from visual_ground.storage.tensors import read_json, write_json
 from visual_ground.vision.identity import ImageSpace
-from visual_ground.vision.images import to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,26 @@ TABLE_FILE = "entries.parquet"
 ENTRIES_FILE = "index.json"
 FAISS_FILE, FAISS_ABOUT = "index.faiss", "index.faiss.json"  # Where the index is searched with faiss.
 FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, FAISS_FILE, FAISS_ABOUT, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
-SPACE = "image_space"
-KEYS = {"format_version", "num_entries", "dim", "dtype", "has_images", "has_metadata", "next_id", "checksums", SPACE}
+SPACE, CAPTION_WEIGHT = "image_space", "caption_weight"
+KEYS = {
+    "format_version",
+    "num_entries",
+    "dim",
+    "dtype",
+    "has_images",
+    "has_metadata",
+    "next_id",
+    "checksums",
+    SPACE,
+    CAPTION_WEIGHT,
+}
 TRIES, PAUSE = 50, 0.05  # How often, and after how many seconds, a reader tries again who met a writer.
 
 
 def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str | None = None) -> None:
-    """Write vectors, ids, images and metadata; paths and addresses stay as they are, PIL images become files.
+    """Write vectors, ids, images and metadata; paths become absolute, and PIL images files.
+
+    The folders of the images that the index may open are noted for this machine, see `trust`.
 
     Args:
         folder: where to. Files of other names in it stay as they are.
@@ -68,19 +81,17 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
 
         return write_and_sum
 
-    search: dict[str, Callable[[Path], object]] = {}
     if isinstance(contents.engine, FaissIndex):
         contents = replace(contents, engine=contents.engine.whole())
-        search = _search_writers(contents, checksums)
         card = index_card(contents, os.fspath(folder), read_page(folder)) if card is None else card
     page = {} if card is None else {CARD_FILE: lambda path: path.write_bytes(card.encode("utf-8"))}
     writers: dict[str, Callable[[Path], object]] = {
         **{name: partial(write_png, image) for name, image in new_images.items()},
         **page,
         VECTORS_FILE: checked(VECTORS_FILE, engine.save),
-        **search,
+        **_search_writers(contents, checksums),
         TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
-        ENTRIES_FILE: lambda path: write_json(path, {**_about(contents), "checksums": checksums}),
+        ENTRIES_FILE: partial(_write_about, contents, checksums),
     }
     _write(folder, writers)
 
@@ -97,18 +108,19 @@ def _write(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path]
 
 
 def _search_writers(contents: IndexState, checksums: Mapping[str, str]) -> dict[str, Callable[[Path], object]]:
-    """Return what writes the files of a `FaissIndex`, when the vectors' checksum is there."""
+    """Return what writes the files of a `FaissIndex`, once the vectors have a checksum; else nothing."""
     engine = contents.engine
-    assert isinstance(engine, FaissIndex)
+    if not isinstance(engine, FaissIndex):
+        return {}
     return {
         FAISS_FILE: engine.write,
         FAISS_ABOUT: lambda path: write_json(path, engine.about(checksums[VECTORS_FILE])),
     }
 
 
-def _about(contents: IndexState) -> dict[str, Any]:
-    """Return what `index.json` says, but for the checksums."""
-    return {
+def _write_about(contents: IndexState, checksums: Mapping[str, str], path: Path) -> None:
+    """Write `index.json`, after all other files, and note the folders whose images this index may open."""
+    about = {
         "format_version": INDEX_FORMAT_VERSION,
         "num_entries": len(contents.entries),
         "dim": contents.engine.dim,
@@ -117,13 +129,20 @@ def _about(contents: IndexState) -> dict[str, Any]:
         "has_metadata": contents.entries.has_metadata,
         "next_id": contents.entries.next_id,
         SPACE: None if contents.space is None else contents.space.to_dict(),
+        "checksums": checksums,
     }
+    if contents.caption_weight:  # Versions that do not know it can read all other indexes.
+        about[CAPTION_WEIGHT] = contents.caption_weight
+    write_json(path, about)
+    if folders := folders_of(contents.entries, contents.folder, contents.rules):
+        trust(path.with_name(TABLE_FILE), path, folders)
 
 
 def read_index(folder: str | os.PathLike[str], rules: LinkRules) -> IndexState:
     """Open what `write_index` wrote; vectors are mapped into memory, and images are not looked at.
 
-    `rules` say what may be opened later. A reader who meets a writer gets the old index or the new one, never a mix.
+    `rules` say which images may be opened later, besides those of folders that it was saved with on this machine. A
+    reader who meets a writer gets the old index or the new one, never a mix.
 
     Raises:
         GroundingFileError: a file is missing or damaged, or a file of the folder's own is outside of it.
@@ -157,10 +176,11 @@ def _read_parts(folder: Path, about: dict[str, Any], rules: LinkRules) -> IndexS
     found_by = _open_search(folder, engine, about)
     check_files(table, folder)
     removed = np.zeros(len(engine), dtype=bool)
-    segment = Segment(table)
+    segment = Segment(table, given=False)
+    rules = trusted(rules, resolve(folder, TABLE_FILE), resolve(folder, ENTRIES_FILE))
     entries = Entries((segment,), removed, about["has_images"], about["has_metadata"], about["next_id"])
     space = None if about[SPACE] is None else ImageSpace.from_dict(about[SPACE], engine.dim)
-    return IndexState(found_by, entries, folder, rules, space)
+    return IndexState(found_by, entries, folder, rules, space, about[CAPTION_WEIGHT])
 
 
 def _open_search(folder: Path, exact: ExactIndex, about: dict[str, Any]) -> VectorIndex:
@@ -174,55 +194,17 @@ def _open_search(folder: Path, exact: ExactIndex, about: dict[str, Any]) -> Vect
         return exact
 
 
-def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) -> IndexState:
-    """Return an index in which no path leads to this machine.
-
-    Args:
-        contents: an index.
-        images: its images, in order, as `ImageIndex.images` gives them.
-        copy_images: True copies every image that is a path into the index; False leaves the image out, and keeps its
-            id, vector and metadata.
-    """
-    space = None if contents.space is None else contents.space.published()
-    if not contents.entries.has_images:
-        return replace(contents, space=space)
-    published: list[Any] = []
-    omitted = 0
-    for image in images:
-        is_path = isinstance(image, (str, os.PathLike)) and not is_url(os.fspath(image))
-        # A link to a local path that the index's rules do not let us open.
-        is_closed = isinstance(image, ImageLink) and not image.is_remote
-        if is_closed or (is_path and not copy_images):
-            omitted += 1
-            published.append(None)
-        else:
-            published.append(to_rgb(image) if is_path else image)
-    if omitted:
-        logger.warning("%d images are local files and are not published; copy_images=True publishes them.", omitted)
-    entries, own = contents.entries, contents.entries.positions()
-    metadata = [entries.metadata(p) for p in own] if entries.has_metadata else None
-    made = make_entries([entries.id(p) for p in own], published, metadata, len(own), 0)
-    whole = contents.engine.whole() if isinstance(contents.engine, FaissIndex) else ExactIndex(contents.exact.vectors)
-    return IndexState(whole, made, space=space)
-
-
-def push_index(contents: IndexState, repo_id: str, options: PushOptions) -> str:
-    """Commit an index that `publishable` returned to a dataset repository, and return the commit's address."""
-
-    def save(folder: Path) -> None:
-        write_index(folder, contents, index_card(contents, repo_id, read_page(folder)))
-
-    return push_folder(save, repo_id, options, FILES, kind="dataset")
-
-
 def _read_about(path: Path) -> dict[str, Any]:
     """Read and check `index.json`."""
-    about = {SPACE: None, **read_json(path, INDEX_FORMAT_VERSION)}  # Indexes that were made elsewhere have none.
+    # Indexes that were made elsewhere have no space, and most have no captions in their vectors.
+    about = {SPACE: None, CAPTION_WEIGHT: 0.0, **read_json(path, INDEX_FORMAT_VERSION)}
     if (
         set(about) != KEYS
         or not all(type(about[name]) is int and about[name] >= 0 for name in ("num_entries", "dim"))
         or not all(type(about[name]) is bool for name in ("has_images", "has_metadata"))
         or type(about["next_id"]) is not int
+        or type(about[CAPTION_WEIGHT]) not in (int, float)
+        or not 0 <= about[CAPTION_WEIGHT] <= 1
     ):
         raise GroundingFileError(f"{path} is damaged: it does not hold {sorted(KEYS)}. Save the index again.")
     return about

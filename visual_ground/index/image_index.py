@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visual_ground.errors import GroundingIndexError, GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.index.base import ImageEmbedder, SearchResult, VectorIndex
-from visual_ground.index.entries import make_entries
+from visual_ground.index.captions import check_weight, with_captions
 from visual_ground.index.exact import ExactIndex
-from visual_ground.index.files import FILES, publishable, push_index, read_index, write_index
-from visual_ground.index.places import movable
+from visual_ground.index.files import FILES, read_index, write_index
+from visual_ground.index.publishing import publishable, push_index
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import Filter, Ids, IndexState
+from visual_ground.index.table.entries import make_entries
 from visual_ground.storage.hub import HubOptions, PushOptions, fetch_folder
 from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import ImageLike
@@ -75,16 +76,20 @@ class ImageIndex:
         ids: Ids | None = None,
         metadata: Sequence[Mapping[str, Any]] | None = None,
         batch_size: int = 32,
+        caption_weight: float = 0.0,
     ) -> ImageIndex:
         """Embed PIL images or paths with a grounded model, `batch_size` at once, and index them.
 
-        The rest is as in the class. No image, or one that cannot be read, is a GroundingValueError.
+        The rest is as in the class and, for `caption_weight`, `visual_ground.indexing.options.BuildOptions`. No image,
+        or one that cannot be read, is a GroundingValueError.
         """
         if not len(images):
             raise GroundingValueError("An index needs at least one image, got none.")
+        check_weight(caption_weight)
         make_entries(ids, images, metadata, len(images), 0)  # Embedding takes long: what is wrong is said before.
-        index = cls(model.embed_images(images, batch_size=batch_size), ids, images, metadata)
-        index._state = replace(index._state, space=model.image_space)
+        vectors = model.embed_images(images, batch_size=batch_size)
+        index = cls(with_captions(model, vectors, metadata or [], caption_weight, batch_size), ids, images, metadata)
+        index._state = replace(index._state, space=model.image_space, caption_weight=caption_weight)
         return index
 
     @property
@@ -137,7 +142,7 @@ class ImageIndex:
     def search(self, vectors: Tensor, k: int, filter: Filter | None = None) -> SearchResult:
         """Return the k >= 1 best entries for each query (queries, q), fewer where fewer are allowed.
 
-        `filter` says which entries may be found: a filter on metadata (see `visual_ground.index.filters`), a function
+        `filter` says which entries may be found: a filter on metadata (`visual_ground.index.table.filters`), a function
         of an entry's metadata, or a mask over positions. A column that is not there is a GroundingValueError.
         """
         state = self._state
@@ -165,8 +170,6 @@ class ImageIndex:
         rules allow it, and is an `ImageLink` where not or where that fails.
         """
         state = self._state
-        if not 0 <= position < state.entries.end:
-            raise GroundingIndexError(f"Position {position} is outside this index of {state.entries.end} positions.")
         return state.entries.id(position), state.shown(position), state.entries.metadata(position)
 
     def add(
@@ -207,9 +210,7 @@ class ImageIndex:
         """Add another index's entries, all or none; an id in both, or another adapter's is a GroundingValueError."""
         more = other._state
         with self._lock:
-            self._state.check_space(more.space, "the other with")
-            state = self._state if len(self) else replace(self._state, space=more.space)
-            self._state = state.changed([], more.exact.vectors, movable(more.entries, more.folder, more.rules))
+            self._state = self._state.merged(more)
 
     def check_model(self, space: ImageSpace) -> None:
         """Raise GroundingValueError where it is known that another adapter or encoder than the model's built it."""
@@ -218,7 +219,7 @@ class ImageIndex:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save vectors, ids, images and metadata, whole or not at all; files of other names stay as they are.
 
-        Paths and addresses are kept as given. PIL images are written beside the index as upright RGB,
+        Paths are kept as absolute ones, and PIL images are written beside the index as upright RGB,
         `images/00000012.png`. A GroundingError says what cannot be saved, such as an engine that is no `ExactIndex`.
         """
         with self._lock:
@@ -230,8 +231,7 @@ class ImageIndex:
         `copy_images` publishes the images that are local files too. PIL images are published always; paths never. The
         `options` are as in `GroundedModel.push_to_hub`. After an error, the repository is as it was.
         """
-        contents = publishable(self._state, self.images or [], copy_images)
-        return push_index(contents, repo_id, PushOptions(**options))
+        return push_index(publishable(self._state, self.images or [], copy_images), repo_id, PushOptions(**options))
 
     @classmethod
     def from_pretrained(
@@ -239,9 +239,9 @@ class ImageIndex:
     ) -> ImageIndex:
         """Open a local folder, or a dataset repository of the Hub. Vectors are mapped into memory, not read.
 
-        Nothing outside the folder is opened, and nothing on the network, but for what `rules` allow. `hub_options` are
-        revision, subfolder, token, cache_dir, local_files_only. An index that is missing, damaged or of another format
-        version is a GroundingError.
+        An index that was saved on this machine opens images where they were then. Otherwise nothing outside the folder
+        is opened, and nothing ever on the network, but for what `rules` allow. `hub_options` are revision, subfolder,
+        token, cache_dir, local_files_only. One that is missing, damaged or of another format is a GroundingError.
         """
         folder = fetch_folder(name, FILES, HubOptions.of(hub_options), kind="dataset")
         state = read_index(folder, LinkRules() if rules is None else rules)

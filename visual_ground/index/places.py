@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from visual_ground.errors import GroundingFileError
-from visual_ground.index.entries import Entries, Segment
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
-from visual_ground.index.table_file import live_tables
+from visual_ground.index.table.entries import Entries, Segment
+from visual_ground.index.table.table_file import live_tables
 from visual_ground.storage.atomic import resolve
 from visual_ground.vision.images import ImageLike, to_rgb
+from visual_ground.vision.link_rules import is_address
 
 IMAGES_FOLDER = "images"
 # Names of image files that mean the same on every system: no drives, no backslash, nothing too long, and no "..".
@@ -30,8 +31,8 @@ OWN_FILE = re.compile(r"\d{8,}\.png")
 def place_images(entries: Entries, source: Path | None, folder: Path) -> tuple[list[pa.Table], dict[str, Any]]:
     """Return the tables to write, and the images that become files, by file name.
 
-    A path stands for itself, and the column `file` names a file inside the folder. An index that was loaded from this
-    folder has files in it: these stay, and no new image is written over them.
+    The column `image` has absolute paths, and `file` names of files inside the folder. An index that was loaded from
+    this folder has files in it: these stay, and no new image is written over them.
 
     Args:
         entries: what is saved.
@@ -70,7 +71,7 @@ def movable(entries: Entries, source: Path | None, rules: LinkRules) -> Entries:
     parts = []
     for segment, table, rows in live_tables(entries):
         pictures = {i: segment.pictures[row] for i, row in enumerate(rows) if row in segment.pictures}
-        if source is not None:
+        if source is not None and not segment.given:
             columns = zip(table["image"].to_pylist(), table["file"].to_pylist(), strict=True)
             images = [find_image(address, file, source, rules) for address, file in columns]
             pictures |= {i: image for i, image in enumerate(images) if isinstance(image, ImageLink)}
@@ -85,6 +86,8 @@ def _localised(
 ) -> tuple[pa.Table, dict[int, Any]]:
     """Return a table with files of the folder as files and all others as paths, and its objects by row."""
     pictures = {i: segment.pictures[row] for i, row in enumerate(rows) if row in segment.pictures}
+    if segment.given:
+        table = _absolute(table)
     own = pc.fill_null(pc.match_substring_regex(table["image"], r"[0-9]{8}\.png$"), False)
     if not pc.any(own).as_py() and (source is None or table["file"].null_count == len(table)):
         return table, pictures
@@ -95,6 +98,15 @@ def _localised(
         elif address is not None and _is_own(Path(address), folder):
             addresses[row], files[row] = None, f"{IMAGES_FOLDER}/{Path(address).name}"
     return _with_images(table, addresses, files), pictures
+
+
+def _absolute(table: pa.Table) -> pa.Table:
+    """Return a table whose paths lead to the same files from any working folder."""
+    if not pc.any(pc.invert(pc.starts_with(table["image"], "/"))).as_py():
+        return table
+    addresses = table["image"].to_pylist()
+    absolute = [one if one is None or is_address(one) else os.path.abspath(one) for one in addresses]
+    return _with_images(table, absolute, table["file"].to_pylist())
 
 
 def _is_own(path: Path, folder: Path) -> bool:

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.index.base import VectorIndex
-from visual_ground.index.entries import Entries, make_entries
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
-from visual_ground.index.filters import parse_filter
-from visual_ground.index.places import find_image
+from visual_ground.index.places import find_image, movable
 from visual_ground.index.remote_images import LinkRules, shown
-from visual_ground.index.rows import THUMBNAIL
+from visual_ground.index.table.entries import Entries, make_entries
+from visual_ground.index.table.filters import parse_filter
+from visual_ground.index.table.rows import THUMBNAIL
 from visual_ground.vision.identity import ImageSpace
 
-# A mask over positions, a filter as in `visual_ground.index.filters`, or a function of an entry's metadata.
+# A mask over positions, a filter as in `visual_ground.index.table.filters`, or a function of an entry's metadata.
 Filter: TypeAlias = Tensor | Mapping[str, Any] | Callable[[Mapping[str, Any]], Any]
 Ids: TypeAlias = Sequence[str | int]
 
@@ -36,6 +36,7 @@ class IndexState:
         folder: where the index was loaded from, in which its own images are; None where it was made here.
         rules: which images elsewhere may be opened.
         space: which model the vectors are of; None where that is not known.
+        caption_weight: how far it moved vectors towards those of captions, see `captions.with_captions`.
     """
 
     engine: VectorIndex
@@ -43,6 +44,7 @@ class IndexState:
     folder: Path | None = None
     rules: LinkRules = field(default_factory=LinkRules)
     space: ImageSpace | None = None
+    caption_weight: float = 0.0
 
     @property
     def exact(self) -> ExactIndex:
@@ -65,7 +67,8 @@ class IndexState:
         image = self.entries.cell(position, "image")
         if image is not None and not isinstance(image, str):
             return image
-        return find_image(image, self.entries.cell(position, "file"), self.folder, self.rules)
+        folder = None if self.entries.is_given(position) else self.folder
+        return find_image(image, self.entries.cell(position, "file"), folder, self.rules)
 
     def shown(self, position: int) -> Any:
         """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere."""
@@ -105,6 +108,7 @@ class IndexState:
             "columns": sorted(self.entries.columns()),
             "next_id": self.entries.next_id,
             "built_with": None if self.space is None else str(self.space),
+            "caption_weight": self.caption_weight,
         }
 
     def check_space(self, space: ImageSpace | None, whose: str) -> None:
@@ -115,6 +119,21 @@ class IndexState:
                 "vectors, so that a search would find anything. Use the adapter and encoder that it was built with, "
                 "or build it again."
             )
+
+    def merged(self, other: IndexState) -> IndexState:
+        """Return the state with another index's entries.
+
+        Raises:
+            GroundingValueError: an id that is in both, another adapter's vectors, or another `caption_weight`.
+        """
+        self.check_space(other.space, "the other with")
+        state = self if len(self.entries) else replace(self, space=other.space, caption_weight=other.caption_weight)
+        if len(other.entries) and state.caption_weight != other.caption_weight:
+            raise GroundingValueError(
+                f"This index was built with caption_weight={state.caption_weight:g}, and the other with "
+                f"{other.caption_weight:g}, so that their scores are not alike. Build both with the same."
+            )
+        return state.changed([], other.exact.vectors, movable(other.entries, other.folder, other.rules))
 
     def find(self, ids: Ids) -> list[int]:
         """Return the positions of ids.

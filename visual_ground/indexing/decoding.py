@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -10,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import numpy as np
@@ -113,8 +115,16 @@ _there: dict[str, Any] = {}  # What a reading process was started with.
 
 
 def _start(preprocessing: Preprocessing, thumbnail_size: int | None) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _there.update(preprocessing=preprocessing, thumbnail_size=thumbnail_size)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: where that was killed, nobody else would tell it."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _read_there(items: list[SourceImage]) -> tuple[Any, ...]:

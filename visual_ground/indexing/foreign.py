@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.index.image_index import ImageIndex
-from visual_ground.index.rows import COLUMN_TYPES
+from visual_ground.index.table.rows import COLUMN_TYPES
 
 # Where clip-retrieval puts its embeddings and their metadata.
 EMBEDDINGS_FOLDER, METADATA_FOLDER = "img_emb", "metadata"
@@ -63,6 +64,12 @@ def read_embeddings(
         else:
             index.add(vectors, ids, addresses, metadata)
     assert index is not None
+    return _closed(index, path if path.is_dir() else path.parent)
+
+
+def _closed(index: ImageIndex, folder: Path) -> ImageIndex:
+    """Return an index that opens pictures inside a folder only, since strangers may have written where they are."""
+    index._state = replace(index._state, entries=index._state.entries.from_elsewhere(), folder=folder)
     return index
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
-from visual_ground.index.rows import COLUMN_TYPES
+from visual_ground.index.table.rows import COLUMN_TYPES
 from visual_ground.prompts.types import IMAGE_SUFFIXES
 from visual_ground.storage.shards import read_shard
 from visual_ground.vision.images import ImageLike
+from visual_ground.vision.link_rules import is_url
 
 # The usual names of a dataset's column of images, the likeliest first.
 IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp", "img")
@@ -108,9 +109,9 @@ def _sample(path: Path, key: str, members: Mapping[str, bytes]) -> Iterator[Sour
         metadata |= _plain(values) if isinstance(values, dict) else {}
     if "txt" in members:
         metadata["caption"] = members["txt"].decode("utf-8", errors="replace").strip()
-    address = metadata.get("url")
+    address = _url(metadata)
     image = {"bytes": members[suffix], "path": f"{key}.{suffix}"}
-    yield SourceImage(f"{path.name}/{key}", image, address if isinstance(address, str) else None, metadata)
+    yield SourceImage(f"{path.name}/{key}", image, address, metadata)
 
 
 def _read_rows(rows: Iterable[Any]) -> Iterator[SourceImage]:
@@ -126,9 +127,15 @@ def _read_rows(rows: Iterable[Any]) -> Iterator[SourceImage]:
         image, id = row[column], row.get("id")
         if column == FEATURES_COLUMN:
             image = torch.as_tensor(image, dtype=torch.float32)
-        address = row.get("url") or (image if isinstance(image, str) else None)
+        address = _url(row) or (image if isinstance(image, str) else None)
         metadata = _plain({name: value for name, value in row.items() if name not in (column, "id", "url")})
         yield SourceImage(id if isinstance(id, (str, int)) else None, image, address, metadata)
+
+
+def _url(values: Mapping[str, Any]) -> str | None:
+    """Return the address on the network in `url`. A path there, which could lead anywhere, is none."""
+    address = values.get("url")
+    return address if isinstance(address, str) and is_url(address) else None
 
 
 def _undecoded(rows: Any) -> Any:

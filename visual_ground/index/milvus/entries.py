@@ -9,10 +9,11 @@ from typing import Any
 
 from visual_ground.index.milvus.rows import Entry
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
-from visual_ground.index.rows import THUMBNAIL, check_counts, check_distinct, check_ids, check_metadata
 from visual_ground.index.state import Ids, IndexState
+from visual_ground.index.table.rows import THUMBNAIL, check_counts, check_distinct, check_ids, check_metadata
 from visual_ground.vision.decoding import to_thumbnail
 from visual_ground.vision.images import to_rgb
+from visual_ground.vision.link_rules import is_address
 
 THUMBNAIL_SIZE = 256  # Pixels; some 15 kB, and a cell of Milvus has 65 kB.
 
@@ -64,5 +65,6 @@ def _kept(image: Any, thumbnail: bytes | None) -> tuple[str | None, bytes | None
     if isinstance(image, ImageLink):
         return image.address, thumbnail
     if image is None or isinstance(image, (str, os.PathLike)):
-        return None if image is None else os.fspath(image), thumbnail
+        path = None if image is None else os.fspath(image)
+        return path if path is None or is_address(path) else os.path.abspath(path), thumbnail
     return None, thumbnail or to_thumbnail(to_rgb(image), THUMBNAIL_SIZE)

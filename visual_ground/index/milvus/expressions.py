@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from visual_ground.index.filters import COMPARISONS, Comparison, Condition, kind_of
+from visual_ground.index.table.filters import COMPARISONS, Comparison, Condition, kind_of
 
 SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OPPOSITES = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
@@ -24,7 +24,7 @@ def expression(condition: Condition) -> str:
     """Return a condition as Milvus writes it.
 
     Example:
-        >>> from visual_ground.index.filters import parse_filter
+        >>> from visual_ground.index.table.filters import parse_filter
         >>> expression(parse_filter({"licence": "CC0"}))
         'entry["string"]["licence"] == "CC0"'
     """

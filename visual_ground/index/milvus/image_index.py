@@ -12,7 +12,6 @@ from torch import Tensor
 from visual_ground.errors import GroundingIndexError, GroundingTypeError, GroundingValueError
 from visual_ground.index.base import SearchResult
 from visual_ground.index.files import read_index
-from visual_ground.index.filters import columns_of, parse_filter
 from visual_ground.index.milvus.collection import WINDOW
 from visual_ground.index.milvus.connection import COLLECTION, Place
 from visual_ground.index.milvus.engine import MOST_FOUND, MilvusIndex
@@ -21,8 +20,9 @@ from visual_ground.index.milvus.expressions import ALL, expression, key_of, list
 from visual_ground.index.milvus.rows import Entry, from_row
 from visual_ground.index.milvus.schema import MilvusSearch
 from visual_ground.index.remote_images import LinkRules, shown
-from visual_ground.index.rows import check_ids
 from visual_ground.index.state import Filter, Ids
+from visual_ground.index.table.filters import columns_of, parse_filter
+from visual_ground.index.table.rows import check_ids
 
 FIELDS = ("entry", "thumbnail")
 FIRST_LOOK = 4  # Times k entries that are looked at first for a filter that is a function.

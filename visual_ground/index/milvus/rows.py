@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.index.filters import kind_of
 from visual_ground.index.milvus.expressions import INT64, key_of
+from visual_ground.index.table.filters import kind_of
 
 LONGEST = 65_535  # Bytes that Milvus keeps in one cell.
 KINDS = ("number", "string", "bool")

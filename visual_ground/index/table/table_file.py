@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.index.entries import Entries, Segment
-from visual_ground.index.rows import COLUMN_TYPES, FIXED, OTHERS, RESERVED, THUMBNAIL, parse_others
+from visual_ground.index.table.entries import Entries, Segment
+from visual_ground.index.table.rows import COLUMN_TYPES, FIXED, OTHERS, RESERVED, THUMBNAIL, parse_others
 from visual_ground.storage.atomic import replacing, resolve
 
 ROW_GROUP = 1 << 17
@@ -53,7 +53,6 @@ def read_table(path: str | os.PathLike[str]) -> pa.Table:
         raise GroundingFileError(f"{path} is missing: the folder is half-written. Save it again.")
     try:
         table = pq.read_table(path, memory_map=True, page_checksum_verification=True, partitioning=None)
-        table = table.combine_chunks()
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, MemoryError, KeyError) as error:
         raise GroundingFileError(f"{path} is damaged: {error}. Save it again.") from error
@@ -66,11 +65,17 @@ def read_table(path: str | os.PathLike[str]) -> pa.Table:
     both = pc.equal(pc.is_valid(table["id"]), pc.is_valid(table["id_number"]))
     if pc.any(both).as_py():
         raise GroundingFileError(f"{path} is damaged: an entry has no id, or two. Save it again.")
-    if any(
-        pc.count_distinct(table[name]).as_py() < len(table) - table[name].null_count for name in ("id", "id_number")
-    ):
+    if any(repeats(table[name]) for name in ("id", "id_number")):
         raise GroundingValueError(f"{path} holds an id twice; ids must be distinct.")
     return table
+
+
+def repeats(column: pa.ChunkedArray) -> bool:
+    """Return whether a value of a column comes twice."""
+    if column.type == pa.int64():  # Sorted, because a set of ten million numbers would take a gigabyte.
+        numbers = np.sort(column.drop_null().to_numpy())
+        return bool((numbers[1:] == numbers[:-1]).any())
+    return bool(pc.count_distinct(column).as_py() < len(column) - column.null_count)
 
 
 def live_tables(entries: Entries) -> Iterator[tuple[Segment, pa.Table, list[int]]]:

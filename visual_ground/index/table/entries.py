@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from visual_ground.errors import GroundingIndexError, GroundingValueError
-from visual_ground.index.filters import COMPARISONS, ORDERED, Comparison, Condition, columns_of, kind_of
-from visual_ground.index.rows import RESERVED, THUMBNAIL, check_counts, make_table, read_others, row_id, row_metadata
+from visual_ground.index.table.filters import Condition, columns_of
+from visual_ground.index.table.masks import rows_where
+from visual_ground.index.table.rows import (
+    RESERVED,
+    THUMBNAIL,
+    check_counts,
+    make_table,
+    read_others,
+    row_id,
+    row_metadata,
+)
 
 Ids = Sequence[str | int]
-ARROW_KINDS = {pa.string(): "string", pa.int64(): "number", pa.float64(): "number", pa.bool_(): "bool"}
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,12 @@ class Segment:
     Args:
         table: as `rows.make_table` makes it.
         pictures: the images that are objects rather than addresses, by row.
+        given: whether this process was given the addresses, rather than reading them from an index.
     """
 
     table: pa.Table
     pictures: Mapping[int, Any] = field(default_factory=dict)
+    given: bool = True
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -81,6 +90,14 @@ class Entries:
         if column == "image" and row in segment.pictures:
             return segment.pictures[row]
         return segment.table[column][row].as_py() if column in segment.table.column_names else None
+
+    def is_given(self, position: int) -> bool:
+        """Whether this process was given the image at a position, rather than reading of it in an index."""
+        return self._locate(position)[0].given
+
+    def from_elsewhere(self) -> Entries:
+        """Return entries whose images are opened only where rules allow it."""
+        return replace(self, segments=tuple(replace(segment, given=False) for segment in self.segments))
 
     def _locate(self, position: int) -> tuple[Segment, int]:
         row = position
@@ -158,7 +175,7 @@ class Entries:
             known = {name for segment in self.segments for name in segment.table.column_names} - RESERVED
             if not unknown <= known and (missing := sorted(unknown - self.columns())):
                 raise GroundingValueError(f"No entry has {missing}; a filter can compare {sorted(self.columns())}.")
-        parts = [_mask(segment.table, condition) for segment in self.segments]
+        parts = [rows_where(segment.table, condition) for segment in self.segments]
         return np.concatenate([*parts, np.zeros(0, dtype=bool)])
 
     def chosen_by(self, choose: Callable[[Mapping[str, Any]], Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -192,53 +209,11 @@ def make_entries(
 
 
 def _join(one: Segment, other: Segment) -> Segment | None:
+    if one.given != other.given:
+        return None
     try:
         table = pa.concat_tables([one.table, other.table], promote_options="default").combine_chunks()
     except pa.ArrowException:
         return None
-    return Segment(table, {**one.pictures, **{len(one) + row: image for row, image in other.pictures.items()}})
-
-
-def _mask(table: pa.Table, condition: Condition) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    if isinstance(condition, Comparison):
-        return _compare(table, condition)
-    masks: Iterator[Any] = (_mask(table, one) for one in condition.conditions)
-    if condition.joined_by == "not":
-        return np.asarray(~next(masks))
-    start = np.full(table.num_rows, condition.joined_by == "and")
-    return reduce(np.logical_and if condition.joined_by == "and" else np.logical_or, masks, start)
-
-
-def _compare(table: pa.Table, one: Comparison) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    mask = np.zeros(table.num_rows, dtype=bool)
-    names = ("id", "id_number") if one.column == "id" else (one.column,) if one.column not in RESERVED else ()
-    for name in names:
-        if name in table.column_names:
-            mask |= _compare_column(table[name], one)
-    if one.column != "id":
-        for row, values in read_others(table):
-            if one.column in values:
-                mask[row] = one.holds(values[one.column])
-    return mask
-
-
-def _compare_column(column: Any, one: Comparison) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    kind = ARROW_KINDS.get(column.type)
-    values = one.value if one.operator == "in" else (one.value,)
-    comparable = [value for value in values if kind_of(value) == kind]
-    how = "eq" if one.operator == "in" else one.operator
-    if kind == "bool" and how in ORDERED:
-        comparable = []
-    found = np.zeros(len(column), dtype=bool)
-    functions = {"eq": pc.equal, "ne": pc.not_equal, "lt": pc.less, "le": pc.less_equal}
-    functions |= {"gt": pc.greater, "ge": pc.greater_equal}
-    for value in comparable:
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            valid = column.is_valid().to_numpy()
-            found |= valid & COMPARISONS[how](0.0, float("inf") if value > 0 else float("-inf"))
-            continue
-        try:
-            found |= pc.fill_null(functions[how](column, pa.scalar(value)), False).to_numpy()
-        except pa.ArrowException:  # A whole number that no float equals; Python compares the two exactly.
-            found |= np.array([other is not None and COMPARISONS[how](other, value) for other in column.to_pylist()])
-    return found
+    pictures = {**one.pictures, **{len(one) + row: image for row, image in other.pictures.items()}}
+    return Segment(table, pictures, one.given)
