@@ -112,8 +112,9 @@ def image_name(image: Any) -> str:
 
 def shortened(address: str | bytes) -> str:
     """Return a path or URL in quotes, its middle left out where it is long."""
-    rest = len(address) - NAME_LENGTH
-    return repr(address) if rest <= 0 else f"{address[:NAME_LENGTH]!r}... ({rest:,} more)"
+    half, rest = NAME_LENGTH // 2, len(address) - NAME_LENGTH
+    # The name of a file stands at the end.
+    return repr(address) if rest <= 0 else f"{address[:half]!r}... ({rest:,} more) ...{address[-half:]!r}"
 
 
 def read_file(image: Any, rules: LinkRules | None = None) -> bytes:
