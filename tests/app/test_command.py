@@ -31,11 +31,21 @@ def test_what_the_demo_saves_is_loaded_with_pictures_and_credits(tmp_path, monke
     picture(0).save(pictures / "fox.png")
     model = grounded()
     index = ImageIndex.build(model, [str(pictures / "fox.png")], ["fox"])
+    recalls = {"text_to_image": {"r1": 12.5}, "image_to_text": {"r1": 25.0}}
+    results = {"seen": recalls, "unseen": {**recalls, "text_to_image": {"r1": 6.25}}, "caption_pair_accuracy": 80.0}
+    saved.record_results(model, results, 150, "test")
     saved.save_demo(model, index, [Concept("1f98a", "fox", (), "train", "animal")], tmp_path)
     monkeypatch.setattr(saved, "load_lm", lambda cache: (grounded().unground(), model.tokenizer))
     monkeypatch.setattr(saved, "load_vision", lambda: model.vision)
     _, loaded = saved.load_demo(tmp_path, tmp_path / "cache")
     name, image, metadata = loaded.entry(0)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    for line in (
+        "concepts seen in training | train | 300 | Recall at 1, text to image (percent) | 12.5 |",
+        "unseen concepts | test | 300 | Recall at 1, text to image (percent) | 6.25 |",
+        "unseen concepts | test | 300 | Caption pair accuracy (percent) | 80 |",
+    ):
+        assert line in card
     assert name == "fox" and Path(image).read_bytes() == (pictures / "fox.png").read_bytes()
     assert metadata["credit"] and metadata["licence"] and metadata["source"].endswith("1F98A/")
 

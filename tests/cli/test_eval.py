@@ -65,3 +65,19 @@ def test_what_cannot_be_measured_is_one_line(command, capsys):
     assert "no task 'karpaty'; there are" in capsys.readouterr().err
     assert main([*command[:3], "pairs.csv", "--record"]) == 2
     assert "--record me/pairs" in capsys.readouterr().err
+
+
+def test_pairs_that_cannot_be_read_are_named_and_every_caption_counts(command, tmp_path, capsys, caplog):
+    rows = [
+        {"image": "data/a.png", "caption": ["w5 w6", "w7"]},
+        {"image": "data/none.png", "caption": ["w5"]},
+        {"image": "data/b.png", "caption": [""]},
+        {"image": "data/b.png", "caption": ["w8 w9", None]},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main([*command[:3], "pairs.jsonl"]) == 2
+    assert "max_skipped" in capsys.readouterr().err
+    assert main([*command[:3], "pairs.jsonl", "--max-skipped", "0.5"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 3
+    assert "row 1" in caplog.text and "none.png" in caplog.text and "row 2: its caption is empty" in caplog.text
+    assert main([*command[:3], "none.jsonl"]) == 2

@@ -1,12 +1,17 @@
 """Pairs that repeat an image, as tables with five captions an image do: a perfect model finds all of them."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from tests.tiny import picture
+from tests.tiny import grounded, picture
+from tests.training.runs import arguments
+from visual_ground import GroundingTrainer
 from visual_ground.evaluation.captions import _of_other_groups
 from visual_ground.evaluation.metrics import recall_at, retrieval_recalls
 from visual_ground.evaluation.pairs import Groups
@@ -71,3 +76,35 @@ def test_a_wrong_image_is_of_another_group_and_without_repeats_any_other_one(num
     others = _of_other_groups(torch.arange(count), torch.Generator().manual_seed(seed))
     drawn = torch.randint(1, count, (count,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(others, (torch.arange(count) + drawn) % count)
+
+
+@pytest.mark.parametrize("form", [lambda i: picture(i), lambda i: np.asarray(picture(i)), lambda i: Path(f"{i}.png")])
+def test_equal_images_are_one_in_whatever_form_they_come(form):
+    groups = Groups()
+    for i in (0, 1, 0, 1):
+        groups.add({"image": form(i)})
+    assert groups.numbers == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_each_caption_of_a_row_counts_and_an_image_that_is_repeated_is_one(cached, tmp_path, caplog):
+    for i in range(4):
+        picture(i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"copy{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes())
+    (tmp_path / "broken.png").write_text("no image")
+    texts = [[f"w{10 + i} w{20 + j}" for j in range(1 + i % 3)] for i in range(4)]
+    listed = [{"image": f"{i}.png", "caption": [*texts[i], ""]} for i in range(4)]
+    flat = [
+        {"image": f"{'copy' * (j % 2)}{i}.png", "caption": text} for i in range(4) for j, text in enumerate(texts[i])
+    ]
+    model, found = grounded(), []
+    options = dict(image_folder=str(tmp_path), cache_features=cached, max_skipped=0.5, eval_strategy="no")
+    for name, rows in (("listed", listed), ("flat", flat)):
+        rows = [*rows[:1], {"image": "broken.png", "caption": "w5"}, *rows[1:]]
+        trainer = GroundingTrainer(model, arguments(tmp_path / name, **options), eval_dataset=rows)
+        found.append(trainer.evaluate())
+        assert "broken.png" in caplog.text and "Skipped 1 images" in caplog.text
+        caplog.clear()
+    assert {name: found[0][name] for name in found[0]} == pytest.approx(found[1])
+    captions = sum(map(len, texts))
+    assert len(trainer.eval_dataset) == captions and len(set(trainer.eval_dataset.groups)) == 4

@@ -113,6 +113,43 @@ def test_the_first_that_says_something_of_the_length_is_heard(option, given_conf
     assert ids_of(model, prompt, **options).shape[1] == (said or [64])[0], lengths
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("least", [dict(min_new_tokens=80), dict(min_length=100)])
+def test_the_default_length_is_no_less_than_what_is_asked_for_at_least(least):
+    model = MODELS["never ends"]
+    model.lm.generation_config = GenerationConfig(eos_token_id=None)
+    said = ids_of(model, ["w4 w5"], **least).shape[1]
+    assert said > 80
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["option", "config", "own"])
+def test_an_answer_that_its_end_ended_is_whole_wherever_the_end_is_said(where):
+    model = grounded(lm=build("llama_untied", eos_token_id=None))
+    words = model.generate(["w4 w5"], max_new_tokens=6, max_images=0)[0].text.split()
+    end, options = int(words[3][1:]), {"max_new_tokens": 6, "max_images": 0}
+    if where == "option":
+        options["eos_token_id"] = end
+    elif where == "config":
+        options = {"max_images": 0, "generation_config": GenerationConfig(eos_token_id=end, max_new_tokens=6)}
+    else:
+        model.lm.generation_config.eos_token_id = end
+    # Its own ends are no text; those of a call are words, such as a full stop.
+    wanted = words[: 3 if where == "own" else 4]
+    assert model.generate(["w4 w5"], complete_sentences=True, **options)[0].text.split() == wanted
+    streamed = "".join(map(str, model.stream(["w4 w5"], complete_sentences=True, **options)))
+    assert streamed.split() == wanted
+
+
+@pytest.mark.parametrize(
+    "field", ["images_per_ret", "max_images", "min_new_tokens_before_ret", "min_new_tokens_between_rets", "ret_bias"]
+)
+def test_settings_that_are_no_numbers_of_their_kind_are_refused(field):
+    for value in (float("nan"),) if field == "ret_bias" else (-1, 1.5, "3", True, float("nan")):
+        with pytest.raises(GroundingValueError, match=field):
+            RetrievalSettings(**{field: value})
+
+
 MODELS = {"never ends": grounded(lm=build("llama_untied", eos_token_id=None))}
 
 
@@ -138,6 +175,12 @@ def test_what_cannot_be_is_refused_by_name():
         (dict(assistant_model=build("llama_untied")), "assistant_model cannot"),
         (dict(generation_config=GenerationConfig(assistant_early_exit=1)), "assistant_early_exit cannot"),
         (dict(max_length=1), "counts the prompt too"),
+        (dict(inputs_embeds=torch.zeros(1, 2, 32)), "takes no inputs_embeds: the prompts are the first argument"),
+        (dict(input_ids=torch.zeros(1, 2, dtype=torch.long)), "takes no input_ids"),
+        (dict(attention_mask=torch.ones(1, 2)), "takes no attention_mask"),
+        (dict(token_healing=True), "takes no token_healing: it writes the prompts anew"),
+        (dict(generation_config=GenerationConfig(token_healing=True)), "takes no token_healing"),
+        (dict(prompt_lookup_num_tokens=2, guidance_scale=1.5), "guidance_scale=1.5 reads a second prompt"),
     ]:
         for prompt in ("w4 w5", [["w4", picture(0)]]):
             with pytest.raises(GroundingValueError, match=match):

@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from tests.tiny import grounded, picture
 from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
 from visual_ground.prompts.parts import read_content, read_part
-from visual_ground.prompts.types import ImagePart, is_image_string
+from visual_ground.prompts.types import IMAGE_SUFFIXES, OTHER_SUFFIXES, ImagePart, is_image_string
+from visual_ground.training.data.prompts import SplitPrompt
 from visual_ground.vision.images import to_rgb
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
@@ -142,3 +147,56 @@ def test_a_chats_words_are_never_a_path(tmp_path):
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     for content in (str(tmp_path / "x.png"), [{"type": "text", "text": str(tmp_path / "x.png")}]):
         assert "pixel_values" not in model.prepare([{"role": "user", "content": content}])
+
+
+def test_every_ending_that_pillow_opens_is_an_image_s():
+    Image.init()
+    opened = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    assert opened <= IMAGE_SUFFIXES | OTHER_SUFFIXES
+    for ending in opened:
+        assert is_image_string(f"missing{ending.upper()}")
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["", " ", "\n", "\t\r\n"]), st.sampled_from(["", " ", "\n", "\r\n"]), st.sampled_from(range(5)))
+def test_white_space_around_an_address_makes_no_words_of_it(tmp_path_factory, before, after, kind):
+    folder = tmp_path_factory.mktemp("images")
+    PICTURE.save(folder / "cat.png")
+    data = base64.b64encode((folder / "cat.png").read_bytes()).decode()
+    path = str(folder / "cat.png")
+    ways = [path, f"file:{path}", f"data:application/octet-stream;base64,{data}", f"DATA:;base64,{data}", data]
+    parts = [to_rgb(part.image) for part in read_part(before + ways[kind] + after)]
+    assert [part.tobytes() for part in parts] == [PICTURE.convert("RGB").tobytes()]
+
+
+BOTH = [("text", {"type": "text", "text": "w4"}), ("image", {"type": "image", "image": PICTURE})]
+
+
+@pytest.mark.parametrize("kind, part", BOTH)
+def test_a_part_of_one_type_loses_nothing_of_the_other(kind, part):
+    other, value = ("text", "w5") if kind == "image" else ("image", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(GroundingTypeError, match="would be lost"):
+        read_content([{**part, other: value}])
+    # Tables of parts fill up with these.
+    assert read_content([{**part, other: None}]) == read_content([{**part, other: ""}]) == read_content([part])
+    assert read_content([{"text": "w4", "image": PICTURE}]) == [ImagePart(PICTURE), "w4"]
+
+
+@pytest.mark.parametrize("key", ["image", "files", "attachments", "experimental_attachments"])
+def test_images_beside_a_message_s_content_are_read_or_named(key):
+    model = grounded()
+    model.tokenizer.chat_template = TEMPLATE
+    with pytest.raises(GroundingTypeError, match=rf"\['{key}'\], which would not be read"):
+        model.prepare([{"role": "user", "content": "w4", key: [PICTURE]}])
+    for message in (
+        {"role": "user", "content": "w4", "images": [PICTURE, PICTURE]},
+        {
+            "role": "user",
+            "parts": [{"text": "w4"}, {"inline_data": {"mime_type": "image/png", "data": BASE64}}, PICTURE],
+        },
+        {"role": "user", "content": None, "images": [BASE64, PICTURE]},
+    ):
+        assert len(model.prepare([message])["pixel_values"]) == 2
+        assert len(SplitPrompt.of([message], lambda image: image).images) == 2
+    with pytest.raises(GroundingTypeError, match="has no content"):
+        model.prepare([{"role": "user", "name": "w4"}])

@@ -27,6 +27,11 @@ QUICK = dict(data_dependent_init=False, max_steps=1)
         ("include_num_input_tokens_seen", True),
         ("accelerator_config", {"dispatch_batches": True}),
         ("train_sampling_strategy", "group_by_length"),
+        ("torch_compile", True),
+        ("debug", "underflow_overflow"),
+        ("learning_rate", float("nan")),
+        ("retrieval_loss_scale", float("nan")),
+        ("max_grad_norm", float("nan")),
     ],
 )
 def test_settings_without_a_meaning_are_refused_by_name(name, value, tmp_path):

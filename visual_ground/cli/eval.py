@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from visual_ground.cli.arguments import (
@@ -11,6 +12,7 @@ from visual_ground.cli.arguments import (
     add_model_arguments,
     columns_of,
     load_model,
+    number,
     whole,
 )
 from visual_ground.errors import GroundingValueError
@@ -49,6 +51,9 @@ def add_parser(commands: Commands) -> None:
     task.add_argument("--device", metavar="NAME", help="where the models run, such as cuda:1; a GPU if there is one")
     pairs = parser.add_argument_group("for pairs")
     pairs.add_argument("--dataset-revision", help="for --record: of the dataset")
+    pairs.add_argument(
+        "--max-skipped", metavar="X", type=number(0, 1), default=0.01, help="part that may be unreadable; 0.01"
+    )
     add_column_options(pairs)
     parser.set_defaults(run=run)
 
@@ -98,14 +103,20 @@ def _setting(text: str) -> tuple[str, Any]:
 def _run_pairs(options: argparse.Namespace) -> None:
     from visual_ground.evaluation import CaptionPairEvaluator, EvaluationPairs, RetrievalEvaluator
     from visual_ground.storage.atomic import replacing
-    from visual_ground.training.data.examples import ExampleDataset
+    from visual_ground.training.data.columns import open_rows
     from visual_ground.training.data.loading import load_rows
+    from visual_ground.training.data.preparing import Preparing
+    from visual_ground.training.setup import forbidden_words
 
     if options.record == "":
         raise GroundingValueError("--record needs the dataset's name or Hub id here: --record me/pairs.")
     rows = load_rows(options.dataset, options.split)
-    pairs = EvaluationPairs(ExampleDataset(rows, sample=False, columns=columns_of(options, rows)))
+    columns = columns_of(options, rows)
+    open_rows(rows, columns)  # What is wrong with the dataset is said before the models are loaded.
     model = load_model(options)
+    columns = replace(columns, forbidden=forbidden_words(model))
+    preparing = Preparing(columns, None, model.vision.feature_dim, options.max_skipped, progress=True)
+    pairs = EvaluationPairs(preparing.examples(rows, sample=False))
     results = {**RetrievalEvaluator(pairs)(model), **CaptionPairEvaluator(pairs)(model)}
     text = json.dumps({"pairs": len(pairs), **results}, indent=2)
     print(text)

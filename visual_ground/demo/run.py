@@ -23,7 +23,7 @@ from visual_ground.demo.conversations import CONVERSATIONS, Exchange, Request, c
 from visual_ground.demo.page import as_text, request_summary, table, write_page
 from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.recalls import adapter_recalls, baseline_recalls
-from visual_ground.demo.saved import ADAPTER, save_demo
+from visual_ground.demo.saved import ADAPTER, record_results, save_demo
 from visual_ground.demo.sheet import write_contact_sheet
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.evaluation import caption_pair_accuracy
@@ -140,7 +140,9 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
     with clock.step("fit the adapter"):
         train(model, pairs, out, cache)
     with clock.step("evaluate"):
-        results = evaluate(model, pairs, "validation" if choose else "test")
+        reported = "validation" if choose else "test"
+        results = evaluate(model, pairs, reported)
+        record_results(model, results, len(pairs.numbers(reported)), reported)
     with clock.step("converse"):
         bias = story_bias(model)
         conversations = converse_all(model, pairs, bias)

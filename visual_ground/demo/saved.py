@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from visual_ground.demo.emoji import Concept
+from visual_ground.demo.pairs import CAPTION_KINDS
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.errors import GroundingStateError
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
 
 ADAPTER, INDEX = "adapter", "index"
+DATASET = "OpenMoji and Twemoji"
 # Who drew the pictures that the demo shows.
 CREDIT = {"credit": "OpenMoji", "licence": "CC BY-SA 4.0"}
 PAGE = "https://openmoji.org/library/emoji-{}/"
+
+
+def record_results(model: GroundedModel, results: Mapping[str, Any], unseen: int, split: str) -> None:
+    """Put what was measured into the report of the model's adapter, and so into the card that is saved with it.
+
+    Args:
+        model: the grounded model.
+        results: as from `demo.run.evaluate`.
+        unseen: concepts that were measured of either kind.
+        split: the unseen ones', "test" or "validation".
+    """
+    accuracy = {"caption_pair_accuracy": results["caption_pair_accuracy"]}
+    pairs = unseen * len(CAPTION_KINDS)
+    report = model.active.report.measured(
+        f"{DATASET}, concepts seen in training", results["seen"], pairs, split="train"
+    )
+    unseen_results = {**results["unseen"], **accuracy}
+    model.active.report = report.measured(f"{DATASET}, unseen concepts", unseen_results, pairs, split=split)
 
 
 def save_demo(model: GroundedModel, index: ImageIndex, concepts: list[Concept], out: Path) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from visual_ground.errors import GroundingTypeError
 from visual_ground.model import GroundedModel
 from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.identity import image_key
 
 
 class Pairs(Protocol):
@@ -109,9 +109,7 @@ def _image_key(pair: Mapping[str, Any]) -> Any:
     image = pair.get("image")
     if image is None:
         return torch.as_tensor(pair["image_features"]).numpy(force=True).tobytes()
-    if isinstance(image, Image.Image):
-        return image.size, image.mode, hashlib.sha256(image.tobytes()).digest()
-    return image if isinstance(image, (str, bytes)) else id(image)
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else image_key(image)
 
 
 def _caption(pair: Mapping[str, Any]) -> str:

@@ -16,6 +16,13 @@ from visual_ground.lm.peft import base_model_of
 from visual_ground.prompts.processor import GroundingProcessor
 
 MAX_NEW_TOKENS = 64  # Where neither the caller nor the LM's own generation config says anything of the length.
+# Options of transformers' `generate` that would replace what the prompts are, or lose their images; and why.
+REFUSED = {
+    "input_ids": "the prompts are the first argument",
+    "inputs_embeds": "the prompts are the first argument, and images are embedded by the adapter",
+    "attention_mask": "it follows from the prompts",
+    "token_healing": "it writes the prompts anew as text, without their images",
+}
 
 
 def complete_options(
@@ -38,16 +45,18 @@ def complete_options(
 
     Raises:
         GroundingTypeError: generation_config is not a GenerationConfig.
-        GroundingValueError: assisted generation that cannot work here, or a length that leaves no room for an answer.
+        GroundingValueError: assisted generation that cannot work here, an option that would replace the prompts, or a
+            length that leaves no room for an answer.
     """
     options = dict(options)
-    configs = [options.get("generation_config"), getattr(base_model_of(frozen_lm.lm), "generation_config", None)]
+    configs = [options.get("generation_config"), _own_config(frozen_lm)]
     if configs[0] is not None and not isinstance(configs[0], GenerationConfig):
         raise GroundingTypeError(
             f"generation_config must be a transformers GenerationConfig, got {type(configs[0]).__name__}."
         )
     sources = [options, *(vars(config) for config in configs if config is not None)]
     _check_assistance(sources, len(prompts))
+    _check_refused(sources)
     given = options.pop("logits_processor", None) or ()
     length = _max_new_tokens(sources, prompts.shape[1])
     options.pop("max_length", None)
@@ -58,6 +67,11 @@ def complete_options(
         return {"pad_token_id": processor.pad_token_id, **options, "max_new_tokens": length}
     options.pop("max_new_tokens", None)
     return {**options, "generation_config": _filled(configs[0], length, processor.pad_token_id)}
+
+
+def _own_config(frozen_lm: FrozenLM) -> GenerationConfig | None:
+    """Return the LM's own generation config."""
+    return getattr(base_model_of(frozen_lm.lm), "generation_config", None)
 
 
 def _filled(config: GenerationConfig, length: int, pad_token_id: int) -> GenerationConfig:
@@ -81,6 +95,8 @@ def _unsaid_length() -> int | None:
 def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
     """Return the most tokens that an answer may have, from the first source that sets a limit of either kind.
 
+    Where none does, but one asks for a length at least, the default comes on top of that.
+
     Args:
         sources: the caller's options, the caller's generation config, the LM's own.
         prompt_length: ids of the prompts, which `max_length` counts too.
@@ -96,7 +112,9 @@ def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) ->
                     "an answer. Pass max_new_tokens, which counts the answer only."
                 )
             return int(whole) - prompt_length
-    return MAX_NEW_TOKENS
+    least = next((int(most) for source in sources if (most := source.get("min_new_tokens"))), 0)
+    whole = next((int(most) for source in sources if (most := source.get("min_length"))), 0)
+    return MAX_NEW_TOKENS + max(0, least, whole - prompt_length)
 
 
 def _check_assistance(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
@@ -111,6 +129,18 @@ def _check_assistance(sources: Sequence[Mapping[str, Any]], batch_size: int) -> 
         raise GroundingValueError(
             f"prompt_lookup_num_tokens takes one prompt at a time, got {batch_size}. Call generate once for each."
         )
+    guided = next((scale for source in sources if (scale := source.get("guidance_scale")) is not None), 1)
+    if guided != 1 and any(source.get("prompt_lookup_num_tokens") for source in sources):
+        raise GroundingValueError(
+            f"guidance_scale={guided} reads a second prompt token by token, and prompt_lookup_num_tokens says several "
+            "at once. Leave one of them out."
+        )
+
+
+def _check_refused(sources: Sequence[Mapping[str, Any]]) -> None:
+    for name, reason in REFUSED.items():
+        if any(source.get(name) is not None and source.get(name) is not False for source in sources):
+            raise GroundingValueError(f"generate takes no {name}: {reason}. Leave it out.")
 
 
 def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any] | None = None) -> set[int]:
@@ -121,8 +151,9 @@ def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str
         attached: the active adapter, with the tokenizer.
         options: of the call to `generate`.
     """
-    own = getattr(getattr(frozen_lm.lm, "generation_config", None), "eos_token_id", None)
-    ids = (options or {}).get("eos_token_id", own)
+    options = options or {}
+    sources = [options, *(vars(one) for one in (options.get("generation_config"), _own_config(frozen_lm)) if one)]
+    ids = next((ids for source in sources if (ids := source.get("eos_token_id")) is not None), None)
     ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
     if isinstance(ids, Tensor):
         ids = ids.flatten().tolist()

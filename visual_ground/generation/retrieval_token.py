@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -53,12 +55,15 @@ class RetrievalSettings:
     see_images: bool = False
 
     def __post_init__(self) -> None:
-        if self.images_per_ret < 1:
-            raise GroundingValueError(f"images_per_ret must be at least 1, got {self.images_per_ret}.")
-        for name in ("max_images", "min_new_tokens_before_ret", "min_new_tokens_between_rets"):
+        least = {"max_images": 0, "min_new_tokens_before_ret": 0, "min_new_tokens_between_rets": 0}
+        for name, smallest in {"images_per_ret": 1, **least}.items():
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise GroundingValueError(f"{name} must be at least 0, got {value}.")
+            if value is None and name == "max_images":
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
+                raise GroundingValueError(f"{name} must be a whole number of at least {smallest}, got {value!r}.")
+        if math.isnan(self.ret_bias):
+            raise GroundingValueError("ret_bias must be a number, got NaN, which compares with nothing. Use 0.0.")
 
     @classmethod
     def take_from(cls, options: dict[str, Any]) -> RetrievalSettings:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.prompts.parts import Parts, read_content, read_part
+from visual_ground.prompts.parts import Parts, is_given, read_content, read_part
 from visual_ground.prompts.template import render_template
 from visual_ground.prompts.types import ChatMessage, PromptPart, Prompts
 from visual_ground.vision.images import is_single
@@ -17,6 +17,11 @@ ILLUSTRATED = (
     "Your answers are illustrated: a picture of the thing is put behind your first sentence. Answer in one or two "
     "short sentences about the thing itself."
 )
+
+# Besides its content, what a message without words may have.
+CALLS = ("tool_calls", "function_call", "tool_call_id")
+# Where the messages of other programs have images besides the content; none of these says which part it belongs to.
+IMAGES_ELSEWHERE = ("image", "files", "attachments", "experimental_attachments")
 
 
 def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
@@ -64,25 +69,43 @@ def render_chat(tokenizer: Any, messages: Sequence[Any]) -> Parts:
             "These chat messages need a chat template, and the tokenizer has none. Set tokenizer.chat_template, "
             "or write the prompt as a list of text and images."
         )
-    mappings = [_as_mapping(message) for message in messages]
-    return render_template(tokenizer, mappings, [_read(message) for message in mappings])
+    mappings = [as_message(message) for message in messages]
+    return render_template(tokenizer, mappings, [read_message(message) for message in mappings])
 
 
-def _as_mapping(message: Any) -> ChatMessage:
+def as_message(message: Any) -> ChatMessage:
     """Return a message as a mapping: agents and clients have objects, with roles that may be enums."""
     if not isinstance(message, Mapping):
-        names = ("role", "content", "tool_calls", "tool_call_id", "name")
+        names = ("role", "content", "name", "images", "parts", *CALLS, *IMAGES_ELSEWHERE)
         message = {name: getattr(message, name, None) for name in names}
         message = {name: value for name, value in message.items() if value is not None or name == "content"}
     return {**message, "role": str(getattr(message["role"], "value", message["role"]))}
 
 
-def _read(message: ChatMessage) -> Parts:
-    content, role = message.get("content"), message["role"]
+def read_message(message: ChatMessage) -> Parts:
+    """Return the texts and images of a message, as from `as_message`.
+
+    Gemini's and Vercel's messages have `parts` in place of `content`, and Ollama's `images` beside it.
+
+    Raises:
+        GroundingTypeError: without content, with images in another place, or a part that is neither text nor image.
+        GroundingValueError: an image part without an image.
+    """
+    role = message["role"]
+    if elsewhere := [key for key in IMAGES_ELSEWHERE if is_given(message.get(key))]:
+        raise GroundingTypeError(
+            f"A message of {role!r} has {elsewhere}, which would not be read. Put the images into its content, as "
+            '{"type": "image", "image": ...}.'
+        )
+    content = message["parts"] if message.get("content") is None and "parts" in message else message.get("content")
     # Beside a call of a tool, there may be no words.
-    if content is None and not any(value for name, value in message.items() if name not in ("role", "content")):
+    if content is None and not any(is_given(message.get(name)) for name in (*CALLS, "images")):
         raise GroundingTypeError(f"A message of {role!r} has no content. Give it a text, or leave the message out.")
-    return read_content(content, role)
+    images = message.get("images") or ()
+    return [
+        *(part for image in images for part in read_content({"type": "image", "image": image}, role)),
+        *read_content(content, role),
+    ]
 
 
 def as_batch(prompts: Prompts) -> list[Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.prompts.types import ImagePart, is_image_string
+from visual_ground.prompts.types import ImagePart, is_image_file, is_image_string
 from visual_ground.vision.images import ImageFile, has_pixels, shortened
 
 Parts: TypeAlias = list[str | ImagePart]
@@ -16,7 +16,22 @@ Parts: TypeAlias = list[str | ImagePart]
 TEXT_KEYS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 IMAGE_TYPES = ("image", "image_url", "input_image", "file")
 # Where a part of these types has its image, or a mapping that has it; the first that is there.
-IMAGE_KEYS = ("image", "image_url", "source", "file", "bytes", "path", "base64", "data", "url", "value")
+IMAGE_KEYS = (
+    "image",
+    "image_url",
+    "source",
+    "file",
+    "bytes",
+    "path",
+    "inline_data",
+    "inlineData",
+    "base64",
+    "data",
+    "url",
+    "value",
+)
+# Of these, the ones that beside a text are certain to be an image.
+CERTAIN_KEYS = ("image", "image_url", "images", "bytes", "inline_data", "inlineData")
 
 
 def read_content(content: Any, role: str = "") -> Parts:
@@ -61,7 +76,9 @@ def _read(part: Any, place: str, role: str) -> Parts:
     if isinstance(part, ImagePart):
         return [part]
     if isinstance(part, str):
-        return [ImagePart(part) if is_image_string(part) else part]
+        if not is_image_string(part):
+            return [part]
+        return [ImagePart(part if is_image_file(part) else part.strip())]
     if isinstance(part, Mapping):
         return _read_mapping(part, f"{place} of a message of {role!r}" if role else place)
     if has_pixels(part) or isinstance(part, (bytes, bytearray, memoryview, ImageFile)) or hasattr(part, "__fspath__"):
@@ -75,14 +92,17 @@ def _read(part: Any, place: str, role: str) -> Parts:
 def _read_mapping(part: Mapping[str, Any], place: str) -> Parts:
     kind = part.get("type", part.get("component"))
     if kind in TEXT_KEYS:
+        _refuse_others(part, CERTAIN_KEYS, place)
         return [_text_of(part, TEXT_KEYS[kind], place)]
     if kind in IMAGE_TYPES:
+        _refuse_others(part, ("text",), place)
         return [ImagePart(_image_of(part, place))]
     if kind is None and "files" in part:  # gradio's multimodal textbox.
         images: Parts = [ImagePart(_image_of({"file": file}, place)) for file in part["files"] or ()]
         return [*images, *([part["text"]] if part.get("text") else [])]
-    if kind is None and isinstance(part.get("text"), str):
-        return [part["text"]]
+    has_text, has_image = isinstance(part.get("text"), str), any(is_given(part.get(key)) for key in CERTAIN_KEYS)
+    if kind is None and has_text:
+        return [*([ImagePart(_image_of(part, place))] if has_image else []), *([part["text"]] if part["text"] else [])]
     if kind is None and any(part.get(key) is not None for key in IMAGE_KEYS):
         return [ImagePart(_image_of(part, place))]
     known = sorted({*TEXT_KEYS, *IMAGE_TYPES})
@@ -91,6 +111,19 @@ def _read_mapping(part: Mapping[str, Any], place: str) -> Parts:
         f"{place} has {what} (keys {sorted(map(str, part))}), and a prompt holds texts and images: parts of the types "
         f"{known}. Leave it out, or say it in words."
     )
+
+
+def is_given(value: Any) -> bool:
+    """Return whether a key has a value: datasets that hold parts of several types as one table fill up with these."""
+    return value is not None and not (isinstance(value, (str, bytes, list, tuple, Mapping)) and not value)
+
+
+def _refuse_others(part: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
+    """Raise where a part that is typed text holds an image too, or the other way round: one of them would be lost."""
+    if found := [key for key in keys if is_given(part.get(key))]:
+        raise GroundingTypeError(
+            f"{place} has the type {part['type']!r} and {found} besides, which would be lost. Make two parts of it."
+        )
 
 
 def _text_of(part: Mapping[str, Any], key: str, place: str) -> str:

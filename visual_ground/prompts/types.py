@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from visual_ground.vision.decoding import is_image
-from visual_ground.vision.images import ImageLike
+from visual_ground.vision.images import ImageLike, is_base64_image
 
 # A text or an image; a string is an image where `is_image_string` says so. Or a typed part, {"type": "text", ...}.
 PromptPart: TypeAlias = ImageLike | Mapping[str, Any]
@@ -23,13 +23,20 @@ Prompts: TypeAlias = PromptPart | Sequence[ChatMessage] | Sequence[Prompt]
 # The endings of image files that Pillow reads.
 IMAGE_SUFFIXES = frozenset(
     (
-        ".apng .avif .bmp .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff .webp"
+        ".apng .avif .avifs .bmp .bw .cur .dcx .dds .dib .fit .fits .flc .fli .gif .icb .icns .ico .iim .im .j2c .j2k "
+        ".jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi "
+        ".ras .rgb .rgba .sgi .tga .tif .tiff .vda .vst .webp .xbm .xpm"
     ).split()
 )
-# Endings of images that it reads only with a plugin, or not at all: these are no text either.
-OTHER_SUFFIXES = frozenset([".heic", ".heif", ".jxl", ".svg"])
+# Endings of images and films that it reads only with a plugin or another program, or not at all: these are no text.
+OTHER_SUFFIXES = frozenset(
+    (
+        ".arw .blp .bufr .cr2 .cr3 .dng .emf .eps .ftc .ftu .gbr .grib .h5 .hdf .heic .heif .hif .jxl .mpeg .mpg .nef "
+        ".orf .ps .raw .rw2 .svg .svgz .wmf"
+    ).split()
+)
 # What stands before an image's address and never before words.
-IMAGE_SCHEMES = ("data:image/", "file://")
+IMAGE_SCHEMES = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[;,]|file:/", re.IGNORECASE)
 # How a path starts that may have spaces in it; any other text with spaces is words that end with a file's name.
 ROOTED = re.compile(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/]|\w+://)")
 
@@ -55,7 +62,8 @@ def is_image_string(text: str) -> bool:
     """Return whether a string that nothing types as text or image is an image.
 
     It is where it is the path of an image that exists, whatever its ending, and where it reads like the path or URL of
-    one: then it must be opened, and is no text if it is missing. Words that end with a file's name are text.
+    one, or is the base64 of one: then it must be opened, and is no text if it is missing. Words that end with a file's
+    name are text.
 
     Example:
         >>> [is_image_string(text) for text in ("cat.png", "~/my cat.AVIF", "https://example.org/cat.jpg?size=2")]
@@ -63,7 +71,8 @@ def is_image_string(text: str) -> bool:
         >>> [is_image_string(text) for text in ("a cat", "What is in cat.png", "https://example.org", ".png")]
         [False, False, False, False]
     """
-    if text[:11].lower().startswith(IMAGE_SCHEMES):
+    text = text.strip()  # As it comes from a file's line or a shell.
+    if IMAGE_SCHEMES.match(text) or is_base64_image(text):
         return True
     if not text or "\n" in text:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ REFUSED: dict[str, tuple[object, str]] = {
     "bf16_full_eval": (False, "load the LM in bfloat16 instead; the adapter stays in float32"),
     "include_num_input_tokens_seen": ("no", "tokens_per_second is logged"),
     "use_liger_kernel": (False, "the losses run the LM's head at labels only"),
+    "torch_compile": (False, "the losses read the LM through hooks; compile the LM itself, with lm.compile()"),
+    "debug": ([], "it stops at infinite logits, which ids that must not be said have"),
 }
 
 
@@ -130,6 +133,9 @@ class GroundingTrainingArguments(TrainingArguments):
         self._refuse_what_has_no_meaning()
 
     def _refuse_what_has_no_meaning(self) -> None:
+        for name, number in vars(self).items():
+            if isinstance(number, float) and math.isnan(number):
+                raise GroundingValueError(f"{name} must be a number, got NaN.")
         for name, (nothing, reason) in REFUSED.items():
             if (value := getattr(self, name)) not in (None, nothing):
                 raise GroundingValueError(f"{name}={value!r} has no meaning here: {reason}. Leave it out.")

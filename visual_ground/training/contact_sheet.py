@@ -62,7 +62,9 @@ def sheet_entries(model: GroundedModel, examples: ExampleDataset, count: int) ->
         examples: the pairs.
         count: pairs shown, evenly spaced in the dataset.
     """
-    pool = _evenly_spaced(len(examples), MAX_CANDIDATES)
+    # An image may come several times, with a caption each.
+    firsts = list({group: i for i, group in reversed(list(enumerate(examples.groups)))}.values())[::-1]
+    pool = [firsts[i] for i in _evenly_spaced(len(firsts), MAX_CANDIDATES)]
     shown = [pool[i] for i in _evenly_spaced(len(pool), count)]
     pairs = {number: examples[number] for number in pool}
     images = model.adapter.embed_images(image_features(model, [pairs[number] for number in pool]))

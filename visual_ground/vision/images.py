@@ -112,8 +112,9 @@ def image_name(image: Any) -> str:
 
 def shortened(address: str | bytes) -> str:
     """Return a path or URL in quotes, its middle left out where it is long."""
-    rest = len(address) - NAME_LENGTH
-    return repr(address) if rest <= 0 else f"{address[:NAME_LENGTH]!r}... ({rest:,} more)"
+    half, rest = NAME_LENGTH // 2, len(address) - NAME_LENGTH
+    # The name of a file stands at the end.
+    return repr(address) if rest <= 0 else f"{address[:half]!r}... ({rest:,} more) ...{address[-half:]!r}"
 
 
 def read_file(image: Any, rules: LinkRules | None = None) -> bytes:
@@ -169,12 +170,15 @@ def _read_path(path: str | bytes) -> bytes:
         with open(os.path.expanduser(path) if at_home else path, "rb") as file:
             return file.read()
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a null byte, or half a surrogate.
-        if BASE64.fullmatch(path):
-            data = _from_base64(path)
-            if data is not None and is_image(data):
-                return data
+        if is_base64_image(path):
+            return _from_base64(path) or b""
         reason = getattr(error, "strerror", None) or error
         raise GroundingValueError(f"The image {shortened(path)} cannot be opened: {reason}.") from error
+
+
+def is_base64_image(text: str) -> bool:
+    """Return whether a text is the base64 of an image's file."""
+    return bool(BASE64.fullmatch(text)) and is_image(_from_base64(text))
 
 
 def _path_of(url: str) -> str:

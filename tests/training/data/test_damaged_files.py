@@ -8,7 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import grounded, picture
@@ -61,6 +61,14 @@ def write_fields(path, bad):
     return path
 
 
+def write_list(path, bad):
+    entries = [
+        b'{"image": "%d.png", "caption": %s}' % (i, bad if i == BAD else b'"w%d w9"' % (i + 4)) for i in range(COUNT)
+    ]
+    path.write_bytes(b"[" + b",".join(entries) + b"]")
+    return path
+
+
 def write_parquet(path, bad, listed):
     raw = [f"w{i + 4} w9".encode() if i != BAD else bad for i in range(COUNT)]
     buffers = pa.array(raw, pa.binary()).buffers()
@@ -82,6 +90,11 @@ DAMAGED = {
     "csv, text": lambda d: write_fields(d / "a.csv", b"2.png,caf\xe9"),
     "csv, fields": lambda d: write_fields(d / "a.csv", b"2.png,a cat, a dog, a hat"),
     "tsv, fields": lambda d: write_fields(d / "a.tsv", b"2.png\ta cat\t\t"),
+    "tsv, return": lambda d: write_fields(d / "a.tsv", b"2.png\tw6\rw9\t"),
+    "csv, return": lambda d: write_fields(d / "a.csv", b"2.png,w6\rw9"),
+    "csv, open quote": lambda d: write_fields(d / "a.csv", b'2.png,"w6 w9'),
+    "json list, text": lambda d: write_list(d / "a.json", b'"caf\xe9"'),
+    "json list, surrogate": lambda d: write_list(d / "a.json", b'"a \\ud800"'),
     "parquet": lambda d: write_parquet(d / "a.parquet", b"caf\xe9", listed=False),
     "parquet, lists": lambda d: write_parquet(d / "a.parquet", b"caf\xe9", listed=True),
 }
@@ -99,6 +112,46 @@ def test_one_damaged_row_is_left_out_by_name_and_no_other_is_lost(kind, tmp_path
     stream = open_rows(load_rows(path, streaming=True), columns)
     usable = [columns.captions(row) for row in stream if columns.problem_of(row) is None and columns.images(row)]
     assert usable == [[f"w{i + 4} w9"] for i in range(COUNT) if i != BAD]
+
+
+# Words with everything that ends lines or fields in some format, or that some reader takes for nothing.
+captions = st.lists(st.sampled_from(["w4", " ", "'", "\u2028", "\x85", "NA", "None", "nan", "é", "#", ","]), min_size=1)
+
+
+@given(st.lists(captions.map("".join).filter(str.strip), min_size=2, max_size=6), st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_mark_that_is_put_into_a_table_harms_its_own_row_only(own_cache, tmp_path_factory, words, data):
+    kind, encoding = data.draw(st.sampled_from([".csv", ".tsv"])), data.draw(st.sampled_from(["utf-8", "utf-16"]))
+    mark = data.draw(st.sampled_from(["", '"', "\r"] if kind == ".csv" else ["", '"', "\r", "\t"]))
+    bad = data.draw(st.integers(0, len(words) - 1))
+    damaged = [mark + text if i == bad else text for i, text in enumerate(words)]
+    by, quote = ("\t", "") if kind == ".tsv" else (",", '"')
+    lines = [
+        f"{i}.png{by}" + (text if i == bad and mark else f"{quote}{text}{quote}") for i, text in enumerate(damaged)
+    ]
+    path = tmp_path_factory.mktemp("tables") / f"a{kind.upper()}"
+    path.write_bytes("\r\n".join([f"image{by}caption", *lines]).encode(encoding))
+    rows = {row["image"]: row["caption"] for row in load_rows(str(path)) if row["image"]}
+    assert {name: text for name, text in rows.items() if name != f"{bad}.png"} == {
+        f"{i}.png": text for i, text in enumerate(words) if i != bad
+    }
+    assert rows.get(f"{bad}.png", words[bad]).strip('"') == words[bad]
+
+
+def test_texts_deep_in_a_table_are_marked_too(tmp_path):
+    raw = pa.array([b"1.png", b"caf\xe9"], pa.binary())
+    texts = pa.StringArray.from_buffers(2, *raw.buffers()[1:])
+    files = pa.StructArray.from_arrays([pa.array([png(0), png(1)]), texts], ["bytes", "path"])
+    lists = pa.FixedSizeListArray.from_arrays(texts, 1)
+    messages = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), files)
+    named = pa.DictionaryArray.from_arrays(pa.array([0, 1], pa.int8()), texts)
+    table = pa.table({"image": files, "lists": lists, "messages": messages, "names": named})
+    pq.write_table(table.drop_columns(["names"]), tmp_path / "a.parquet")
+    for rows in (load_rows(str(tmp_path / "a.parquet")), load_rows(str(tmp_path / "a.parquet"), streaming=True)):
+        assert [row["image"]["path"] for row in rows] == ["1.png", "caf\ufffd"]
+        assert [row["lists"] for row in rows] == [["1.png"], ["caf\ufffd"]]
+    assert marked_table(table.slice(1))["names"].to_pylist() == ["caf\ufffd"]
+    assert marked_table(table.slice(1))["messages"].to_pylist()[0][0]["path"] == "caf\ufffd"
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
@@ -134,7 +187,8 @@ def test_what_has_no_row_at_all_is_one_error(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"{")
     (tmp_path / "a.json").write_bytes(b"[{]")
     (tmp_path / "a.parquet").write_bytes(b"no table")
-    for file in ("a.tar", "a.jsonl", "a.json", "a.parquet", "none.tar"):
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    for file in ("b.jsonl", "a.tar", "a.jsonl", "a.json", "a.parquet", "none.tar"):
         with pytest.raises(GroundingFileError, match=file):
             load_rows(str(tmp_path / file))
 

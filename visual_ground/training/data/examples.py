@@ -30,7 +30,8 @@ class ExampleDataset(Dataset[dict[str, Any]]):
     What is sampled depends on the seed and the index alone, not on what was sampled before, so it is the same in any
     process and after any restart. Indices go on past the last row: `len + i` is row i in the second epoch.
 
-    An image that cannot be read is noted in the example's `skipped`, and the next row is used instead.
+    Where `sample` is True, an image that cannot be read is noted in the example's `skipped`, and the next row is used
+    instead; else it is an error. `Preparing` leaves out such rows before.
 
     Args:
         rows: mappings with an image (or `image_features`, (f,)) and a caption; either may be a list, of which one is
@@ -46,6 +47,9 @@ class ExampleDataset(Dataset[dict[str, Any]]):
         numbers: for each row, its number in the user's dataset, for messages.
         seed: of what is sampled.
         prompt_features: for each row by number, the features of its prompt's images; None reads these each time.
+
+    Attributes:
+        captions: for each row, which of its captions is taken, see `each_caption`; None as `sample` says.
 
     Raises:
         GroundingValueError: no rows, or columns missing.
@@ -67,6 +71,7 @@ class ExampleDataset(Dataset[dict[str, Any]]):
         self.features, self.sample, self.seed, self.numbers = features, sample, seed, numbers
         self._texts = self.rows if features is None else without_images(self.rows, self.columns)
         self.groups = range(len(self.rows)) if groups is None else groups
+        self.captions: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,6 +83,8 @@ class ExampleDataset(Dataset[dict[str, Any]]):
             choose = turns(self.seed, number, draw // len(self)) if self.sample else first
             row = self._texts[number]
             example = example_of(row, self.columns, choose)
+            if self.captions is not None:
+                example["caption"] = self.columns.captions(row)[self.captions[number]]
             example |= {"row": number if self.numbers is None else int(self.numbers[number])}
             example |= {"group": int(self.groups[number]), "draw": draw}
             features = None if self.prompt_features is None else self.prompt_features[number]
@@ -93,15 +100,29 @@ class ExampleDataset(Dataset[dict[str, Any]]):
                 return {**example, "image": image, "skipped": skipped}
         raise GroundingValueError(f"None of the dataset's images can be read. The first are: {skipped[:3]}")
 
-    def select(self, indices: Sequence[int], sample: bool) -> ExampleDataset:
-        """Return the rows at these indices, with features from a cache or none, as another dataset."""
+    def each_caption(self) -> ExampleDataset:
+        """Return a dataset with one example for each caption of a row; a row with a prompt, read instead, stays one."""
+        owners: list[int] = []
+        places: list[int] = []
+        for number, row in enumerate(without_images(self.rows, self.columns)):
+            count = 1 if self.columns.prompt(row) is not None else max(1, len(self.columns.captions(row)))
+            owners += [number] * count
+            places += range(count)
+        return self if len(owners) == len(self) else self.select(owners, False, places)
+
+    def select(self, indices: Sequence[int], sample: bool, captions: Sequence[int] | None = None) -> ExampleDataset:
+        """Return the rows at these indices, of which one may come several times; the rest is as in the class."""
+        if captions is None and self.captions is not None:
+            captions = [self.captions[i] for i in indices]
         features, prompts = (
             None if given is None else given.select(indices) for given in (self.features, self.prompt_features)
         )
         groups = [self.groups[i] for i in indices]
         numbers = list(indices) if self.numbers is None else [self.numbers[i] for i in indices]
         rows = select_rows(self.rows, indices)
-        return ExampleDataset(rows, features, groups, sample, self.columns, numbers, self.seed, prompts)
+        selected = ExampleDataset(rows, features, groups, sample, self.columns, numbers, self.seed, prompts)
+        selected.captions = captions
+        return selected
 
     def image(self, number: int) -> Any:
         """Return a row's first image as it is in the dataset, or None where that has only features."""

@@ -1,17 +1,14 @@
-"""Rows of files with damage in them: what cannot be read is a row with a `PROBLEM`, where `datasets` would stop.
+"""Rows of files with damage in them, where `datasets` would stop: tar shards, and text that is no UTF-8 in tables.
 
-Tar shards are read here; tables only where some of their lines are damaged, and else by `datasets`.
+What cannot be read of a shard is a row with a `PROBLEM`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Iterator, Sequence
-from glob import glob
-from itertools import chain, islice, zip_longest
-from typing import Any, TextIO
+from itertools import islice
+from typing import Any
 
 from visual_ground.errors import GroundingFileError
 from visual_ground.prompts.types import IMAGE_SUFFIXES
@@ -40,7 +37,7 @@ def shard_rows(files: Sequence[str], streaming: bool) -> Any:
         raise GroundingFileError(f"There is no sample in the shards {list(files)[:3]}: are they tar files, and whole?")
     kinds: dict[str, Any] = {name: datasets.Image() if _is_image(name) else datasets.Value("string") for name in names}
     features = datasets.Features({KEY: datasets.Value("string"), PROBLEM: datasets.Value("string"), **kinds})
-    return _generated(_read_shards, {"files": _dated(files), "names": [names] * len(files)}, features, streaming)
+    return generated(_read_shards, {"files": dated(files), "names": [names] * len(files)}, features, streaming)
 
 
 def _read_shards(files: Sequence[tuple[str, int, int]], names: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
@@ -58,75 +55,6 @@ def _read_shards(files: Sequence[tuple[str, int, int]], names: Sequence[Sequence
 
 def _is_image(name: str) -> bool:
     return f".{name.rpartition('.')[2]}" in IMAGE_SUFFIXES
-
-
-def line_rows(pattern: str, streaming: bool) -> Any | None:
-    """Return the rows of files of JSON lines or fields, or None where no line is damaged and `datasets` can read them.
-
-    Args:
-        pattern: path of the file, or a pattern of several.
-        streaming: as in `load_rows`.
-    """
-    files = sorted(glob(pattern))
-    names: set[str] = set()
-    damaged = False
-    for row in chain.from_iterable(map(_read_lines, files)):
-        damaged |= PROBLEM in row
-        names |= set(row)
-    if not damaged or names == {PROBLEM}:
-        return None
-    return _generated(_read_tables, {"files": _dated(files), "names": [sorted(names)] * len(files)}, None, streaming)
-
-
-def _read_tables(files: Sequence[tuple[str, int, int]], names: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
-    for (file, _, _), columns in zip(files, names, strict=True):
-        for row in _read_lines(file):
-            yield {name: row.get(name) for name in columns}
-
-
-def _read_lines(file: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of lines; nothing where JSON stands in it as one list."""
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        where = os.path.basename(file)
-        if file.lower().endswith((".csv", ".tsv")):
-            yield from _fields(lines, where, file.lower().endswith(".tsv"))
-            return
-        for number, line in enumerate(lines, 1):
-            if number == 1 and not line.lstrip().startswith("{"):
-                return
-            if line.strip():
-                yield _json_object(line, f"line {number} of {where}")
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        if "\\u" in line:  # Half of a surrogate pair, which Arrow refuses.
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        return {PROBLEM: f"{where} is no JSON: {error}"}
-    return row if isinstance(row, dict) else {PROBLEM: f"{where} is no JSON object"}
-
-
-def _fields(lines: TextIO, where: str, by_tabs: bool) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table of fields; one with more fields than its head would be read as something else."""
-    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if by_tabs else csv.reader(lines)
-    head: list[str] = []
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield {PROBLEM: f"line {reader.line_num} of {where} cannot be read: {error}"}
-            continue
-        if not head:
-            head = fields
-        elif len(fields) > len(head):
-            about = f"line {reader.line_num} of {where} has {len(fields)} fields, and the head has {len(head)}"
-            yield {PROBLEM: about}
-        elif fields:
-            yield {name: value or None for name, value in zip_longest(head, fields)}
 
 
 def readable(rows: Any) -> Any:
@@ -153,40 +81,45 @@ def marked_table(table: Any) -> Any:
 
 
 def _marked(values: Any) -> Any:
+    """Return an Arrow array, with or without texts at any depth, in which each is UTF-8."""
     import pyarrow as pa
 
     if _is_valid(values):
         return values
-    kind = values.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        whole = pa.concat_arrays([values])  # Without an offset, so that offsets and values belong together.
+    kind, types = values.type, pa.types
+    if types.is_dictionary(kind):
+        return pa.DictionaryArray.from_arrays(values.indices, _marked(values.dictionary))
+    if types.is_struct(kind):
+        parts = [_marked(values.field(i)) for i in range(kind.num_fields)]
+        return pa.StructArray.from_arrays(parts, fields=list(kind), mask=values.is_null())
+    whole = pa.concat_arrays([values])  # Without an offset, so that offsets and values belong together.
+    if types.is_list(kind) or types.is_large_list(kind):
         return type(values).from_arrays(whole.offsets, _marked(whole.values), mask=whole.is_null())
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if types.is_fixed_size_list(kind):
+        return type(values).from_arrays(_marked(whole.values), kind.list_size, mask=whole.is_null())
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
         return values
-    raw = values.cast(pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()).to_pylist()
+    raw = values.cast(pa.large_binary() if types.is_large_string(kind) else pa.binary()).to_pylist()
     return pa.array([None if one is None else one.decode("utf-8", errors="replace") for one in raw], kind)
 
 
 def _is_valid(values: Any) -> bool:
     import pyarrow as pa
 
-    kind = values.type
-    texts = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    if not (pa.types.is_string(texts) or pa.types.is_large_string(texts)):
-        return True
     try:
-        values.validate(full=True)
+        values.validate(full=True)  # Texts that lie deeper too.
     except pa.ArrowInvalid:
         return False
     return True
 
 
-def _dated(files: Sequence[str]) -> list[tuple[str, int, int]]:
+def dated(files: Sequence[str]) -> list[tuple[str, int, int]]:
     """Return files with their times and sizes, so that `datasets` does not take an older copy for them."""
     return [(file, (about := os.stat(file)).st_mtime_ns, about.st_size) for file in files]
 
 
-def _generated(read: Any, arguments: dict[str, Any], features: Any, streaming: bool) -> Any:
+def generated(read: Any, arguments: dict[str, Any], features: Any, streaming: bool) -> Any:
+    """Return the rows that a generator yields, as a dataset, or as a stream of `datasets` where `streaming`."""
     import datasets
 
     if streaming:  # Its lists of arguments, one entry for each file, are split among processes.

@@ -10,7 +10,8 @@ from typing import Any
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.training.data.columns import Columns
-from visual_ground.training.data.files import line_rows, readable, shard_rows
+from visual_ground.training.data.files import readable, shard_rows
+from visual_ground.training.data.lines import line_rows
 
 # Which loader of `datasets` reads files with this ending.
 LOADERS = {
@@ -25,9 +26,11 @@ LOADERS = {
 # One line is one row, and a quotation mark is one: FROMAGe's tables are written so. What is no UTF-8 is marked, and
 # later left out by row, in place of ending the run.
 _MARKED: dict[str, Any] = {"encoding_errors": "replace"}
+# Nan is bread, and None, null and NA are words too; only a field with nothing in it is empty.
+_FIELDS: dict[str, Any] = {**_MARKED, "keep_default_na": False, "na_values": [""]}
 OPTIONS: dict[str, dict[str, Any]] = {
-    ".csv": _MARKED,
-    ".tsv": {**_MARKED, "sep": "\t", "quoting": csv.QUOTE_NONE},
+    ".csv": _FIELDS,
+    ".tsv": {**_FIELDS, "sep": "\t", "quoting": csv.QUOTE_NONE},
     ".json": _MARKED,
     ".jsonl": _MARKED,
 }
@@ -61,7 +64,9 @@ def load_rows(name: str, split: str = "train", streaming: bool = False) -> Any:
     try:
         if path.is_dir():
             return _load_folder(path, options)
-        return _load_files(path, options) if path.suffix in LOADERS else readable(load_dataset(name, **options))
+        return _load_files(path, options) if path.suffix.lower() in LOADERS else readable(load_dataset(name, **options))
+    except StopIteration as error:  # What `datasets` raises for a file of JSON lines without any.
+        raise GroundingFileError(f"The dataset {name!r} is empty.") from error
     except (OSError, ValueError, DatasetNotFoundError) as error:
         raise GroundingFileError(f"The dataset {name!r} cannot be loaded: {error}") from error
     except DatasetGenerationError as error:
@@ -74,11 +79,13 @@ def _load_files(path: Path, options: dict[str, Any]) -> Any:
     from datasets import load_dataset
 
     streaming, files = options["streaming"], {options["split"]: str(path)}
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         return shard_rows(sorted(glob(str(path))) or [str(path)], streaming)
-    if LOADERS[path.suffix] in ("json", "csv") and (rows := line_rows(str(path), streaming)) is not None:
+    if LOADERS[path.suffix.lower()] in ("json", "csv") and (rows := line_rows(str(path), streaming)) is not None:
         return rows
-    return readable(load_dataset(LOADERS[path.suffix], data_files=files, **options, **OPTIONS.get(path.suffix, {})))
+    return readable(
+        load_dataset(LOADERS[path.suffix.lower()], data_files=files, **options, **OPTIONS.get(path.suffix.lower(), {}))
+    )
 
 
 def _load_folder(path: Path, options: dict[str, Any]) -> Any:
@@ -127,4 +134,4 @@ def column_names(rows: Any) -> Iterable[str]:
 def folder_of(name: str) -> str | None:
     """Return the folder that a table's relative paths are relative to, its own, or None where it is not one file."""
     path = Path(name)
-    return str(path.parent) if path.suffix in LOADERS and "*" not in name else None
+    return str(path.parent) if path.suffix.lower() in LOADERS and "*" not in name else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from visual_ground.errors import GroundingError, GroundingValueError
 from visual_ground.training.data.columns import Columns, open_rows, usable_rows, without_images
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.prompts import PROMPT
+from visual_ground.training.data.reading import first_image_key
 from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.feature_cache import FeatureCache
@@ -89,7 +92,8 @@ class Preparing:
 
         Args:
             rows: the dataset.
-            sample: whether one of several images and captions is sampled, or the first is taken.
+            sample: whether one of several images and captions is sampled; else the first image is taken, once with each
+                caption.
 
         Raises:
             GroundingTypeError, GroundingValueError: a dataset that cannot be used, see `open_rows` and `Skipped`.
@@ -98,9 +102,15 @@ class Preparing:
         skipped = Skipped(self.max_skipped, len(rows))
         numbers = np.array(usable_rows(rows, self.columns, skipped))
         rows = select_rows(rows, numbers.tolist())
-        features, prompts = None, None
+        features, prompts, keys = None, None, None
         if "image_features" in rows[0]:
             self._check_widths(rows)
+        elif self.cache is None and not sample:
+            # What cannot be read must be known before anything is measured: then nothing stands in for it.
+            keys = self._keys_of_images(rows, numbers, skipped)
+            readable = [i for i, key in enumerate(keys) if key]
+            rows, numbers = select_rows(rows, readable), numbers[readable]
+            keys = [key for key in keys if key]
         if self.cache is not None:
             of_prompts = self._places_of_prompts(rows, numbers, skipped)
             # A prompt is read whole or not at all, and of a row's own images those that can be read.
@@ -118,8 +128,23 @@ class Preparing:
             if "image_features" not in rows[0]:
                 features = StoredFeatures(self.cache.file, [places[i] for i in readable])
         skipped.finish()
-        groups = _groups(rows, features)
-        return ExampleDataset(rows, features, groups, sample, self.columns, numbers.tolist(), self.seed, prompts)
+        groups = _groups(rows, features, keys or _addresses(rows, self.columns))
+        own = self.columns, numbers.tolist(), self.seed, prompts
+        examples = ExampleDataset(rows, features, groups, sample, *own)
+        return examples if sample else examples.each_caption()
+
+    def _keys_of_images(self, rows: Any, numbers: Indices, skipped: Skipped) -> list[str]:
+        """Return by what each row's first image is known again; nothing for an image that cannot be read."""
+        keys = []
+        for i in tqdm(range(len(rows)), desc="images", unit="image", disable=not self.progress, leave=False):
+            try:
+                keys.append(first_image_key(rows[i], self.columns))
+            except GroundingError as error:
+                skipped.add(f"row {numbers[i]}: {error}")
+                keys.append("")
+        if not any(keys):
+            skipped.check(0)
+        return keys
 
     def _places_of_prompts(self, rows: Any, numbers: Indices, skipped: Skipped) -> list[Indices]:
         """Return, for each row, where the features of its prompt's images are."""
@@ -199,14 +224,24 @@ class _Subset(Sequence[Any]):
         return self.whole[self.numbers[number]]
 
 
-def _groups(rows: Any, features: StoredFeatures | None) -> Sequence[int]:
+def _addresses(rows: Any, columns: Columns) -> list[str] | None:
+    """Return where each row's first image is, if rows have addresses and no pictures, or None."""
+    if columns.image not in rows[0] or not all(isinstance(one, (str, os.PathLike)) for one in columns.images(rows[0])):
+        return None
+    images = rows.select_columns([columns.image]) if hasattr(rows, "select_columns") else rows
+    firsts = [columns.images(row)[0] for row in images]
+    return [str(one) for one in firsts] if all(isinstance(one, (str, os.PathLike)) for one in firsts) else None
+
+
+def _groups(rows: Any, features: StoredFeatures | None, keys: Sequence[str] | None) -> Sequence[int]:
     """Number the rows so that those with the same `group`, or else the same first image, have the same number."""
     names = getattr(rows, "column_names", None) or rows[0]
     if "group" in names:
         numbers: dict[Any, int] = {}
         groups = rows.select_columns(["group"]) if hasattr(rows, "select_columns") else rows
-        keys = [("row", i) if row.get("group") is None else ("group", row["group"]) for i, row in enumerate(groups)]
-        return [numbers.setdefault(key, len(numbers)) for key in keys]
+        named = [("row", i) if row.get("group") is None else ("group", row["group"]) for i, row in enumerate(groups)]
+        return [numbers.setdefault(name, len(numbers)) for name in named]
     if features is None:
-        return range(len(rows))
+        known: dict[Any, int] = {}
+        return range(len(rows)) if keys is None else [known.setdefault(key, len(known)) for key in keys]
     return [int(features.place(i)[0]) for i in range(len(rows))]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from visual_ground.errors import GroundingError
-from visual_ground.prompts.chat import is_chat
-from visual_ground.prompts.parts import Parts, read_content, read_part
+from visual_ground.prompts.chat import as_message, is_chat, read_message
+from visual_ground.prompts.parts import Parts, read_part
 from visual_ground.prompts.processor import GroundingProcessor
 from visual_ground.prompts.types import ImagePart
 from visual_ground.training.data.rows import is_missing
@@ -109,13 +109,8 @@ def _turns(prompt: Any) -> list[tuple[str | None, Parts]]:
     given = prompt if isinstance(prompt, (list, tuple)) else [prompt]
     if not is_chat(given):
         return [(None, [one for part in given for one in read_part(part)])]
-    messages = [(_field(message, "role"), _field(message, "content")) for message in given]
-    return [(str(role), read_content(content, str(role))) for role, content in messages]
-
-
-def _field(message: Any, name: str) -> Any:
-    value = message.get(name) if isinstance(message, Mapping) else getattr(message, name)
-    return getattr(value, "value", value) if name == "role" else value
+    messages = [as_message(message) for message in given]
+    return [(message["role"], read_message(message)) for message in messages]
 
 
 def _placeholder(number: int) -> Image.Image:

@@ -10,6 +10,7 @@ from PIL import Image
 from visual_ground.errors import GroundingValueError
 from visual_ground.training.data.columns import Columns
 from visual_ground.training.data.prompts import PROMPT
+from visual_ground.vision.identity import image_key
 from visual_ground.vision.images import image_name, to_rgb
 
 
@@ -22,6 +23,18 @@ def read_image(image: Any, skipped: list[str], may_skip: bool = True) -> Image.I
             raise
         skipped.append(f"{image_name(image)}: {error}")
         return None
+
+
+def first_image_key(row: Mapping[str, Any], columns: Columns) -> str:
+    """Return by what a row's first image is known again; it and those of the row's prompt are opened.
+
+    Raises:
+        GroundingTypeError, GroundingValueError: one that cannot be read.
+    """
+    image = columns.images(row)[0]
+    for one in (*columns.prompt_images(row), image):
+        to_rgb(one)
+    return image_key(image)
 
 
 def prompt_of(
