@@ -75,19 +75,33 @@ class Asked:
         """End the answer with the token that it is at."""
         self._job.cancel()
 
-    def parts(self) -> Iterator[Part]:
-        """Yield the parts of the answer when they are said; whoever leaves early ends it.
+    def parts(self) -> Iterator[list[Part]]:
+        """Yield all parts of the answer that were said since the last time; whoever leaves early ends it.
 
         Raises:
             RequestFailure: an answer that failed or took too long.
         """
+        end: Finished | None = None
         try:
-            while not isinstance(event := self._events.get(), Finished):
-                yield event
-            self.is_cut = event.reason == "length"
-            if event.reason == "timeout":
+            while end is None:
+                said, end = self._said_by_now()
+                if said:
+                    yield said
+            self.is_cut = end.reason == "length"
+            if end.reason == "timeout":
                 raise RequestFailure(504, "The answer took too long and was stopped.")
-            if event.reason == "error":
+            if end.reason == "error":
                 raise RequestFailure(500, "The answer failed; the log of the app says why.")
         finally:
             self.cancel()
+
+    def _said_by_now(self) -> tuple[list[Part], Finished | None]:
+        """Wait until there is something; return all parts that wait to be shown, and the end where it has come."""
+        said: list[Part] = []
+        event = self._events.get()
+        while not isinstance(event, Finished):
+            said.append(event)
+            if self._events.empty():  # Nobody else takes from it.
+                return said, None
+            event = self._events.get()
+        return said, event

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from visual_ground.app.bubbles import STYLE, Album
@@ -73,12 +73,13 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         """Return the page."""
-        title = self.settings.title
-        with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, delete_cache=(3600, 86400)) as blocks:
+        options: dict[str, Any] = {"analytics_enabled": False, "fill_height": True, "delete_cache": (3600, 86400)}
+        blocks: gr.Blocks
+        with gr.Blocks(title=self.settings.title, **options) as blocks:
             talk = gr.State(Talk)
             with gr.Sidebar(open=False, position="right", width=360):
                 controls = self._controls()
-            gr.Markdown(f"## {title}")
+            gr.Markdown(f"## {self.settings.title}")
             chatbot = gr.Chatbot(
                 show_label=False,
                 scale=1,
@@ -126,8 +127,8 @@ class Page:
     def wishes(self, album: str, adapter: str, bias: float, most: int, at_once: int, *rest: Any) -> Wishes:
         """Return what the controls say."""
         length, temperature, top_p, sees, system = rest
-        shown = RetrievalSettings(int(at_once), int(most), float(bias), complete_sentences=True)
-        retrieval = replace(shown, see_images=bool(sees))
+        # Not `complete_sentences`, which would hold words back until their sentence ends; `Talk` cuts what ran out.
+        retrieval = RetrievalSettings(int(at_once), int(most), float(bias), see_images=bool(sees))
         sampling = Sampling(float(temperature), float(top_p), None, retrieval)
         return Wishes(self.albums.get(album), adapter, sampling, int(length), system or "")
 
@@ -149,7 +150,7 @@ class Page:
     def undo(self, talk: Talk) -> list[Any]:
         """Take the last question back into the box."""
         turn = talk.take_back()
-        value = None if turn is None else {"text": turn.text, "files": list(turn.files)}
+        value: Any = None if turn is None else {"text": turn.text, "files": list(turn.files)}
         return [talk.shown, talk, gr.MultimodalTextbox(value=value)]
 
     def clear(self) -> list[Any]:
@@ -157,9 +158,10 @@ class Page:
         return [[], Talk(), _ready()]
 
     def _say(self, talk: Talk, text: str, files: Sequence[str], controls: Sequence[Any]) -> Iterator[list[Any]]:
-        busy = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
+        box: Any = gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)
         for _ in talk.say(text, files, self.engine, self.wishes(*controls)):
-            yield [talk.shown, talk, busy]
+            yield [talk.shown, talk, box]
+            box = gr.skip()  # Left alone from then on: the next question may be written while this one is answered.
         yield [talk.shown, talk, _ready()]
 
 

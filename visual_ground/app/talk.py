@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from visual_ground.server.sampling import Sampling
 
 # Encoders see a few hundred pixels, and a conversation of many photos should not fill the memory.
 KEPT_PIXELS = 1024
+# Seconds. Each time, a browser is sent and draws the whole answer: one that shows every token falls behind the model.
+SHOWN_EVERY = 0.05
 
 Messages = list[dict[str, Any]]
 
@@ -86,6 +89,7 @@ class Talk:
     def __init__(self) -> None:
         self.turns: list[Turn] = []
         self._asked: Asked | None = None
+        self._is_stopped = False
 
     def __deepcopy__(self, memo: Mapping[int, Any]) -> Talk:
         return Talk()  # gradio copies what every page starts with.
@@ -97,6 +101,7 @@ class Talk:
 
     def stop(self) -> None:
         """End the answer that is being said; what was said of it stays."""
+        self._is_stopped = True  # Also an answer that is only about to be asked for.
         if self._asked is not None:
             self._asked.cancel()
 
@@ -106,7 +111,7 @@ class Talk:
         return self.turns.pop() if self.turns else None
 
     def say(self, text: str, files: Sequence[str], engine: Engine, wishes: Wishes) -> Iterator[None]:
-        """Ask; come back each time that there is more of the answer.
+        """Ask; come back when there is more of the answer, as often as a page can show it.
 
         What fails is said in plain words in the place of the answer, and the model does not hear of it afterwards.
         """
@@ -114,15 +119,19 @@ class Talk:
         before = [message for past in self.turns for message in past.messages]
         system = [_message("system", [wishes.system.strip()])] if wishes.system.strip() else []
         self.turns.append(turn)
+        self._is_stopped = False
         yield
         try:
             question = _message("user", [*map(read_picture, turn.files), *([turn.text] if turn.text else [])])
             asked = [*system, *before, question]
             index = None if wishes.album is None else wishes.album.index
             self._asked = Asked(engine, Question(asked, index, wishes.adapter, wishes.sampling, wishes.max_tokens))
-            for part in self._asked.parts():
-                turn.hear([*turn.said, part], question)
+            if self._is_stopped:
+                self._asked.cancel()
+            for parts in self._asked.parts():
+                turn.hear([*turn.said, *parts], question)
                 yield
+                time.sleep(SHOWN_EVERY)
             if self._asked.is_cut:
                 turn.hear(cut_to_sentences(joined(turn.said)), question)
         except RequestFailure as failure:

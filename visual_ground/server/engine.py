@@ -89,7 +89,7 @@ class Engine:
 
     def _work(self) -> None:
         while (first := self._next.pop() if self._next else self._jobs.get()) is not None:
-            batch = [job for job in self._gather(first) if job.is_wanted or job.finish("timeout")]
+            batch = [job for job in self._gather(first) if job.is_wanted or job.drop()]
             if not batch:
                 continue
             self.batches = [self.batches[0] + 1, self.batches[1] + len(batch)]

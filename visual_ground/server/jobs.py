@@ -95,7 +95,7 @@ class Job:
     def hear(self, token: int, vector: Tensor | None, is_end: bool) -> bool:
         """Take a token; return whether the answer goes on."""
         if not self.is_wanted:
-            return self.finish("cancelled" if self._cancelled.is_set() else "timeout")
+            return self.drop()
         self.tokens += 1
         if is_end:
             return self._end("stop")
@@ -122,6 +122,10 @@ class Job:
         if not stopped and (held := self.stop.flush()):
             self.emit(held)
         return self.finish("stop" if stopped else reason)
+
+    def drop(self) -> bool:
+        """End an answer that is not wanted any more; return False."""
+        return self.finish("cancelled" if self._cancelled.is_set() else "timeout")
 
     def finish(self, reason: str) -> bool:
         """End the answer, once; return False."""
