@@ -2,8 +2,9 @@
 
     python benchmarks/emission.py --cache demo/cache --split validation
 
-A dialogue counts as right where the first `[RET]` of its greedy answer comes behind the first sentence. Answers whose
-first sentence does not end within `MAX_NEW_TOKENS` are counted apart.
+A dialogue counts as right where the first `[RET]` of its greedy answer comes behind the first sentence; answers whose
+first sentence does not end within `MAX_NEW_TOKENS` are counted apart. `by_dialogue` asks only whether an answer has a
+`[RET]` where a picture was asked for, behind whatever sentence and however long the first one is.
 """
 
 from __future__ import annotations
@@ -89,10 +90,11 @@ def said_at(model, answer):
 
 def score(model, answers):
     """Return precision, recall and what they are made of."""
-    right = said = wanted = unended = 0
+    right = said = wanted = unended = shown = 0
     wrong = []
     for answer in answers:
         place, belongs = said_at(model, answer), place_of_picture(model, answer) if answer.wanted else None
+        shown += answer.wanted and place is not None
         if answer.wanted and belongs is None:
             unended += 1
             said += place is not None
@@ -107,6 +109,10 @@ def score(model, answers):
     return {
         "precision": round(right / max(said, 1), 3),
         "recall": round(right / max(wanted, 1), 3),
+        "by_dialogue": {
+            "precision": round(shown / max(said, 1), 3),
+            "recall": round(shown / max(wanted + unended, 1), 3),
+        },
         "wanted": wanted,
         "first_sentence_does_not_end": unended,
         "others": sum(not answer.wanted for answer in answers),
