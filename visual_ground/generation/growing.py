@@ -78,7 +78,7 @@ class GrowingAnswer:
         self._sentences = GrowingSentences() if settings.complete_sentences else None
 
     def add(self, token: int, vector: Tensor | None) -> list[Part]:
-        """Return what a token adds; with `complete_sentences`, what ends with it."""
+        """Return what a token adds; with `complete_sentences`, the sentences that it completes."""
         parts = self._said(token, vector)
         return parts if self._sentences is None else self._sentences.add(parts)
 

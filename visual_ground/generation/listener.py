@@ -25,8 +25,8 @@ class AnswerListener(StoppingCriteria):
     """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` at the moment it is said.
 
     The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
-    an LM that holds something else is run once more up to the `[RET]`. What is read for an answer's first `[RET]` is
-    said at `query_vectors.opening_contexts`.
+    an LM that holds something else is run once more up to the `[RET]`. For what is read besides at an answer's first
+    `[RET]`, see `query_vectors.opening_contexts`.
 
     Args:
         frozen_lm: the LM.

@@ -32,7 +32,7 @@ class RetrievedImage:
 
     Args:
         id: its id in the index; None where there was no index to search.
-        score: cosine with the model's `[RET]` state; None likewise.
+        score: cosine with the vector that was read for the `[RET]`; None likewise.
         image: a PIL image, a path, or an `ImageLink` that was not opened; None where the index has no images.
         metadata: the index's metadata of it.
     """

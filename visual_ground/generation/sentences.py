@@ -87,7 +87,7 @@ def _up_to(parts: Sequence[str | RetrievedImage], room: int) -> list[str | Retri
 
 
 class GrowingSentences:
-    """Lets the parts of a growing answer out sentence by sentence; what they are together is the answer that was cut.
+    """Releases a growing answer sentence by sentence; joined, what it released equals `cut_to_sentences` of the whole.
 
     Example:
         >>> growing = GrowingSentences()
@@ -100,10 +100,10 @@ class GrowingSentences:
         self._out: tuple[int, int] = 0, 0  # Characters and images that are out.
 
     def add(self, parts: Sequence[str | RetrievedImage]) -> list[str | RetrievedImage]:
-        """Take what has been said since, and return what is out with it."""
+        """Take what has been generated since, and return what can now be released."""
         self._parts += parts
         text = "".join(part for part in self._parts if isinstance(part, str))
-        # With a letter behind it, only those sentences end that end whatever comes next.
+        # With a letter behind it, a full stop at the very end is not yet taken for the end of a sentence.
         ends = sentence_ends(text + "x")
         return self._let_out(_up_to(self._parts, ends[-1])) if ends else []
 

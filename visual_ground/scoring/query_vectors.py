@@ -12,7 +12,7 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.turns import last_turn
 
-# How many contexts that end with a `[RET]` are read together; a bound on the memory that long answers take.
+# How many contexts are read together; a bound on the memory that long answers take.
 QUERIES_PER_RUN = 32
 
 
@@ -97,12 +97,11 @@ def _read_behind(
 
 
 def opening_contexts(attached: AttachedAdapter, prompt: Sequence[int], said: Sequence[int]) -> list[Sequence[int]]:
-    """Return the contexts of what was asked, behind which an answer's first `[RET]` is read too; none where it is not.
+    """Return the contexts whose vectors are averaged into that of an answer's first `[RET]`.
 
-    The vector is then the mean of all that are read. What was asked is read where the prompt opens a turn of a chat and
-    the answer has words before its `[RET]`: these may have drifted from what was asked for. In a longer chat it is read
-    once more in the last turn alone: what was talked about before counts for less. Later pictures are about what the
-    answer has come to.
+    These are the prompt, and in a longer chat its last turn as if it were the first. There are none where the prompt
+    opens no turn of a chat, or where the answer has no words before its `[RET]`, which may have drifted from what was
+    asked for. Later pictures are about what the answer has come to, and are read in their place only.
 
     Args:
         attached: the active adapter.
