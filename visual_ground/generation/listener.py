@@ -21,6 +21,10 @@ OnToken = Callable[[int, int, Tensor | None], bool]
 ReadAgain = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
 
 
+# A row, and how many of its ids come before where it is read.
+Place = tuple[int, int]
+
+
 class AnswerListener(StoppingCriteria):
     """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` at the moment it is said.
 
@@ -90,56 +94,78 @@ class AnswerListener(StoppingCriteria):
         rows = [row for row in said.nonzero()[:, 0].tolist() if row not in self._ended]
         if not rows:
             return {}
-        chosen = torch.tensor(rows, device=ids.device)
-        mask = self.mask.repeat_interleave(self.per_prompt, 0).to(ids.device)[chosen]
-        mask = nn.functional.pad(mask, (0, ids.shape[1] - self.start), value=1)
-        vectors = self._read_behind(ids.shape[1] - 1, ids[chosen], mask, chosen)
-        asked = [self._openings(row, ids) for row in rows]
-        if first := [i for i, contexts in enumerate(asked) if contexts]:
-            vectors[first] += self._read_behind(self.start, ids[chosen[first]], mask[first], chosen[first])
-        for i, (_, *turn) in ((i, asked[i]) for i in first):
-            for alone in turn:  # A new beginning, of which nothing is kept.
-                sequence = torch.tensor([[*alone, self.attached.processor.ret_token_id]], device=ids.device)
-                vectors[i] += self.read_again(sequence, torch.ones_like(sequence[:, :-1]), len(alone))[0][0]
-        vectors = nn.functional.normalize(vectors, dim=-1)
-        found = dict(zip(rows, vectors, strict=True))
-        self._vectors |= {(row, ids.shape[1] - 1): vector for row, vector in found.items()}
+        end = ids.shape[1] - 1
+        asked = {row: self._openings(row, ids) for row in rows}
+        first = [row for row in rows if asked[row]]
+        read = self._read_behind([*((row, end) for row in rows), *((row, self.start) for row in first)], ids)
+        found = {row: read[row, end] for row in rows}
+        for row in first:
+            vectors = [found[row], read[row, self.start], *map(self._read_alone, asked[row][1:])]
+            found[row] = nn.functional.normalize(torch.stack(vectors).sum(0), dim=-1)
+        self._vectors |= {(row, end): vector for row, vector in found.items()}
         return found
 
     def _openings(self, row: int, ids: Tensor) -> list[Sequence[int]]:
-        """Return the contexts of what was asked that are read too, if this is a row's first `[RET]`."""
+        """Return the contexts that are read besides, if this is a row's first `[RET]`."""
         if any(known == row for known, _ in self._vectors):
             return []
-        return opening_contexts(self.attached, self._prompt(row, ids), ids[row, self.start : -1].tolist())
+        prompt = ids[row, : self.start][self._mask_of(row).bool().to(ids.device)]
+        return opening_contexts(self.attached, prompt.tolist(), ids[row, self.start : -1].tolist())
 
-    def _prompt(self, row: int, ids: Tensor) -> list[int]:
-        kept = self.mask[row // self.per_prompt].bool().to(ids.device)
-        return list(ids[row, : self.start][kept].tolist())
+    def _read_alone(self, context: Sequence[int]) -> Tensor:
+        """Return the vector (q,), on the CPU, read behind ids of which nothing is kept."""
+        sequence = torch.tensor([[*context, self.attached.processor.ret_token_id]], device=self.frozen_lm.device)
+        return self.read_again(sequence, torch.ones_like(sequence[:, :-1]), len(context))[0][0].cpu()
 
-    def _read_behind(self, count: int, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        """Return the vectors (r, q), on the CPU, read behind the first so many of ids (r, s), of these rows."""
-        vectors = self._read_on_copy(count, ids, mask, rows)
-        if vectors is None:
-            ret = torch.full_like(ids[:, :1], self.attached.processor.ret_token_id)
-            vectors = torch.cat([*self.read_again(torch.cat([ids[:, :count], ret], 1), mask[:, :count], count)])
-        return vectors.cpu()
+    def _read_behind(self, places: Sequence[Place], ids: Tensor) -> dict[Place, Tensor]:
+        """Return the vectors (q,), on the CPU, read behind so many of the ids of some rows of ids (b, s)."""
+        groups: dict[Any, list[Place]] = {}
+        suffixes = {(row, count): self._suffix(ids[row, :count]) for row, count in places}
+        for row, count in places:
+            # Rows of different lengths can be run together where an LM knows positions apart from padding.
+            width = 0 if self.frozen_lm.takes_positions else count
+            groups.setdefault((len(suffixes[row, count]), width), []).append((row, count))
+        found: dict[Place, Tensor] = {}
+        for group in groups.values():
+            vectors = self._read_on_copy(group, torch.tensor([suffixes[place] for place in group], device=ids.device))
+            if vectors is None:
+                vectors = torch.cat([self._read_anew(row, ids[row : row + 1, :count]) for row, count in group])
+            found |= dict(zip(group, vectors.cpu(), strict=True))
+        return found
 
-    def _read_on_copy(self, count: int, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor | None:
-        """Run the retrieval suffix on a copy of the cache; return vectors (r, q), or None if that cannot be done."""
-        suffixes = [self.attached.processor.retrieval_suffix(row[:count]) for row in ids.tolist()]
-        if len(set(map(len, suffixes))) > 1:
-            return None
-        suffix = torch.tensor(suffixes, device=ids.device)
-        mask = nn.functional.pad(mask[:, :count], (0, suffix.shape[1]), value=1)
+    def _suffix(self, said: Tensor) -> list[int]:
+        return self.attached.processor.retrieval_suffix(said.tolist())
+
+    def _mask_of(self, row: int) -> Tensor:
+        return self.mask[row // self.per_prompt]
+
+    def _read_anew(self, row: int, said: Tensor) -> Tensor:
+        """Return the vector (1, q) read behind said (1, s), of this row."""
+        ret = torch.full_like(said[:, :1], self.attached.processor.ret_token_id)
+        mask = nn.functional.pad(self._mask_of(row)[None], (0, said.shape[1] - self.start), value=1)
+        return torch.cat([*self.read_again(torch.cat([said, ret], 1), mask, said.shape[1])])
+
+    def _read_on_copy(self, places: Sequence[Place], suffixes: Tensor) -> Tensor | None:
+        """Run retrieval suffixes (r, n) on a copy of the cache; return vectors (r, q), or None if that cannot be done.
+
+        Rows that are read at an earlier position are moved to the right, as prompts are that are padded on the left.
+        """
+        assert self._heard is not None, "it has heard the ids that it reads behind"
+        length = self._heard.shape[1] - 1
         longest = self.frozen_lm.max_length
-        if longest is not None and count + suffix.shape[1] > longest:
+        if longest is not None and length + suffixes.shape[1] > longest:
             return None
-        cache = copy_of_running_cache(self.frozen_lm, ids.shape[1] - 1, rows, count)
+        cache = copy_of_running_cache(self.frozen_lm, length, places)
         if cache is None:
             return None
-        last = torch.arange(1, len(suffix) + 1, device=ids.device) * suffix.shape[1] - 1
+        kept = max(count for _, count in places)
+        mask = torch.ones(len(places), kept + suffixes.shape[1], dtype=self.mask.dtype, device=suffixes.device)
+        for padded, (row, count) in zip(mask, places, strict=True):
+            padded[: kept - count] = 0
+            padded[kept - count : kept - count + self.start] = self._mask_of(row)
+        last = torch.arange(1, len(suffixes) + 1, device=suffixes.device) * suffixes.shape[1] - 1
         layers = self.attached.config.text_layers
-        states = self.frozen_lm.hidden_states(suffix, mask, last, layers, cache=cache, use_cache=True)
+        states = self.frozen_lm.hidden_states(suffixes, mask, last, layers, cache=cache, use_cache=True)
         return self.attached.embed_states(states)
 
     def vectors_of(self, sequences: Tensor) -> list[Tensor] | None:

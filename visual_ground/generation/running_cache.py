@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -10,14 +13,14 @@ from visual_ground.lm.hook_context import context_of
 from visual_ground.lm.key_values import copy_of, plain_layers, shortened
 
 
-def copy_of_running_cache(frozen_lm: FrozenLM, length: int, rows: Tensor, kept: int) -> DynamicCache | None:
+def copy_of_running_cache(frozen_lm: FrozenLM, length: int, places: Sequence[tuple[int, int]]) -> DynamicCache | None:
     """Copy some rows of the cache of the LM's innermost run; another run may add to the copy without harm.
 
     Args:
         frozen_lm: the LM, inside its `generate`.
         length: how many positions it should hold.
-        rows: (r,) long, which sequences of the batch.
-        kept: how many of these positions, from the first on, the copy holds.
+        places: sequences of the batch, each with how many of its first positions the copy holds. Those of the shorter
+            ones stand at the right; what is on their left is to be masked.
 
     Returns:
         A cache, or None where the LM keeps anything but plain keys and values of these positions, such as a state
@@ -28,7 +31,18 @@ def copy_of_running_cache(frozen_lm: FrozenLM, length: int, rows: Tensor, kept: 
     if context is None or layers is None:
         return None
     # A sliding window that has moved on has dropped what the last of the kept positions see.
-    if kept < length and any(layer.keys.shape[-2] != length for layer in layers):
+    is_cut = any(kept < length for _, kept in places)
+    if is_cut and any(layer.keys.shape[-2] != length for layer in layers):
         return None
-    copied = copy_of(context.cache, lambda kv: kv if len(rows) == len(kv) else kv[rows.to(kv.device)])
-    return copied if kept == length else shortened(copied, kept)
+    rows, most = [row for row, _ in places], max(kept for _, kept in places)
+
+    def chosen(kv: Tensor) -> Tensor:
+        if not is_cut:
+            return kv if rows == list(range(len(kv))) else kv[torch.tensor(rows, device=kv.device)]
+        copied = kv.new_zeros(len(places), kv.shape[1], most, kv.shape[3])
+        for moved, (row, kept) in zip(copied, places, strict=True):
+            moved[:, most - kept :] = kv[row, :, :kept]
+        return copied
+
+    copied = copy_of(context.cache, chosen)
+    return shortened(copied, most) if most < length else copied

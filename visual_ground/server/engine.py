@@ -6,6 +6,8 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,9 @@ from visual_ground.server.sampling import RowSampling
 
 logger = logging.getLogger(__name__)
 
+# Seconds for which a batch waits where nobody is known to come: a moment for requests that were sent together.
+MOMENT = 0.005
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -32,13 +37,13 @@ class EngineLimits:
     Args:
         max_batch: answers that are generated together.
         max_waiting: answers that may wait; more are refused.
-        gather_seconds: how long a batch waits for others to join.
+        gather_seconds: the longest that a batch waits for requests that are being read to join it.
         timeout: seconds for one answer, waiting included.
     """
 
     max_batch: int = 8
     max_waiting: int = 64
-    gather_seconds: float = 0.005
+    gather_seconds: float = 0.1
     timeout: float = 300.0
 
 
@@ -57,6 +62,7 @@ class Engine:
         self.model, self.limits = model, EngineLimits() if limits is None else limits
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._next: list[Job | None] = []  # Taken out of the queue, but for another adapter than the batch's.
+        self._coming: set[object] = set()  # Requests that are being read; adding and discarding are atomic.
         self._closed = False
         self.batches = [0, 0]
         self._thread = threading.Thread(target=self._work, name="visual_ground engine", daemon=True)
@@ -66,6 +72,16 @@ class Engine:
     def waiting(self) -> int:
         """How many answers wait."""
         return self._jobs.qsize()
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Return a block in which a request is read that will ask for answers; a batch that begins waits for them."""
+        request = object()
+        self._coming.add(request)
+        try:
+            yield
+        finally:
+            self._coming.discard(request)
 
     def submit(self, jobs: list[Job]) -> None:
         """Put answers into the queue, all or none.
@@ -108,8 +124,10 @@ class Engine:
         jobs, until = [first], time.monotonic() + self.limits.gather_seconds
         while len(jobs) < self.limits.max_batch:
             try:
-                job = self._jobs.get(timeout=max(0.0, until - time.monotonic()))
+                job = self._jobs.get(timeout=MOMENT)
             except queue.Empty:
+                if self._coming and time.monotonic() < until:
+                    continue
                 break
             if job is None or job.adapter != first.adapter:
                 self._next.append(job)

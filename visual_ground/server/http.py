@@ -87,9 +87,10 @@ class Routes:
         """`/v1/chat/completions`."""
         body = await self._body(request)
         settings = self.settings
-        asked = await asyncio.to_thread(chat_request, body, self.pictures, settings.rules, settings.max_tokens)
-        prompt = await asyncio.to_thread(encode, self.engine, asked)
-        chat = Chat(self.engine, self.pictures, asked, prompt, settings.model_name)
+        with self.engine.expecting():
+            asked = await asyncio.to_thread(chat_request, body, self.pictures, settings.rules, settings.max_tokens)
+            prompt = await asyncio.to_thread(encode, self.engine, asked)
+            chat = Chat(self.engine, self.pictures, asked, prompt, settings.model_name)
         if asked.stream:
             return StreamingResponse(chat.pieces(), media_type="text/event-stream")
         answer = asyncio.ensure_future(chat.whole())
