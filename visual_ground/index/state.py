@@ -185,8 +185,9 @@ class IndexState:
         """
         engine, left = self.engine, self.entries.without(positions)
         if vectors.shape != (new.end, engine.dim):
+            built = "" if self.space is None else f" The index was built with {self.space}."
             raise GroundingValueError(
-                f"{new.end} entries need vectors ({new.end}, {engine.dim}), got {tuple(vectors.shape)}."
+                f"{new.end} entries need vectors ({new.end}, {engine.dim}), got {tuple(vectors.shape)}.{built}"
             )
         if twice := list(left.find(new.id(row) for row in range(new.end))):
             raise GroundingValueError(
