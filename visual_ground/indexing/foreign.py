@@ -46,18 +46,7 @@ def read_embeddings(
         GroundingValueError: another width, other numbers of rows, or embeddings that are not finite.
     """
     path = Path(source)
-    if path.is_dir():
-        arrays = sorted(path.glob(f"{EMBEDDINGS_FOLDER}/*.npy")) or sorted(path.glob("*.npy"))
-        tables = sorted(path.glob(f"{METADATA_FOLDER}/*.parquet")) or sorted(path.glob("*.parquet"))
-    else:
-        arrays, tables = [path], [] if table is None else [Path(table)]
-    if not arrays:
-        raise GroundingFileError(
-            f"{str(path)!r} holds no embeddings: neither {EMBEDDINGS_FOLDER}/*.npy, as clip-retrieval writes them, nor "
-            "*.npy."
-        )
-    if tables and len(tables) != len(arrays):
-        raise GroundingValueError(f"{str(path)!r} holds {len(arrays)} .npy files and {len(tables)} parquet files.")
+    arrays, tables = _files(path, table)
     index: ImageIndex | None = None
     for number, file in enumerate(arrays):
         vectors = _read_vectors(file, dim, space)
@@ -73,6 +62,23 @@ def read_embeddings(
     folder, entries = path if path.is_dir() else path.parent, index._state.entries.from_elsewhere()
     index._state = replace(index._state, entries=entries, folder=folder, space=space)
     return index
+
+
+def _files(path: Path, table: str | os.PathLike[str] | None) -> tuple[list[Path], list[Path]]:
+    """Return the files of embeddings and those of metadata."""
+    if path.is_dir():
+        arrays = sorted(path.glob(f"{EMBEDDINGS_FOLDER}/*.npy")) or sorted(path.glob("*.npy"))
+        tables = sorted(path.glob(f"{METADATA_FOLDER}/*.parquet")) or sorted(path.glob("*.parquet"))
+    else:
+        arrays, tables = [path], [] if table is None else [Path(table)]
+    if not arrays:
+        raise GroundingFileError(
+            f"{str(path)!r} holds no embeddings: neither {EMBEDDINGS_FOLDER}/*.npy, as clip-retrieval writes them, nor "
+            "*.npy."
+        )
+    if tables and len(tables) != len(arrays):
+        raise GroundingValueError(f"{str(path)!r} holds {len(arrays)} .npy files and {len(tables)} parquet files.")
+    return arrays, tables
 
 
 def _read_vectors(path: Path, dim: int | None, space: ImageSpace | None) -> torch.Tensor:
