@@ -87,7 +87,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _build_options(options: argparse.Namespace) -> BuildOptions:
+def _build_options(options: argparse.Namespace, caption_weight: float = 0.0) -> BuildOptions:
     from visual_ground.errors import GroundingValueError
     from visual_ground.indexing.build import BuildOptions
 
@@ -103,7 +103,7 @@ def _build_options(options: argparse.Namespace) -> BuildOptions:
         options.thumbnails,
         options.half,
         shard=shard,
-        caption_weight=options.caption_weight,
+        caption_weight=caption_weight if options.caption_weight is None else options.caption_weight,
     )
 
 
@@ -147,7 +147,7 @@ def run_add(options: argparse.Namespace) -> None:
         if images:
             model = load_model(options)
             index.check_model(model.image_space)  # Embedding takes long: what is wrong is said before.
-            build_index(model, images, folder, _build_options(options))
+            build_index(model, images, folder, _build_options(options, index.info()["caption_weight"]))
             index.merge(ImageIndex.from_pretrained(folder))
         index.save_pretrained(options.index)
     print(f"{len(index) - before} entries added, {len(index)} in all")

@@ -156,7 +156,10 @@ def read_index(folder: str | os.PathLike[str], rules: LinkRules) -> IndexState:
     for _ in range(TRIES):
         for name in (ENTRIES_FILE, VECTORS_FILE):
             if not resolve(folder, name).is_file():
-                raise GroundingFileError(f"{str(folder)!r} is no image index: it has no {name}.")
+                raise GroundingFileError(
+                    f"{str(folder)!r} is no image index: it has no {name}. `visual-ground index convert` reads the "
+                    "embeddings of other tools."
+                )
         about = _read_about(resolve(folder, ENTRIES_FILE))
         try:
             contents = _read_parts(folder, about, rules)
