@@ -31,7 +31,7 @@ from PIL import Image
 
 BATCH, PART, WORKERS = 32, 1024, 2
 DIFFERENT = 500  # Pictures; the files are all different.
-OWN_BATCHES, TURNS = 4, 16  # Ready batches at each turn, and turns in a build.
+OWN_BATCHES = 4  # Ready ones at each turn.
 IDLE = 3.0  # Seconds until the decoding processes have filled the queue.
 # A build is killed when this part of its images is done, and once while the finished index is written.
 KILLED_AT = (0.04, 0.27, 0.53, 0.78)
@@ -177,12 +177,12 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def measure(kind: str, images: int, scratch: Path) -> dict[str, object]:
+def measure(kind: str, images: int, turns: int, scratch: Path) -> dict[str, object]:
     """Make the pictures and build."""
     photos, cache, killed = scratch / "photos", scratch / "cache", scratch / "killed"
     make_pictures(photos, images)
     own = [sys.executable, "-m", "benchmarks.index.build", kind, "--step", str(photos)]
-    every = max(1, images // BATCH // TURNS) if kind == "rate" else 0
+    every = max(1, images // BATCH // turns) if kind == "rate" else 0
     done = subprocess.run([*own, str(scratch / "whole"), str(cache), str(every)], check=True, stdout=subprocess.PIPE)
     result = json.loads(done.stdout)
     result["mean_bytes_of_a_file"] = round(sum(path.stat().st_size for path in photos.iterdir()) / images)
@@ -196,6 +196,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("rate", "kills"))
     parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--turns", type=int, default=16, help="how often the encoder is measured alone")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -204,7 +205,7 @@ if __name__ == "__main__":
         print(json.dumps(build(options.kind, *map(Path, paths), int(every))))
     else:
         with tempfile.TemporaryDirectory() as name:
-            text = json.dumps(measure(options.kind, options.images, Path(name)), indent=2)
+            text = json.dumps(measure(options.kind, options.images, options.turns, Path(name)), indent=2)
         print(text)
         if options.output:
             options.output.write_text(text + "\n")

@@ -79,3 +79,12 @@ def test_an_index_that_is_added_to_ones_own_opens_no_more_than_it_did(parts, tmp
     assert main(["index", "add", lm, adapter, mine, theirs, str(photos / "b.JFIF")]) == 0
     names = [str(photos / "a.png"), ImageLink(f"{secret}.png"), str(photos / "b.JFIF")]
     assert ImageIndex.from_pretrained(mine).images == names
+
+
+def test_what_is_added_is_built_as_the_index_was(parts, tmp_path):
+    lm, adapter, photos = parts
+    out = str(tmp_path / "index")
+    assert main(["index", "build", lm, adapter, str(photos / "a.png"), "--output", out, "--caption-weight", "0.5"]) == 0
+    assert main(["index", "add", lm, adapter, out, str(photos / "b.JFIF")]) == 0
+    info = ImageIndex.from_pretrained(out).info()
+    assert (info["entries"], info["caption_weight"]) == (2, 0.5)

@@ -1,6 +1,7 @@
 """An index knows the adapter and encoder that it was built with, and is refused with others."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from tests.tiny import Eye, build, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, ImageIndex, ground, transfer
 from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.index.exact import ExactIndex
 from visual_ground.index.files import ENTRIES_FILE
 from visual_ground.index.publishing import publishable
 from visual_ground.indexing.build import BuildOptions, build_index
@@ -74,6 +76,17 @@ def test_the_error_names_both_adapters(ours, tmp_path):
     with pytest.raises(GroundingValueError, match=r"one' with an encoder without a name, and this model is an adapter"):
         other.generate("w4", index)
     assert str(tmp_path / "one") in index.info()["built_with"]
+
+
+def test_a_width_that_does_not_fit_is_said_with_both_encoders(ours):
+    index = ImageIndex.build(another(5), PICTURES)
+    index._state = replace(index._state, engine=ExactIndex(torch.eye(7)[:3]))
+    with pytest.raises(
+        GroundingValueError, match="width 7, built with .* an encoder without a name; this model is .* width 6"
+    ):
+        ours.generate("w4", index)
+    with pytest.raises(GroundingValueError, match="The index was built with .* an encoder without a name"):
+        index.add(torch.eye(6)[:1])
 
 
 def test_an_index_fits_the_adapter_however_it_comes_back(ours, index, tmp_path):

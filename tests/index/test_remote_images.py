@@ -50,6 +50,8 @@ def web():
                 if self.path == "/endless":
                     while True:
                         self.wfile.write(b"x" * 65536)
+                if self.path.startswith("/together"):
+                    meeting.wait(20)
                 if self.path == "/slow":
                     stop.wait(30)
                 if self.path == "/drip":
@@ -58,7 +60,7 @@ def web():
                         self.wfile.flush()
                 self.wfile.write(b"<html>" if self.path == "/page" else png())
 
-    stop = threading.Event()
+    stop, meeting = threading.Event(), threading.Barrier(3)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
@@ -117,6 +119,24 @@ def test_an_image_that_is_gone_makes_room_for_the_next_best():
         assert [first[0].id, second[0].id] == [1, 2]
         unasked = ImageIndex(torch.eye(3), images=addresses)  # Links are what is wanted here.
         assert retrieve(query, unasked, RetrievalSettings())[0][0].id == 0
+
+
+def test_images_of_an_answer_are_fetched_side_by_side():
+    with web() as (url, requests):
+        addresses = [f"{url}/together/{i}" for i in range(3)]
+        index = ImageIndex(torch.eye(3), images=addresses, rules=LinkRules(hosts="127.0.0.1"))
+        query = torch.tensor([[0.9, 0.4, 0.1]])
+        images = retrieve(query, index, RetrievalSettings(images_per_ret=3))[0]  # Each waits for the two others.
+        assert [image.image.size for image in images] == [(8, 8)] * 3
+        for queries in (query.repeat(3, 1), torch.eye(3)):
+            answers = retrieve(queries, index, RetrievalSettings())
+            assert [(one.id, one.image.size) for (one,) in answers] == [(i, (8, 8)) for i in range(3)]
+        assert len(requests) == 9
+        # Of one that is gone, only as many others are fetched as are missing.
+        addresses = [f"{url}/gone", *(f"{url}/{i}.png" for i in range(4))]
+        index = ImageIndex(torch.eye(5), images=addresses, rules=LinkRules(hosts="127.0.0.1"))
+        (images,) = retrieve(torch.tensor([[0.9, 0.5, 0.4, 0.3, 0.2]]), index, RetrievalSettings(images_per_ret=2))
+        assert [image.id for image in images] == [1, 2] and sorted(requests[9:]) == ["/0.png", "/1.png", "/gone"]
 
 
 def test_which_hosts_are_allowed():

@@ -47,7 +47,7 @@ class StopsAt:
 
 
 def files_of(folder):
-    return {name: (folder / name).read_bytes() for name in FILES[:3]}
+    return {name: (folder / name).read_bytes() for name in FILES[:4] if (folder / name).is_file()}
 
 
 def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):

@@ -4,9 +4,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from visual_ground import GroundingError
+from visual_ground import GroundingError, ImageIndex
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.indexing.foreign import read_embeddings
+from visual_ground.vision.identity import ImageSpace
 
 
 def clip_retrieval(folder, width=4):
@@ -39,6 +40,20 @@ def test_an_array_and_a_table_become_an_index(tmp_path):
     assert index.ids == list("abc") and index.metadata == [{"n": 1}, {"n": 2}, {}]
     assert torch.equal(index.vectors, torch.eye(3))
     assert read_embeddings(tmp_path / "a.npy").ids == [0, 1, 2]
+
+
+def test_embeddings_for_a_model_are_checked_with_it_and_refused_by_others(tmp_path):
+    clip_retrieval(tmp_path, width=6)
+    ours, theirs = (ImageSpace.of(torch.eye(6)[rows], "openai/clip", "me/adapter") for rows in ([0, 1], [2, 3]))
+    index = read_embeddings(tmp_path, space=ours)
+    index.check_model(ours)
+    index.save_pretrained(tmp_path / "saved")
+    with pytest.raises(GroundingError, match="was built with 'me/adapter' with 'openai/clip'"):
+        ImageIndex.from_pretrained(tmp_path / "saved").check_model(theirs)
+    with pytest.raises(
+        GroundingError, match=r"\(3, 6\); expected .* \(n, 5\), as 'me/adapter' with 'openai/clip' makes"
+    ):
+        read_embeddings(tmp_path, space=ImageSpace.of(torch.eye(5)[:2], "openai/clip", "me/adapter"))
 
 
 def test_what_does_not_fit_is_named(tmp_path):

@@ -87,7 +87,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _build_options(options: argparse.Namespace) -> BuildOptions:
+def _build_options(options: argparse.Namespace, caption_weight: float = 0.0) -> BuildOptions:
     from visual_ground.errors import GroundingValueError
     from visual_ground.indexing.build import BuildOptions
 
@@ -103,15 +103,21 @@ def _build_options(options: argparse.Namespace) -> BuildOptions:
         options.thumbnails,
         options.half,
         shard=shard,
-        caption_weight=options.caption_weight,
+        caption_weight=caption_weight if options.caption_weight is None else options.caption_weight,
     )
 
 
 def run_build(options: argparse.Namespace) -> None:
     """Embed images into an index, and say how many."""
     from visual_ground.indexing.build import build_index
+    from visual_ground.indexing.processes import Processes
 
-    report = build_index(load_model(options), options.images, options.output, _build_options(options))
+    model, processes = load_model(options), Processes.launched()
+    if processes.device is not None:
+        model.to(processes.device)
+    report = build_index(model, options.images, options.output, _build_options(options))
+    if processes.number:
+        return
     for name, why in report.unreadable:
         print(f"visual-ground: left out {name}: {why}", file=sys.stderr)
     print(
@@ -141,7 +147,7 @@ def run_add(options: argparse.Namespace) -> None:
         if images:
             model = load_model(options)
             index.check_model(model.image_space)  # Embedding takes long: what is wrong is said before.
-            build_index(model, images, folder, _build_options(options))
+            build_index(model, images, folder, _build_options(options, index.info()["caption_weight"]))
             index.merge(ImageIndex.from_pretrained(folder))
         index.save_pretrained(options.index)
     print(f"{len(index) - before} entries added, {len(index)} in all")

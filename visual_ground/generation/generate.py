@@ -168,9 +168,10 @@ def check_index(index: Any, attached: AttachedAdapter) -> None:
             f"{type(index).__name__}."
         )
     if index.dim != attached.config.retrieval_dim:
+        built = index.info()["built_with"] if isinstance(index, ImageIndex) else "a model that it does not name"
         raise GroundingValueError(
-            f"The index holds vectors of width {index.dim}, this model's retrieval space has width "
-            f"{attached.config.retrieval_dim}. Build the index with this model."
+            f"The index holds vectors of width {index.dim}, built with {built}; this model is {attached.image_space}, "
+            f"and its retrieval space has width {attached.config.retrieval_dim}. Build the index with this model."
         )
     if isinstance(index, ImageIndex):
         index.check_model(attached.image_space)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 from visual_ground.errors import GroundingValueError
 from visual_ground.generation.output import RetrievedImage
 from visual_ground.generation.sentences import sentence_ends
-from visual_ground.index.base import RetrievalIndex
+from visual_ground.index.base import ManyEntries, RetrievalIndex
 from visual_ground.index.remote_images import ImageLink
 
 SPARE = 4  # Images that are looked up besides, in case some are gone from where they were.
@@ -167,29 +167,58 @@ def retrieve(
     count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors)) + SPARE
     options = {} if settings.filter is None else {"filter": settings.filter}
     results = index.search(vectors, count if settings.allow_repeats else count + len(shown), **options)
+    found = [
+        list(zip(positions, scores, strict=True))
+        for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True)
+    ]
+    entries = _Entries(index)
+    entries.look_up(_likely(found, settings, shown))
     answers = []
-    for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True):
-        hits = [hit for hit in zip(positions, scores, strict=True) if settings.allow_repeats or hit[0] not in shown]
-        answers.append(_readable(index, hits[: settings.images_per_ret + SPARE], settings.images_per_ret, shown))
+    for hits in found:
+        hits = [hit for hit in hits if settings.allow_repeats or hit[0] not in shown]
+        answers.append(_readable(entries, hits[: settings.images_per_ret + SPARE], settings.images_per_ret, shown))
     return answers
 
 
+class _Entries:
+    """Entries of an index that were looked up; several at once where it can do so.
+
+    Args:
+        index: where to look them up.
+    """
+
+    def __init__(self, index: RetrievalIndex) -> None:
+        self.index, self.known = index, dict[int, tuple[str | int, Any, Mapping[str, Any]]]()
+
+    def look_up(self, positions: Iterable[int]) -> None:
+        new = [position for position in dict.fromkeys(positions) if position not in self.known]
+        index = self.index
+        entries = index.entries(new) if isinstance(index, ManyEntries) else [index.entry(one) for one in new]
+        self.known |= zip(new, entries, strict=True)
+
+
+def _likely(found: list[list[tuple[int, float]]], settings: RetrievalSettings, shown: set[int]) -> list[int]:
+    """Return the positions that will be shown where every image can be fetched."""
+    likely: list[int] = []
+    for hits in found:
+        left = [position for position, _ in hits if settings.allow_repeats or position not in {*shown, *likely}]
+        likely += left[: settings.images_per_ret]
+    return likely
+
+
 def _readable(
-    index: RetrievalIndex, hits: list[tuple[int, float]], count: int, shown: set[int]
+    entries: _Entries, hits: list[tuple[int, float]], count: int, shown: set[int]
 ) -> tuple[RetrievedImage, ...]:
     """Return the first `count` images of some hits; one that could not be fetched comes only where no other does."""
     found: list[RetrievedImage] = []
     failed: list[RetrievedImage] = []
-    for position, score in hits:
+    for number, (position, score) in enumerate(hits):
         if len(found) == count:
             break
-        image = _image(index, position, score)
-        is_lost = isinstance(image.image, ImageLink) and image.image.failed
-        (failed if is_lost else found).append(image)
+        if position not in entries.known:
+            entries.look_up([other for other, _ in hits[number : number + count - len(found)]])
+        image_id, image, metadata = entries.known[position]
+        is_lost = isinstance(image, ImageLink) and image.failed
+        (failed if is_lost else found).append(RetrievedImage(image_id, score, image, metadata))
         shown.add(position)
     return tuple([*found, *failed][:count])
-
-
-def _image(index: RetrievalIndex, position: int, score: float) -> RetrievedImage:
-    image_id, image, metadata = index.entry(position)
-    return RetrievedImage(image_id, score, image, metadata)

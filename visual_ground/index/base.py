@@ -84,6 +84,14 @@ class RetrievalIndex(Protocol):
         """Return the id, image (or None) and metadata at a position."""
 
 
+@runtime_checkable
+class ManyEntries(Protocol):
+    """An index that looks up several entries faster than one after another, as `ImageIndex` does."""
+
+    def entries(self, positions: Sequence[int]) -> list[tuple[str | int, Any, Mapping[str, Any]]]:
+        """Return what `RetrievalIndex.entry` returns, for each of these positions."""
+
+
 class ImageEmbedder(Protocol):
     """What `ImageIndex.build` needs of a model, as `GroundedModel` has it."""
 

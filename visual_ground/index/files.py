@@ -23,7 +23,9 @@ from visual_ground.index.places import IMAGES_FOLDER, check_files, place_images,
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import IndexState
 from visual_ground.index.table.entries import Entries, Segment
+from visual_ground.index.table.rows import THUMBNAIL
 from visual_ground.index.table.table_file import read_table, write_table
+from visual_ground.index.table.thumbnails import THUMBNAILS_FILE, read_thumbnails, thumbnails_of, write_thumbnails
 from visual_ground.index.trust import folders_of, trust, trusted
 from visual_ground.storage.atomic import resolve, write_folder
 from visual_ground.storage.hub import CARD_FILE
@@ -38,7 +40,8 @@ VECTORS_FILE = "index.safetensors"
 TABLE_FILE = "entries.parquet"
 ENTRIES_FILE = "index.json"
 FAISS_FILE, FAISS_ABOUT = "index.faiss", "index.faiss.json"  # Where the index is searched with faiss.
-FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, FAISS_FILE, FAISS_ABOUT, f"{IMAGES_FOLDER}/*.png", CARD_FILE)
+OWN_IMAGES = f"{IMAGES_FOLDER}/*.png"
+FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, THUMBNAILS_FILE, FAISS_FILE, FAISS_ABOUT, CARD_FILE, OWN_IMAGES)
 SPACE, CAPTION_WEIGHT = "image_space", "caption_weight"
 KEYS = {
     "format_version",
@@ -90,6 +93,7 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
         **page,
         VECTORS_FILE: checked(VECTORS_FILE, engine.save),
         **_search_writers(contents, checksums),
+        **{name: checked(name, partial(write_thumbnails, entries=entries)) for name in thumbnails_of(entries)},
         TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
         ENTRIES_FILE: partial(_write_about, contents, checksums),
     }
@@ -152,7 +156,10 @@ def read_index(folder: str | os.PathLike[str], rules: LinkRules) -> IndexState:
     for _ in range(TRIES):
         for name in (ENTRIES_FILE, VECTORS_FILE):
             if not resolve(folder, name).is_file():
-                raise GroundingFileError(f"{str(folder)!r} is no image index: it has no {name}.")
+                raise GroundingFileError(
+                    f"{str(folder)!r} is no image index: it has no {name}. `visual-ground index convert` reads the "
+                    "embeddings of other tools."
+                )
         about = _read_about(resolve(folder, ENTRIES_FILE))
         try:
             contents = _read_parts(folder, about, rules)
@@ -173,6 +180,8 @@ def _read_parts(folder: Path, about: dict[str, Any], rules: LinkRules) -> IndexS
             f"{str(folder)!r} holds {len(engine)} vectors of width {engine.dim} and {table.num_rows} entries; its "
             f"{ENTRIES_FILE} says {about['num_entries']} of width {about['dim']}. Save the index again."
         )
+    if THUMBNAILS_FILE in about["checksums"]:
+        table = table.append_column(THUMBNAIL, read_thumbnails(folder / THUMBNAILS_FILE, table.num_rows))
     found_by = _open_search(folder, engine, about)
     check_files(table, folder)
     removed = np.zeros(len(engine), dtype=bool)
@@ -203,6 +212,7 @@ def _read_about(path: Path) -> dict[str, Any]:
         or not all(type(about[name]) is int and about[name] >= 0 for name in ("num_entries", "dim"))
         or not all(type(about[name]) is bool for name in ("has_images", "has_metadata"))
         or type(about["next_id"]) is not int
+        or not isinstance(about["checksums"], dict)
         or type(about[CAPTION_WEIGHT]) not in (int, float)
         or not 0 <= about[CAPTION_WEIGHT] <= 1
     ):

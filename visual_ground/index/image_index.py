@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
@@ -43,6 +42,7 @@ class ImageIndex:
         GroundingTypeError: vectors that are neither a tensor nor a search engine, or metadata that is no JSON.
 
     Example:
+        >>> import torch
         >>> index = ImageIndex(torch.eye(3), ids=["a", "b", "c"], metadata=[{"year": y} for y in (1990, 2000, 2010)])
         >>> index.remove(["c"])
         >>> best = index.search(torch.tensor([[0.2, 0.1, 0.9]]), k=1, filter={"year": {"ge": 1995}})
@@ -64,9 +64,8 @@ class ImageIndex:
                 f"vectors must be a tensor (n, q) or a VectorIndex, got {type(engine).__name__}; "
                 "visual_ground.index.base.VectorIndex lists what a search engine needs."
             )
-        entries = make_entries(ids, images, metadata, len(engine), 0)
-        self._lock = threading.RLock()
-        self._state = IndexState(engine, entries, None, LinkRules() if rules is None else rules)
+        made = make_entries(ids, images, metadata, len(engine), 0)
+        self._lock, self._state = threading.RLock(), IndexState(engine, made, None, rules or LinkRules())
 
     @classmethod
     def build(
@@ -115,8 +114,7 @@ class ImageIndex:
     @property
     def images(self) -> list[Any] | None:
         """The images as they are kept, in order: PIL images, paths, or an `ImageLink` for what may not be opened."""
-        state = self._state
-        return [state.image(p) for p in state.entries.positions()] if state.entries.has_images else None
+        return self._state.images()
 
     @property
     def metadata(self) -> list[dict[str, Any]] | None:
@@ -169,8 +167,11 @@ class ImageIndex:
         An image elsewhere is shown by its thumbnail, if it has one. Without, one on the network is fetched where the
         rules allow it, and is an `ImageLink` where not or where that fails.
         """
-        state = self._state
-        return state.entries.id(position), state.shown(position), state.entries.metadata(position)
+        return self._state.shown([position])[0]
+
+    def entries(self, positions: Sequence[int]) -> list[tuple[str | int, Any, Mapping[str, Any]]]:
+        """Return what `entry` returns for each position; images on the network are fetched side by side."""
+        return self._state.shown(positions)
 
     def add(
         self,
@@ -192,8 +193,7 @@ class ImageIndex:
     def remove(self, ids: Ids) -> None:
         """Take entries out, all or none; an id that is not there is a GroundingIndexError."""
         with self._lock:
-            positions, none = sorted(set(self._state.find(ids))), make_entries([], None, None, 0, 0)
-            self._state = self._state.changed(positions, torch.empty(0, self.dim), none)
+            self._state = self._state.without(ids)
 
     def update(
         self,

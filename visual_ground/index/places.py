@@ -69,7 +69,7 @@ def movable(entries: Entries, source: Path | None, rules: LinkRules) -> Entries:
         rules: which paths may lead out of that folder; others become links.
     """
     parts = []
-    for segment, table, rows in live_tables(entries):
+    for segment, table, rows in live_tables(entries, thumbnails=True):
         pictures = {i: segment.pictures[row] for i, row in enumerate(rows) if row in segment.pictures}
         if source is not None and not segment.given:
             columns = zip(table["image"].to_pylist(), table["file"].to_pylist(), strict=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +13,11 @@ from visual_ground.vision.decoding import decode_file
 from visual_ground.vision.images import to_rgb
 from visual_ground.vision.link_rules import LinkRules, is_url
 
-__all__ = ["ImageLink", "LinkRules", "follow", "is_url", "shown"]
+__all__ = ["ImageLink", "LinkRules", "follow", "is_away", "is_url", "shown", "shown_together"]
 
 logger = logging.getLogger(__name__)
+
+AT_ONCE = 8  # Images that are fetched at the same time.
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,27 @@ def shown(image: Any, thumbnail: bytes | None, name: str, rules: LinkRules) -> A
         name: of the entry.
         rules: which addresses may be fetched where there is no thumbnail.
     """
-    away = image is None or isinstance(image, ImageLink) or (isinstance(image, str) and is_url(image))
-    if thumbnail is not None and away:
+    if thumbnail is not None and is_away(image):
         return decode_file(thumbnail, f"the thumbnail of {name!r}")
     return follow(image, rules)
+
+
+def shown_together(images: Sequence[tuple[Any, bytes | None, str]], rules: LinkRules) -> list[Any]:
+    """Return what `shown` returns for several images, their thumbnails and names; fetched side by side."""
+
+    def show(one: tuple[Any, bytes | None, str]) -> Any:
+        return shown(*one, rules)
+
+    away = [one for one in images if one[1] is None and is_away(one[0])]
+    if len(away) < 2:
+        return [show(one) for one in images]
+    with ThreadPoolExecutor(min(len(away), AT_ONCE), "fetching") as pool:
+        return list(pool.map(show, images))
+
+
+def is_away(image: Any) -> bool:
+    """Return whether an image is not here: none, a link, or an address on the network."""
+    return image is None or isinstance(image, ImageLink) or (isinstance(image, str) and is_url(image))
 
 
 def follow(image: Any, rules: LinkRules) -> Any:

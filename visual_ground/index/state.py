@@ -15,7 +15,7 @@ from visual_ground.index.base import VectorIndex
 from visual_ground.index.exact import ExactIndex
 from visual_ground.index.faiss_index import FaissIndex
 from visual_ground.index.places import find_image, movable
-from visual_ground.index.remote_images import LinkRules, shown
+from visual_ground.index.remote_images import LinkRules, shown_together
 from visual_ground.index.table.entries import Entries, make_entries
 from visual_ground.index.table.filters import parse_filter
 from visual_ground.index.table.rows import THUMBNAIL
@@ -70,10 +70,17 @@ class IndexState:
         folder = None if self.entries.is_given(position) else self.folder
         return find_image(image, self.entries.cell(position, "file"), folder, self.rules)
 
-    def shown(self, position: int) -> Any:
-        """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere."""
-        thumbnail = self.entries.cell(position, THUMBNAIL)
-        return shown(self.image(position), thumbnail, str(self.entries.id(position)), self.rules)
+    def images(self) -> list[Any] | None:
+        """Return all images as `image` does, in order; None where the index was given none."""
+        return [self.image(p) for p in self.entries.positions()] if self.entries.has_images else None
+
+    def shown(self, positions: Sequence[int]) -> list[tuple[str | int, Any, Mapping[str, Any]]]:
+        """Return ids, images and metadata; of an image that is elsewhere, the thumbnail if there is one."""
+        entries = self.entries
+        ids = [entries.id(position) for position in positions]
+        kept = [(self.image(p), entries.cell(p, THUMBNAIL), str(one)) for p, one in zip(positions, ids, strict=True)]
+        images, metadata = shown_together(kept, self.rules), [entries.metadata(position) for position in positions]
+        return list(zip(ids, images, metadata, strict=True))
 
     def mask(self, filter: Filter | None) -> Tensor | None:
         """Return the positions that a filter allows, as a mask; None for all.
@@ -148,6 +155,11 @@ class IndexState:
             )
         return [found[one] for one in ids]
 
+    def without(self, ids: Ids) -> IndexState:
+        """Return the state without some entries; an id that is not there is a GroundingIndexError."""
+        none = make_entries([], None, None, 0, 0)
+        return self.changed(sorted(set(self.find(ids))), torch.empty(0, self.engine.dim), none)
+
     def updated(
         self,
         ids: Ids,
@@ -173,8 +185,9 @@ class IndexState:
         """
         engine, left = self.engine, self.entries.without(positions)
         if vectors.shape != (new.end, engine.dim):
+            built = "" if self.space is None else f" The index was built with {self.space}."
             raise GroundingValueError(
-                f"{new.end} entries need vectors ({new.end}, {engine.dim}), got {tuple(vectors.shape)}."
+                f"{new.end} entries need vectors ({new.end}, {engine.dim}), got {tuple(vectors.shape)}.{built}"
             )
         if twice := list(left.find(new.id(row) for row in range(new.end))):
             raise GroundingValueError(

@@ -16,6 +16,7 @@ import torch
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.index.table.rows import COLUMN_TYPES
+from visual_ground.vision.identity import ImageSpace
 
 # Where clip-retrieval puts its embeddings and their metadata.
 EMBEDDINGS_FOLDER, METADATA_FOLDER = "img_emb", "metadata"
@@ -26,7 +27,10 @@ ROWS_AT_ONCE = 1 << 16
 
 
 def read_embeddings(
-    source: str | os.PathLike[str], table: str | os.PathLike[str] | None = None, dim: int | None = None
+    source: str | os.PathLike[str],
+    table: str | os.PathLike[str] | None = None,
+    dim: int | None = None,
+    space: ImageSpace | None = None,
 ) -> ImageIndex:
     """Read embeddings of images as an index; they are scaled to length 1.
 
@@ -35,12 +39,33 @@ def read_embeddings(
             of (n, q).
         table: a parquet file of n rows, for one .npy file; None where there is none.
         dim: the width that they must have; any where None.
+        space: `model.image_space` of the model that they are for, which then is checked as for an index that it built.
 
     Raises:
         GroundingFileError: a file that is missing or damaged.
         GroundingValueError: another width, other numbers of rows, or embeddings that are not finite.
     """
     path = Path(source)
+    arrays, tables = _files(path, table)
+    index: ImageIndex | None = None
+    for number, file in enumerate(arrays):
+        vectors = _read_vectors(file, dim, space)
+        first = 0 if index is None else len(index)
+        ids, addresses, metadata = _read_rows(tables[number], len(vectors)) if tables else (None, None, None)
+        ids = list(range(first, first + len(vectors))) if ids is None else ids
+        if index is None:
+            index, dim = ImageIndex(vectors, ids, addresses, metadata), vectors.shape[1]
+        else:
+            index.add(vectors, ids, addresses, metadata)
+    assert index is not None
+    # Strangers may have written where pictures are: only those inside the folder are opened.
+    folder, entries = path if path.is_dir() else path.parent, index._state.entries.from_elsewhere()
+    index._state = replace(index._state, entries=entries, folder=folder, space=space)
+    return index
+
+
+def _files(path: Path, table: str | os.PathLike[str] | None) -> tuple[list[Path], list[Path]]:
+    """Return the files of embeddings and those of metadata."""
     if path.is_dir():
         arrays = sorted(path.glob(f"{EMBEDDINGS_FOLDER}/*.npy")) or sorted(path.glob("*.npy"))
         tables = sorted(path.glob(f"{METADATA_FOLDER}/*.parquet")) or sorted(path.glob("*.parquet"))
@@ -53,27 +78,11 @@ def read_embeddings(
         )
     if tables and len(tables) != len(arrays):
         raise GroundingValueError(f"{str(path)!r} holds {len(arrays)} .npy files and {len(tables)} parquet files.")
-    index: ImageIndex | None = None
-    for number, file in enumerate(arrays):
-        vectors = _read_vectors(file, dim)
-        first = 0 if index is None else len(index)
-        ids, addresses, metadata = _read_rows(tables[number], len(vectors)) if tables else (None, None, None)
-        ids = list(range(first, first + len(vectors))) if ids is None else ids
-        if index is None:
-            index, dim = ImageIndex(vectors, ids, addresses, metadata), vectors.shape[1]
-        else:
-            index.add(vectors, ids, addresses, metadata)
-    assert index is not None
-    return _closed(index, path if path.is_dir() else path.parent)
+    return arrays, tables
 
 
-def _closed(index: ImageIndex, folder: Path) -> ImageIndex:
-    """Return an index that opens pictures inside a folder only, since strangers may have written where they are."""
-    index._state = replace(index._state, entries=index._state.entries.from_elsewhere(), folder=folder)
-    return index
-
-
-def _read_vectors(path: Path, dim: int | None) -> torch.Tensor:
+def _read_vectors(path: Path, dim: int | None, space: ImageSpace | None) -> torch.Tensor:
+    dim = len(space.vectors[0]) if space is not None else dim
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -81,7 +90,7 @@ def _read_vectors(path: Path, dim: int | None) -> torch.Tensor:
     if array.ndim != 2 or array.dtype.kind != "f" or (dim is not None and array.shape[1] != dim):
         raise GroundingValueError(
             f"{str(path)!r} holds {array.dtype} of shape {array.shape}; expected floats of shape (n, "
-            f"{'q' if dim is None else dim})."
+            f"{'q' if dim is None else dim}){'' if space is None else f', as {space} makes them'}."
         )
     half = array.dtype == np.float16
     vectors = torch.empty(array.shape, dtype=torch.float16 if half else torch.float32)

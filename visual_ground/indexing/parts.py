@@ -20,7 +20,9 @@ from visual_ground.index.exact import ExactIndex
 from visual_ground.index.files import SPACE, write_index
 from visual_ground.index.state import IndexState
 from visual_ground.index.table.entries import Entries, Segment, make_entries
+from visual_ground.index.table.rows import THUMBNAIL
 from visual_ground.index.table.table_file import read_table, repeats, write_table
+from visual_ground.index.table.thumbnails import read_thumbnails, thumbnails_of, write_thumbnails
 from visual_ground.indexing.decoding import Batch
 from visual_ground.indexing.options import BuildOptions, PixelEmbedder
 from visual_ground.indexing.sources import SourceImage
@@ -103,7 +105,10 @@ def write_part(
             len(items),
             0,
         )
-        write_table(parts / f"{number:06d}.parquet", [entries.with_thumbnails(thumbnails).segments[0].table])
+        entries = entries.with_thumbnails(thumbnails)
+        write_table(parts / f"{number:06d}.parquet", [segment.table for segment in entries.segments])
+        if thumbnails_of(entries):
+            write_thumbnails(parts / f"{number:06d}.arrow", entries)
         ExactIndex(block.half() if options.half else block).save(parts / f"{number:06d}.safetensors")
     write_json(parts / f"{number:06d}.done.json", part)
     return part
@@ -142,7 +147,7 @@ def finish(folder: Path, builds: Sequence[Path], space: ImageSpace, caption_weig
         names = [name for _, part in done for name, _ in part["unreadable"]]
         raise GroundingValueError(f"There is no image that can be read, and so nothing to index; tried {names[:3]}.")
     engine = ExactIndex.of_blocks(ExactIndex.load(path.with_suffix(".safetensors")) for path in full)
-    segments = tuple(Segment(read_table(path.with_suffix(".parquet"))) for path in full)
+    segments = tuple(map(_read_segment, full))
     _check_ids(segments, folder)
     entries = Entries(segments, np.zeros(len(engine), dtype=bool), True, True, _next_id(segments))
     write_index(folder, IndexState(engine, entries, space=space, caption_weight=caption_weight))
@@ -151,6 +156,13 @@ def finish(folder: Path, builds: Sequence[Path], space: ImageSpace, caption_weig
     os.rename(folder / PARTS_FOLDER, folder / FINISHED_FOLDER)
     shutil.rmtree(folder / FINISHED_FOLDER)
     return [part for _, part in done]
+
+
+def _read_segment(part: Path) -> Segment:
+    table, thumbnails = read_table(part.with_suffix(".parquet")), part.with_suffix(".arrow")
+    if thumbnails.is_file():
+        table = table.append_column(THUMBNAIL, read_thumbnails(thumbnails, table.num_rows))
+    return Segment(table)
 
 
 def _check_ids(segments: Sequence[Segment], folder: Path) -> None:

@@ -20,10 +20,12 @@ class Processes:
     Args:
         number: of this process, from 0.
         count: how many there are.
+        device: this process's own; None where it runs alone.
     """
 
     number: int = 0
     count: int = 1
+    device: torch.device | None = None
 
     @classmethod
     def launched(cls) -> Processes:
@@ -31,7 +33,7 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:  # Asking accelerate would settle which devices it uses later.
             return cls()
         state = PartialState(cpu=not torch.cuda.is_available())
-        return cls(state.process_index, state.num_processes)
+        return cls(state.process_index, state.num_processes, state.device)
 
     def gather(self, value: Any) -> list[Any]:
         """Return what every process gives, in order, when all have given theirs."""

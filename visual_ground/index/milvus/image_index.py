@@ -19,7 +19,7 @@ from visual_ground.index.milvus.entries import entries_of, image_of, make_entrie
 from visual_ground.index.milvus.expressions import ALL, expression, key_of, listed
 from visual_ground.index.milvus.rows import Entry, from_row
 from visual_ground.index.milvus.schema import MilvusSearch
-from visual_ground.index.remote_images import LinkRules, shown
+from visual_ground.index.remote_images import LinkRules, shown_together
 from visual_ground.index.state import Filter, Ids
 from visual_ground.index.table.filters import columns_of, parse_filter
 from visual_ground.index.table.rows import check_ids
@@ -159,11 +159,16 @@ class MilvusImageIndex:
         Raises:
             GroundingIndexError: nothing is there, or it was removed.
         """
-        rows = self._rows.at([position], *FIELDS) if position >= 0 else {}
-        if position not in rows:
-            raise GroundingIndexError(f"Position {position} holds no entry of the collection {self._rows.name!r}.")
-        entry = from_row(rows[position])
-        return entry.id, shown(image_of(entry, self.rules), entry.thumbnail, str(entry.id), self.rules), entry.metadata
+        return self.entries([position])[0]
+
+    def entries(self, positions: Sequence[int]) -> list[tuple[str | int, Any, Mapping[str, Any]]]:
+        """Return what `entry` returns for each position; Milvus is asked once, and images are fetched side by side."""
+        rows = self._rows.at([position for position in positions if position >= 0], *FIELDS)
+        if missing := [position for position in positions if position not in rows]:
+            raise GroundingIndexError(f"Position {missing[0]} holds no entry of the collection {self._rows.name!r}.")
+        found = [from_row(rows[position]) for position in positions]
+        images = shown_together([(image_of(e, self.rules), e.thumbnail, str(e.id)) for e in found], self.rules)
+        return [(entry.id, image, entry.metadata) for entry, image in zip(found, images, strict=True)]
 
     def add(
         self,

@@ -212,7 +212,10 @@ def _join(one: Segment, other: Segment) -> Segment | None:
     if one.given != other.given:
         return None
     try:
-        table = pa.concat_tables([one.table, other.table], promote_options="default").combine_chunks()
+        table = pa.concat_tables([one.table, other.table], promote_options="default")
+        # Thumbnails may be mapped files, larger than memory, and are not copied.
+        whole = [table[name] if name == THUMBNAIL else table[name].combine_chunks() for name in table.column_names]
+        table = pa.table(whole, table.column_names)
     except pa.ArrowException:
         return None
     pictures = {**one.pictures, **{len(one) + row: image for row, image in other.pictures.items()}}

@@ -22,13 +22,14 @@ ROW_GROUP = 1 << 17
 
 
 def write_table(path: str | os.PathLike[str], tables: list[pa.Table]) -> None:
-    """Write tables one after another; a column that is of different types in them goes to OTHERS.
+    """Write tables one after another, without thumbnails; a column of different types in them goes to OTHERS.
 
     Args:
         path: where to; whole or not at all.
         tables: at least one, each as `rows.make_table` makes it.
     """
     types: dict[str, set[Any]] = {}
+    tables = [table.select([name for name in table.column_names if name != THUMBNAIL]) for table in tables]
     for table in tables:
         for one in table.schema:
             types.setdefault(one.name, set()).add(one.type)
@@ -78,13 +79,15 @@ def repeats(column: pa.ChunkedArray) -> bool:
     return bool(pc.count_distinct(column).as_py() < len(column) - column.null_count)
 
 
-def live_tables(entries: Entries) -> Iterator[tuple[Segment, pa.Table, list[int]]]:
-    """Yield each segment, its rows that were not removed, and their numbers in the segment."""
+def live_tables(entries: Entries, thumbnails: bool = False) -> Iterator[tuple[Segment, pa.Table, list[int]]]:
+    """Yield each segment, its rows that were not removed (with thumbnails, or without), and their numbers in it."""
     start = 0
     for segment in entries.segments:
         keep = ~entries.removed[start : start + len(segment)]
         start += len(segment)
-        yield segment, segment.table if keep.all() else segment.table.filter(pa.array(keep)), _numbers(keep)
+        names = [name for name in segment.table.column_names if thumbnails or name != THUMBNAIL]
+        table = segment.table.select(names)
+        yield segment, table if keep.all() else table.filter(pa.array(keep)), _numbers(keep)
 
 
 def _numbers(keep: np.ndarray[Any, Any]) -> list[int]:
