@@ -2,6 +2,9 @@
 
 import logging
 import os
+import socket
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -121,6 +124,11 @@ def test_negative_numbers_are_values(value, monkeypatch):
         ["train", "lm", "vision", "data", "--learning-rate", "-1"],
         ["train", "lm", "vision", "data", "--max-skipped", "1.5"],
         ["train", "lm", "vision", "data", "--seed", "one"],
+        ["fit", "lm", "vision", "data", "--output", "out", "--visual-tokens", "0"],
+        ["serve", "lm", "adapter", "--port", "65536"],
+        ["serve", "lm", "adapter", "--timeout", "nan"],
+        ["serve", "lm", "adapter", "--max-batch", "0"],
+        ["app", "lm", "adapter", "--port", "-1"],
     ],
     ids=lambda call: " ".join(call[3:]),
 )
@@ -155,3 +163,26 @@ def test_a_folder_that_is_missing_is_called_a_folder(tmp_path, capsys):
         last = error.splitlines()[-1]  # Before it come bars of progress.
         assert last.startswith("visual-ground: ") and "folder" in last and repr(missing) in last, error
         assert "alphanumeric" not in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "no such host"])
+def test_an_address_that_is_taken_is_one_line_before_anything_is_loaded(address, capsys):
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as taken:
+        try:
+            taken.bind(("::1" if ":" in address else "127.0.0.1", 0))
+        except OSError:
+            pytest.skip("this machine has no such address")
+        taken.listen()
+        assert main(["serve", "no lm", "no adapter", "--address", address, "--port", str(taken.getsockname()[1])]) == 2
+    error = capsys.readouterr().err
+    assert "Nothing can listen at" in error and error.count("\n") == 1
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path):
+    code = "import sys; from visual_ground.cli import main as m; m.COMMANDS[0].run = lambda options: print('x' * 10**6)"
+    call = [sys.executable, "-c", f"{code}; sys.exit(m.main({calls()[0]!r}))"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (0, "")

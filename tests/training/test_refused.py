@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
-from tests.tiny import build, grounded, tokenizer
+from tests.tiny import build, grounded, picture, tokenizer
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundedModel, GroundingTrainer
 from visual_ground.errors import GroundingTypeError, GroundingValueError
@@ -123,8 +123,29 @@ def test_the_adapter_stays_in_float32_and_what_is_saved_can_be_loaded(dtype, tmp
     model.to(dtype)
     after = model.adapter.state_dict()
     assert all(value.dtype.itemsize >= 4 and torch.equal(value.float(), before[name]) for name, value in after.items())
-    if dtype != torch.float64:
-        GroundingTrainer(model, arguments(tmp_path, **QUICK), ROWS).train()
+    GroundingTrainer(model, arguments(tmp_path, **QUICK), ROWS).train()
     model.save_pretrained(tmp_path / "saved")
     loaded = GroundedModel.from_pretrained(build("llama_untied"), tmp_path / "saved", grounded().vision, tokenizer())
     assert {value.dtype for value in loaded.adapter.state_dict().values()} == {torch.float32}
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    model = grounded()
+    model.save_pretrained(tmp_path / "saved")
+    before = (tmp_path / "saved" / "adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.adapter.ret_input[0] = float("nan")
+    for folder in ("saved", "new"):
+        with pytest.raises(
+            GroundingValueError, match=r"\['ret_input'\] of the adapter hold numbers that are not finite"
+        ):
+            model.save_pretrained(tmp_path / folder)
+    assert (tmp_path / "saved" / "adapter_model.safetensors").read_bytes() == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_an_lm_of_any_dtype_answers(dtype):
+    model = grounded()
+    model.lm.to(dtype)
+    answer = model.generate([["w4", picture(0), "w5"]], max_new_tokens=4, ret_bias=100.0)[0]
+    assert answer.images and torch.isfinite(model.embed_text(["w4"])).all()

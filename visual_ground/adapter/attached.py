@@ -17,6 +17,7 @@ from visual_ground.adapter.files import FILES, published, save_adapter
 from visual_ground.adapter.metadata import AdapterMetadata
 from visual_ground.adapter.report import Report
 from visual_ground.config import GroundingConfig
+from visual_ground.errors import GroundingValueError
 from visual_ground.lm import peft as lm_peft
 from visual_ground.lm.spec import LMSpec
 from visual_ground.prompts.processor import GroundingProcessor
@@ -176,6 +177,11 @@ class AttachedAdapter(nn.Module):
             beside = {**beside, ANCHORS_FILE: self.anchors.write}
         # The file is in float32, also where somebody called `adapter.double()`.
         tensors = {name: tensor.float() for name, tensor in self.adapter.state_dict().items()}
+        if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+            raise GroundingValueError(
+                f"{broken} of the adapter hold numbers that are not finite, and could not be loaded again. Nothing is "
+                "written; take the last state that was saved, and a lower learning rate."
+            )
         metadata = replace(metadata, kept=tuple(sorted(self.adapter.kept)))
         save_adapter(folder, tensors, metadata, repo_id, beside=beside)
 

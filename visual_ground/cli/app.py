@@ -8,7 +8,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_vision_option, load_model, open_index, whole
+from visual_ground.cli.arguments import add_vision_option, check_address, load_model, open_index, whole
 from visual_ground.errors import GroundingStateError, GroundingValueError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--title", default="visual_ground", help="the page's heading")
     parser.add_argument("--demo", metavar="DIR", type=Path, default=Path("demo"), help="where `make demo` wrote; demo")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", metavar="N", type=whole(0, 65535), default=7860, help="7860 where not given")
     parser.add_argument("--max-batch", type=whole(1), default=8, help="answers that are generated together")
     parser.add_argument("--max-waiting", type=whole(1), default=64, help="questions that may wait; more are refused")
     parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
         import uvicorn
     except ImportError as error:
         raise GroundingStateError(f'{error}. The page needs an extra: pip install "visual-ground[app]".') from error
+    check_address(options.address, options.port)
     from visual_ground.app.web import create_page
     from visual_ground.server.engine import EngineLimits
 

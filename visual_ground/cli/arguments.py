@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from visual_ground.errors import GroundingStateError
 
 if TYPE_CHECKING:
     from visual_ground.index.image_index import ImageIndex
@@ -32,16 +35,17 @@ def add_vision_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Return a type of argparse: whole numbers of at least `least`."""
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return a type of argparse: whole numbers from `least` to `most`."""
 
     def read(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if not least <= value <= most:
+            span = f"of at least {least}" if most == math.inf else f"from {least} to {most:g}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {span}, got {text!r}")
         return value
 
     return read
@@ -61,6 +65,18 @@ def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], 
         return value
 
     return read
+
+
+def check_address(address: str, port: int) -> None:
+    """Raise GroundingStateError where nothing can listen at an address; loading the models before would take long."""
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        socket.create_server((address, port), family=family).close()
+    except OSError as error:
+        raise GroundingStateError(
+            f"Nothing can listen at {address}:{port}: {error.strerror or error}. Is something else using it? Choose "
+            "another with --port, or another --address of this machine."
+        ) from error
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:

@@ -50,14 +50,10 @@ def run(options: argparse.Namespace) -> int:
     if options.html and os.path.isdir(options.html):  # Loading and answering take long: what is wrong is said before.
         raise GroundingFileError(f"--html takes the path of a page, and {options.html!r} is a folder.")
     conversation = Conversation(load_model(options), load_index(options), answer_options(options))
-    try:
-        if options.once:
-            answer(conversation, options.once, options.html)
-            return 0
-        return converse(conversation, options.html)
-    except BrokenPipeError:  # Whoever read the answers has gone, such as `head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if options.once:
+        answer(conversation, options.once, options.html)
         return 0
+    return converse(conversation, options.html)
 
 
 def converse(conversation: Conversation, page: str | None) -> int:

@@ -103,10 +103,9 @@ def _setting(text: str) -> tuple[str, Any]:
 def _run_pairs(options: argparse.Namespace) -> None:
     from visual_ground.evaluation import CaptionPairEvaluator, EvaluationPairs, RetrievalEvaluator
     from visual_ground.storage.atomic import replacing
-    from visual_ground.training.data.columns import open_rows
+    from visual_ground.training.data.columns import forbidden_words, open_rows
     from visual_ground.training.data.loading import load_rows
     from visual_ground.training.data.preparing import Preparing
-    from visual_ground.training.setup import forbidden_words
 
     if options.record == "":
         raise GroundingValueError("--record needs the dataset's name or Hub id here: --record me/pairs.")

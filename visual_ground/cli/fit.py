@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_column_options, add_dataset_argument, columns_of
+from visual_ground.cli.arguments import add_column_options, add_dataset_argument, columns_of, number, whole
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -20,7 +20,10 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
     add_dataset_argument(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the adapter")
-    parser.add_argument("--visual-tokens", metavar="N", type=int, default=1, help="image tokens per image; 1")
+    parser.add_argument("--visual-tokens", metavar="N", type=whole(1), default=1, help="image tokens per image; 1")
+    parser.add_argument(
+        "--max-skipped", metavar="X", type=number(0, 1), default=0.01, help="part that may be unreadable; 0.01"
+    )
     add_column_options(parser)
     parser.set_defaults(run=run)
 
@@ -38,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
         caption_column=columns.caption,
         image_folder=columns.folder,
         prefix_cache_gb=PREFIX_CACHE_GB,
+        max_skipped=options.max_skipped,
     )
     model = ground(options.lm, options.vision, config=GroundingConfig(num_visual_tokens=options.visual_tokens))
     fit(model, rows, arguments)

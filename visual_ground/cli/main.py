@@ -36,10 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         with quiet():
-            return int(options.run(options) or 0)
+            code = int(options.run(options) or 0)
+            sys.stdout.flush()  # Here, where a reader that has gone is no error.
+            return code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # Whoever read the output has gone, such as `head`; nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     # Other packages have errors of every kind, and a user of the command line has no use for their tracebacks.
     except Exception as error:
         if os.environ.get(TRACEBACK):

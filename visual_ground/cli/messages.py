@@ -21,6 +21,10 @@ NOISY = (
     "open_clip",
     "torch",
     "torch.utils._pytree",
+    "accelerate",
+    "bitsandbytes",
+    "peft",
+    "torchao",
 )
 VERBOSITY = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "HF_HUB_VERBOSITY": "error"}
 

@@ -7,7 +7,15 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_index_options, add_model_arguments, load_index, load_model
+from visual_ground.cli.arguments import (
+    add_index_options,
+    add_model_arguments,
+    check_address,
+    load_index,
+    load_model,
+    number,
+    whole,
+)
 from visual_ground.errors import GroundingStateError
 
 if TYPE_CHECKING:
@@ -22,12 +30,16 @@ def add_parser(commands: Commands) -> None:
     add_model_arguments(parser)
     add_index_options(parser)
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", metavar="N", type=whole(0, 65535), default=8000, help="8000 where not given")
     parser.add_argument("--name", default="visual-ground", help="what clients call the model")
     parser.add_argument("--origin", action="append", default=[], help="web page that may call the server")
-    parser.add_argument("--max-batch", type=int, default=8, help="answers that are generated together")
-    parser.add_argument("--max-waiting", type=int, default=64, help="answers that may wait; more are refused")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one answer")
+    parser.add_argument(
+        "--max-batch", metavar="N", type=whole(1), default=8, help="answers that are generated together"
+    )
+    parser.add_argument(
+        "--max-waiting", metavar="N", type=whole(1), default=64, help="answers that may wait; more are refused"
+    )
+    parser.add_argument("--timeout", metavar="X", type=number(0), default=300.0, help="seconds for one answer")
     parser.description = f"Clients must send the API key that the environment variable {KEY} holds, if it is set."
     parser.set_defaults(run=run)
 
@@ -38,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
         import uvicorn
     except ImportError as error:
         raise GroundingStateError(f'{error}. The server needs an extra: pip install "visual-ground[serve]".') from error
+    check_address(options.address, options.port)
     from visual_ground.index.remote_images import LinkRules
     from visual_ground.server.engine import EngineLimits
     from visual_ground.server.http import ServerSettings, create_app

@@ -84,14 +84,19 @@ def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path) -> None:
 
 
 def evaluate(model: GroundedModel, pairs: Pairs, reported: str) -> dict[str, Any]:
-    """Return the recalls on the unseen concepts of one split and on as many seen ones, and those of the baselines."""
+    """Return the recalls on the unseen concepts of one split and on as many seen ones, and those of the baselines.
+
+    They are put into the report of the model's adapter, and so into its card.
+    """
     unseen = pairs.numbers(reported)
-    return {
+    results = {
         "unseen": adapter_recalls(model, pairs, unseen),
         "seen": adapter_recalls(model, pairs, pairs.numbers("train")[: len(unseen)]),
         "baselines": baseline_recalls(pairs, unseen),
         "caption_pair_accuracy": caption_pair_accuracy(model, *pairs.pairs(unseen)),
     }
+    record_results(model, results, len(unseen), reported)
+    return results
 
 
 def build_index(model: GroundedModel, pairs: Pairs) -> ImageIndex:
@@ -140,9 +145,7 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
     with clock.step("fit the adapter"):
         train(model, pairs, out, cache)
     with clock.step("evaluate"):
-        reported = "validation" if choose else "test"
-        results = evaluate(model, pairs, reported)
-        record_results(model, results, len(pairs.numbers(reported)), reported)
+        results = evaluate(model, pairs, "validation" if choose else "test")
     with clock.step("converse"):
         bias = story_bias(model)
         conversations = converse_all(model, pairs, bias)

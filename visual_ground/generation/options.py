@@ -45,8 +45,7 @@ def complete_options(
 
     Raises:
         GroundingTypeError: generation_config is not a GenerationConfig.
-        GroundingValueError: assisted generation that cannot work here, an option that would replace the prompts, or a
-            length that leaves no room for an answer.
+        GroundingValueError: assisted generation that cannot work, other prompts, or no room for an answer.
     """
     options = dict(options)
     configs = [options.get("generation_config"), _own_config(frozen_lm)]
@@ -55,8 +54,7 @@ def complete_options(
             f"generation_config must be a transformers GenerationConfig, got {type(configs[0]).__name__}."
         )
     sources = [options, *(vars(config) for config in configs if config is not None)]
-    _check_assistance(sources, len(prompts))
-    _check_refused(sources)
+    _check(sources, len(prompts))
     given = options.pop("logits_processor", None) or ()
     length = _max_new_tokens(sources, prompts.shape[1])
     options.pop("max_length", None)
@@ -117,8 +115,11 @@ def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) ->
     return MAX_NEW_TOKENS + max(0, least, whole - prompt_length)
 
 
-def _check_assistance(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
-    """Raise where another model, or part of this one, is to draft the answer."""
+def _check(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
+    """Raise where other prompts are given, or where another model, or part of this one, is to draft the answer."""
+    for name, reason in REFUSED.items():
+        if any(source.get(name) is not None and source.get(name) is not False for source in sources):
+            raise GroundingValueError(f"generate takes no {name}: {reason}. Leave it out.")
     for name in ("assistant_model", "assistant_early_exit", "use_mtp"):
         if any(source.get(name) for source in sources):
             raise GroundingValueError(
@@ -135,12 +136,6 @@ def _check_assistance(sources: Sequence[Mapping[str, Any]], batch_size: int) -> 
             f"guidance_scale={guided} reads a second prompt token by token, and prompt_lookup_num_tokens says several "
             "at once. Leave one of them out."
         )
-
-
-def _check_refused(sources: Sequence[Mapping[str, Any]]) -> None:
-    for name, reason in REFUSED.items():
-        if any(source.get(name) is not None and source.get(name) is not False for source in sources):
-            raise GroundingValueError(f"generate takes no {name}: {reason}. Leave it out.")
 
 
 def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any] | None = None) -> set[int]:

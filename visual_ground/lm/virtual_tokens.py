@@ -195,7 +195,8 @@ class VirtualTokens:
         if context is None:
             return None
         embedding, width = self.ret_embeddings()[1], self.vocabulary.num_columns
-        largest = torch.finfo(logits.dtype).max  # In float16 the logit could overflow to inf, and always win.
+        # In float16 the logit could overflow to inf, and always win.
+        largest = min(torch.finfo(values.dtype).max for values in (logits, embedding))
         column = (args[0].to(embedding) @ embedding.to(args[0].device)).clamp(-largest, largest).to(logits)
         if self.vocabulary.widens:
             return self._widen(logits, column, context)

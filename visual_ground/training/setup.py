@@ -16,7 +16,7 @@ from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
-from visual_ground.training.data.columns import Columns, is_stream
+from visual_ground.training.data.columns import Columns, forbidden_words, is_stream
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.data.preparing import Preparing
 from visual_ground.training.data.sampler import EpochSampler
@@ -91,13 +91,6 @@ def data_preparation(model: GroundedModel, args: GroundingTrainingArguments) -> 
         args.shows_progress,
         args.sampling_seed,
     )
-
-
-def forbidden_words(model: GroundedModel) -> tuple[str, ...]:
-    """Return what no caption may contain: `[RET]`, and tokens for which the LM has no embedding."""
-    added = model.tokenizer.get_added_vocab() if hasattr(model.tokenizer, "get_added_vocab") else {}
-    unknown = [token for token, number in added.items() if number >= model.frozen_lm.vocabulary.num_rows]
-    return (model.config.ret_token, *sorted(unknown))
 
 
 def training_examples(rows: Any, preparation: Preparing) -> ExampleDataset | ExampleStream:

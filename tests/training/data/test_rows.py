@@ -12,12 +12,12 @@ from tests.tiny import grounded, picture
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingTrainer
 from visual_ground.errors import GroundingError, GroundingTypeError
-from visual_ground.training.data.columns import Columns, open_rows, usable_rows
+from visual_ground.training.data.columns import Columns, forbidden_words, open_rows, usable_rows
 from visual_ground.training.data.loading import load_rows
 from visual_ground.training.data.rows import is_missing
 from visual_ground.training.data.skipped import Skipped
 from visual_ground.training.data.streams import prepare_stream
-from visual_ground.training.setup import data_preparation, forbidden_words
+from visual_ground.training.setup import data_preparation
 
 FORBIDDEN = Columns(forbidden=("[RET]",))
 

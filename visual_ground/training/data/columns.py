@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.model import GroundedModel
 from visual_ground.training.data.prompts import PROMPT, SplitPrompt, is_given, prompt_problem
 from visual_ground.training.data.rows import (
     PROBLEM,
@@ -104,6 +105,13 @@ class Columns:
         if self.folder is not None and isinstance(image, (str, os.PathLike)) and not is_address(image):
             return os.path.join(self.folder, image)
         return image
+
+
+def forbidden_words(model: GroundedModel) -> tuple[str, ...]:
+    """Return what no caption may contain: `[RET]`, and tokens for which the LM has no embedding."""
+    added = model.tokenizer.get_added_vocab() if hasattr(model.tokenizer, "get_added_vocab") else {}
+    unknown = [token for token, number in added.items() if number >= model.frozen_lm.vocabulary.num_rows]
+    return (model.config.ret_token, *sorted(unknown))
 
 
 def open_rows(rows: Any, columns: Columns) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from visual_ground.errors import GroundingError, GroundingValueError
@@ -107,31 +108,34 @@ class Preparing:
             self._check_widths(rows)
         elif self.cache is None and not sample:
             # What cannot be read must be known before anything is measured: then nothing stands in for it.
-            keys = self._keys_of_images(rows, numbers, skipped)
-            readable = [i for i, key in enumerate(keys) if key]
-            rows, numbers = select_rows(rows, readable), numbers[readable]
-            keys = [key for key in keys if key]
+            found = self._keys_of_images(rows, numbers, skipped)
+            readable = [i for i, key in enumerate(found) if key]
+            rows, numbers, keys = select_rows(rows, readable), numbers[readable], [found[i] for i in readable]
         if self.cache is not None:
-            of_prompts = self._places_of_prompts(rows, numbers, skipped)
-            # A prompt is read whole or not at all, and of a row's own images those that can be read.
-            usable = np.array([bool((places >= 0).all()) for places in of_prompts])
-            if "image_features" not in rows[0]:
-                places = self._places(ImagesOf(rows, self.columns.images, self.columns.image), numbers, skipped)
-                places = [place[place >= 0] for place in places]
-                usable &= [len(place) > 0 for place in places]
-            readable = usable.nonzero()[0].tolist()
-            if not readable:
-                skipped.check(0)
-            rows, numbers = select_rows(rows, readable), numbers[readable]
-            if any(map(len, of_prompts)):
-                prompts = StoredFeatures(self.cache.file, [of_prompts[i] for i in readable])
-            if "image_features" not in rows[0]:
-                features = StoredFeatures(self.cache.file, [places[i] for i in readable])
+            rows, numbers, features, prompts = self._with_features(self.cache.file, rows, numbers, skipped)
         skipped.finish()
         groups = _groups(rows, features, keys or _addresses(rows, self.columns))
-        own = self.columns, numbers.tolist(), self.seed, prompts
-        examples = ExampleDataset(rows, features, groups, sample, *own)
+        examples = ExampleDataset(rows, features, groups, sample, self.columns, numbers.tolist(), self.seed, prompts)
         return examples if sample else examples.each_caption()
+
+    def _with_features(
+        self, file: FeatureFile, rows: Any, numbers: Indices, skipped: Skipped
+    ) -> tuple[Any, Indices, StoredFeatures | None, StoredFeatures | None]:
+        """Return the readable rows, their numbers, and the features of their images and of their prompts' images."""
+        of_prompts = self._places_of_prompts(rows, numbers, skipped)
+        # A prompt is read whole or not at all, and of a row's own images those that can be read.
+        usable = np.array([bool((places >= 0).all()) for places in of_prompts])
+        own: list[Indices] = []
+        if "image_features" not in rows[0]:
+            places = self._places(ImagesOf(rows, self.columns.images, self.columns.image), numbers, skipped)
+            own = [place[place >= 0] for place in places]
+            usable &= [len(place) > 0 for place in own]
+        readable = usable.nonzero()[0].tolist()
+        if not readable:
+            skipped.check(0)
+        prompts = StoredFeatures(file, [of_prompts[i] for i in readable]) if any(map(len, of_prompts)) else None
+        features = StoredFeatures(file, [own[i] for i in readable]) if own else None
+        return select_rows(rows, readable), numbers[readable], features, prompts
 
     def _keys_of_images(self, rows: Any, numbers: Indices, skipped: Skipped) -> list[str]:
         """Return by what each row's first image is known again; nothing for an image that cannot be read."""
@@ -163,7 +167,8 @@ class Preparing:
         def refuse(position: int, error: GroundingError) -> None:
             skipped.add(f"row {numbers[images.owners[share[position]]]}: {error}")
 
-        share_places = self.cache.place(_Subset(images, share), self.batch_size, self.workers, self.progress, refuse)
+        own: Any = Subset[Any](cast("Dataset[Any]", images), share)
+        share_places = self.cache.place(own, self.batch_size, self.workers, self.progress, refuse)
         places = np.full(len(images), -1)
         for process, part in gather_object([(state.process_index, share_places)]):
             places[process :: state.num_processes] = part
@@ -209,19 +214,6 @@ class ImagesOf(Sequence[Any]):
         if kind is not None and not hasattr(kind, "feature"):
             return np.ones(len(self.rows), dtype=int)  # An image column that is no list: nothing to read.
         return np.array([len(self.images_of(row)) for row in self.rows], dtype=int)
-
-
-class _Subset(Sequence[Any]):
-    """Some of a sequence's entries, by index."""
-
-    def __init__(self, whole: Sequence[Any], numbers: range) -> None:
-        self.whole, self.numbers = whole, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self.whole[self.numbers[number]]
 
 
 def _addresses(rows: Any, columns: Columns) -> list[str] | None:

@@ -8,7 +8,7 @@ seconds, where the losses would take epochs to find as much.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,13 @@ def initialize_from_data(
     sampled = evenly_sampled(examples)
     # First, because without a retrieval prompt states are read at `[RET]`, whose input embedding is chosen here.
     start_emission(objective.model, sampled, folder, progress)
-    batches = tqdm(list(batched(sampled)), desc="start values: images", unit="batch", disable=not progress)
+    batches = _shown(list(batched(sampled)), "start values: images", progress)
     features = torch.cat([image_features(objective.model, batch) for batch in batches])
     # With their features, so that neither the fit nor its batches encode or preprocess the images again.
     encoded = [{**example, "image_features": row} for example, row in zip(sampled, features, strict=True)]
     pairs = None
     try:
-        pairs = fit_retrieval(objective, batched(encoded), collate)
+        pairs = fit_retrieval(objective, _shown(list(batched(encoded)), "start values: texts", progress), collate)
     except GroundingValueError as error:
         logger.warning("The retrieval layers start from random values. %s", error)
     start_image_tokens(objective.model, sampled, features, progress=progress)
@@ -82,6 +82,12 @@ def evenly_sampled(examples: ExampleDataset | ExampleStream) -> list[dict[str, A
         return examples.take(MAX_EXAMPLES)
     count = 2 * len(examples)
     return [examples[i] for i in range(0, count, -(-count // MAX_EXAMPLES))]
+
+
+def _shown(batches: Sequence[Any], name: str, progress: bool) -> Iterable[Any]:
+    """Return batches with a progress bar."""
+    shown: Iterable[Any] = tqdm(batches, desc=name, unit="batch", disable=not progress)
+    return shown
 
 
 def start_emission(

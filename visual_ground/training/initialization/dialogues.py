@@ -133,3 +133,8 @@ def others_about(captions: Sequence[str]) -> list[str]:
     things = things[: max(1, len(things) // 2)] or ["it"]
     step = max(1, len(things) // len(OTHERS))
     return [other.replace("{it}", things[i * step % len(things)]) for i, other in enumerate(OTHERS)]
+
+
+def evenly(texts: Sequence[str], count: int) -> list[str]:
+    """Return at most so many texts, at even distances."""
+    return [texts[i] for i in range(0, len(texts), -(-len(texts) // count))] if texts else []

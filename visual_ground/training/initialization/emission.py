@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import write_tensors
 from visual_ground.training.initialization.answers import BATCH_SIZE, Answer, answers_to, place_of_picture
-from visual_ground.training.initialization.dialogues import others_about, requests_of
+from visual_ground.training.initialization.dialogues import evenly, others_about, requests_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def fit_emission(
     adapter = model.adapter
     if not getattr(model.tokenizer, "chat_template", None) or adapter.tied or not captions:
         return False
-    requests = _evenly(list(dict.fromkeys(requests or requests_of(captions))), MAX_REQUESTS)
+    requests = evenly(list(dict.fromkeys(requests or requests_of(captions))), MAX_REQUESTS)
     answers = answers_to(model, requests, True, folder, progress)
     answers += answers_to(model, others_about(captions), False, folder, progress)
     ends = [place_of_picture(model, answer) if answer.wanted else None for answer in answers]
@@ -86,17 +87,12 @@ def fit_emission(
         logger.warning("No answer to a request has a whole sentence, so [RET] starts as it does without a chat.")
         return False
     adapter.ret_input.copy_(choose_input_embedding(model, answers, ends))
-    places = read_places(model, answers, ends, folder)
+    places = read_places(model, answers, ends, folder, progress)
     adapter.ret_output.copy_(fit_output_embedding(places))
     # Scaled back to these norms after each step.
     adapter.ret_norms.copy_(torch.stack([embedding.norm() for embedding in adapter.ret_embeddings()]))
     adapter.keep(["ret_input", "ret_output"])  # The text loss would move them to where captions end.
     return True
-
-
-def _evenly(texts: Sequence[str], count: int) -> list[str]:
-    """Return at most so many texts, at even distances."""
-    return [texts[i] for i in range(0, len(texts), -(-len(texts) // count))] if texts else []
 
 
 def choose_input_embedding(model: GroundedModel, answers: Sequence[Answer], ends: Sequence[int | None]) -> Tensor:
@@ -134,7 +130,11 @@ def choose_input_embedding(model: GroundedModel, answers: Sequence[Answer], ends
 
 
 def read_places(
-    model: GroundedModel, answers: Sequence[Answer], ends: Sequence[int | None], folder: Path | None = None
+    model: GroundedModel,
+    answers: Sequence[Answer],
+    ends: Sequence[int | None],
+    folder: Path | None = None,
+    progress: bool = False,
 ) -> Places:
     """Read what the output head reads at each place of the answers, those with a picture as they go on behind it.
 
@@ -143,6 +143,7 @@ def read_places(
         answers: the LM's own.
         ends: for each, where its picture belongs, or None.
         folder: where the states are kept; None: nowhere.
+        progress: show a progress bar.
     """
     sequences, places, is_ret = [], [], []
     for answer, end in zip(answers, ends, strict=True):
@@ -160,18 +161,20 @@ def read_places(
         row = model.adapter.ret_input.float().cpu().numpy().tobytes()
         name = hashlib.sha256(repr((model.active.spec.fingerprint, sequences)).encode() + row).hexdigest()[:32]
         path = folder / f"{name}.safetensors"
-    states, normaliser = _kept(path, len(is_ret)) or _read(model, sequences, places)
+    states, normaliser = _kept(path, len(is_ret)) or _read(model, sequences, places, progress)
     if path is not None and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"states": states, "log_normaliser": normaliser})
     return Places(states, normaliser, torch.tensor(is_ret))
 
 
-def _read(model: GroundedModel, sequences: Sequence[tuple[int, ...]], places: Sequence[range]) -> tuple[Tensor, Tensor]:
+def _read(
+    model: GroundedModel, sequences: Sequence[tuple[int, ...]], places: Sequence[range], progress: bool
+) -> tuple[Tensor, Tensor]:
     """Return the states (n, h) and log normalisers (n,) of all places, sequence by sequence."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for start in range(0, len(order), BATCH_SIZE):
+    for start in tqdm(range(0, len(order), BATCH_SIZE), desc="start values: [RET]", unit="batch", disable=not progress):
         some = order[start : start + BATCH_SIZE]
         states = _states(model, [sequences[i] for i in some], [places[i] for i in some])
         normaliser = torch.cat([_own_logits(model, part).logsumexp(-1) for part in torch.split(states, 256)])

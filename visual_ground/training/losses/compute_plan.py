@@ -133,8 +133,8 @@ def choose_prefix_cache(
             logger.info("Trying packed=%s, shared_prefix=%s raised: %s", is_packed, shares_prefix, error)
             continue
         tolerance = 1e-3 if model.frozen_lm.dtype == torch.float32 else 3e-2
-        same_vectors = torch.allclose(output.vectors, plain.vectors, atol=tolerance)
-        if same_vectors and torch.allclose(output.loss, plain.loss, rtol=tolerance):
+        same_vectors = torch.allclose(output.vectors.double(), plain.vectors.double(), atol=tolerance)
+        if same_vectors and torch.allclose(output.loss.double(), plain.loss.double(), rtol=tolerance):
             return PrefixCache(model, limit_bytes, is_packed, storage, shares_prefix)
         logger.info("packed=%s, shared_prefix=%s gives other values in this LM.", is_packed, shares_prefix)
     logger.info("Captions run as a whole in each step: this LM cannot go on after the keys and values of a prefix.")
