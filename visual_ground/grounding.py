@@ -59,11 +59,14 @@ def unground(lm: nn.Module) -> nn.Module:
         lm: the LM; may be a `PeftModel`.
 
     Raises:
+        GroundingTypeError: not a module.
         GroundingStateError: it is not grounded.
 
     Example:
         >>> lm = unground(ground("gpt2", "openai/clip-vit-base-patch32").lm)  # doctest: +SKIP
     """
+    if not isinstance(lm, nn.Module):
+        raise GroundingTypeError(f"unground takes the language model that was grounded, got {type(lm).__name__}.")
     tokens = virtual_tokens_of(lm)
     if tokens is None:
         raise GroundingStateError(f"This {type(lm).__name__} is not grounded, so there is nothing to take off.")

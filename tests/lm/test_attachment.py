@@ -49,6 +49,16 @@ def test_disable_adapter_reaches_threads_and_generators_in_other_contexts():
     assert width(model) == 101 and in_thread(lambda: width(model)) == 101
 
 
+def test_what_only_a_grounded_lm_can_read_is_named_inside_the_block():
+    for num_tokens in (100, 90):  # `[RET]` is behind the LM's own ids, and one of them.
+        model = grounded(num_tokens=num_tokens)
+        with model.disable_adapter():
+            for call, prompts in ((model.embed_text, "w4"), (model.generate, [["w4", picture(0)]])):
+                with pytest.raises(GroundingStateError, match="adapter is disabled here"):
+                    call(prompts)
+        assert model.embed_text("w4").shape == (1, 6)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=8))
 def test_blocks_may_overlap_and_end_in_any_order(toggles):

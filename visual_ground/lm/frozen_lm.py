@@ -82,8 +82,6 @@ class FrozenLM:
         limit = getattr(self.lm.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
-    # Attached or not.
-
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Return a block in which the LM behaves as if nothing were attached, in all threads until it ends."""
         return self.virtual_tokens.off()
@@ -147,6 +145,8 @@ class FrozenLM:
             cache: keys and values of p earlier positions.
             options: for the LM; `position_ids` among them are used as they are.
         """
+        if self.virtual_tokens.disabled:
+            self.vocabulary.refuse_virtual(input_ids)
         if cache is not None:
             options[self._cache_name] = cache
         if attention_mask is not None and self.takes_positions and "position_ids" not in options:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visual_ground.errors import GroundingStateError
+
 
 @dataclass(frozen=True)
 class VirtualVocabulary:
@@ -51,6 +53,13 @@ class VirtualVocabulary:
     def is_virtual(self, ids: Tensor) -> Tensor:
         """Return the mask, shaped as `ids`, of the virtual ids."""
         return (ids == self.ret_token_id) | (ids >= self.first_image_id)
+
+    def refuse_virtual(self, ids: Tensor) -> None:
+        """Raise GroundingStateError where ids are virtual, which an LM whose hooks are off would read as its own."""
+        if bool(self.is_virtual(ids).any()):
+            raise GroundingStateError(
+                "The adapter is disabled here, so neither images nor [RET] can be read. Leave disable_adapter()."
+            )
 
     def add_columns(self, logits: Tensor, ret_column: Tensor, num_image_tokens: int, mask_spare: bool) -> Tensor:
         """Put the columns of virtual ids into the LM's logits; those of image tokens are -inf.

@@ -129,19 +129,23 @@ class _Lines:
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines, self._waiting, self.number = lines, list[str](), 0
         self.of_row: list[str] = []
+        self.are_over = False  # That the present row asked for more lines than there are.
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._waiting.pop() if self._waiting else next(self._lines)
+        line = self._waiting.pop() if self._waiting else next(self._lines, None)
+        if line is None:
+            self.are_over = True
+            raise StopIteration
         self.number += 1
         self.of_row.append(line)
         return line
 
     def start_row(self) -> None:
         """Forget the lines of the row before."""
-        self.of_row = []
+        self.of_row, self.are_over = [], False
 
     def keep_first(self) -> None:
         """Put back all lines of the present row but the first."""
@@ -164,7 +168,7 @@ def _fields(lines: _Lines, where: str, by_tabs: bool) -> Iterator[dict[str, Any]
             why = "a line break within a field" if "\r" in lines.of_row[0].rstrip("\r\n") else error
             yield {PROBLEM: f"line {lines.number} of {where} cannot be read: {why}"}
             continue
-        if len(lines.of_row) > 1 and not _closes_its_quotes(lines.of_row):
+        if (len(lines.of_row) > 1 or lines.are_over) and not _closes_its_quotes(lines.of_row):
             # The rows after it would be taken for a part of this field.
             lines.keep_first()
             yield {PROBLEM: f"line {lines.number} of {where} has a quotation mark that nothing closes"}

@@ -9,7 +9,7 @@ from typing import Any
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 
 # What tables of other packages than `datasets` offer to become a list of rows: pandas, polars, pyarrow.
-TO_ROWS = (("iloc", "to_dict", ("records",)), ("iter_rows", "to_dicts", ()), ("to_pylist", "to_pylist", ()))
+TO_ROWS = (("itertuples", "to_dict", ("records",)), ("iter_rows", "to_dicts", ()), ("to_pylist", "to_pylist", ()))
 
 
 # Columns of rows that were read from files: a row's name in its shard, and why it could not be read.
