@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-BATCH, PART, WORKERS = 32, 1024, 2
+BATCH, PART, WORKERS = 32, 512, 2
 DIFFERENT = 500  # Pictures; the files are all different.
 OWN_BATCHES = 4  # Ready ones at each turn.
 IDLE = 3.0  # Seconds until the decoding processes have filled the queue.
@@ -131,9 +131,9 @@ def build(kind: str, photos: Path, folder: Path, cache: Path, every: int) -> dic
         "images_per_second_of_the_build": round(report.num_images / seconds, 1),
         "anonymous_memory_mb_in_the_second_and_last_quarter": [
             round(median(model.anonymous[quarter : 2 * quarter] or [0])),
-            round(median(model.anonymous[-quarter:])),
+            round(median(model.anonymous[-quarter:] or [0])),
         ],
-        "anonymous_memory_mb_at_most": round(max(model.anonymous)),
+        "anonymous_memory_mb_at_most": round(max(model.anonymous, default=0)),
         "anonymous_memory_mb_when_finished": round(memory("RssAnon")),
     }
     return {**result, **(rates(model) if every else {})}

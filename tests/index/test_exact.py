@@ -32,6 +32,14 @@ def test_added_removed_and_filtered_vectors_are_found_as_by_any_engine(n, k, see
     assert same(exact.search(queries, k, mask), plain.search(queries, k, mask)) or not mask.any()
 
 
+def test_the_best_come_first_also_where_all_are_wanted_and_were_added_one_by_one():
+    index = ExactIndex(torch.tensor([[0.1]]))
+    for value in (0.3, 0.2, 0.4):
+        index.add(torch.tensor([[value]]))
+    for k in range(1, 6):
+        assert index.search(torch.ones(1, 1), k).positions.tolist() == [[3, 1, 2, 0][:k]]
+
+
 def test_bad_input_changes_nothing(tmp_path):
     index = ExactIndex(torch.eye(3))
     for call, error in (

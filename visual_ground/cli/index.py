@@ -79,12 +79,9 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
         "--caption-weight",
         metavar="X",
         type=number(0, 1),
-        default=0.0,
-        help="part of a caption in its image's vector; 0",
+        help="part of a caption in its image's vector; 0, or that of the index",
     )
-    parser.add_argument(
-        "--shard", metavar="I/N", help="every N-th image from the I-th on, from 0; shared where accelerate launched it"
-    )
+    parser.add_argument("--shard", metavar="I/N", help="every N-th image from the I-th on, from 0")
 
 
 def _build_options(options: argparse.Namespace, caption_weight: float = 0.0) -> BuildOptions:

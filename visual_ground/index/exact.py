@@ -162,8 +162,8 @@ class ExactIndex:
                 best = found.topk(min(k, len(chunk)), dim=-1)
                 scores = torch.cat([scores, best.values], dim=-1)
                 positions = torch.cat([positions, best.indices + start], dim=-1)
-                if scores.shape[1] > k:
-                    scores, order = scores.topk(k, dim=-1)
+                if scores.shape[1] > best.values.shape[1]:
+                    scores, order = scores.topk(min(k, scores.shape[1]), dim=-1)
                     positions = positions.gather(1, order)
                 start += len(chunk)
         if not bool(torch.isfinite(scores).all()):
