@@ -21,6 +21,7 @@ from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.server.engine import EngineLimits
 from visual_ground.server.http import ServerSettings, create_app
 from visual_ground.server.pictures import Pictures
+from visual_ground.server.sampling import RowSampling, Sampling
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 SHOWS = {"ret_bias": 1e3, "max_images": 1}
@@ -164,6 +165,30 @@ def test_answers_in_a_batch_are_those_that_come_alone(running):
     assert [answer.choices[0].message.content for answer in together] == alone
     numbers = dict(line.split() for line in running.get("/metrics")[0].decode().splitlines() if line[0] != "#")
     assert float(numbers["visual_ground_batched_answers_total"]) > float(numbers["visual_ground_batches_total"])
+
+
+def test_sampled_answers_beside_others_with_pictures_are_those_that_come_alone(running):
+    pictures = [{"type": "image_url", "image_url": {"url": data_url(picture(i))}} for i in range(3)]
+
+    def ask(i):
+        content = [{"type": "text", "text": f"w{4 + i}"}, *pictures[: i % 4]]
+        options = dict(temperature=1.0, seed=i, top_p=(1.0, 0.9)[i % 2], max_tokens=10)
+        return running.ask(messages=[{"role": "user", "content": content}], **options).choices[0].message.content
+
+    alone = [ask(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == alone and len(set(alone)) == 8
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5, 0.0])
+def test_tokens_are_drawn_as_often_as_they_are_likely(top_p):
+    scores = torch.tensor([[0.4, 0.0, 0.1, 0.2, 0.3]]).log()
+    drawn = torch.zeros(5)
+    rows = RowSampling(9, 0, [Sampling(1.0, top_p, 0)])
+    for _ in range(4000):
+        drawn[rows(torch.zeros(1, 1, dtype=torch.long), scores).argmax()] += 1
+    kept = {1.0: [4, 0, 1, 2, 3], 0.5: [4, 0, 0, 0, 3], 0.0: [1, 0, 0, 0, 0]}[top_p]
+    assert torch.allclose(drawn / 4000, torch.tensor(kept) / sum(kept), atol=0.03)
 
 
 def test_a_stop_string_ends_an_answer_before_it(running):
