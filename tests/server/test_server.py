@@ -4,10 +4,12 @@ import base64
 import io
 import json
 import socket
+import struct
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -214,6 +216,16 @@ def test_embeddings_and_search(running):
     assert json.loads(running.get("/health")[0])["status"] == "ok"
 
 
+def png_of_claimed_size(width, height):
+    """Return the head of a PNG that claims to be so large."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+
+
+def as_png(data):
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
 def chat_body(**changes):
     return json.dumps({"messages": [{"role": "user", "content": "w4"}], **changes}).encode()
 
@@ -247,6 +259,10 @@ def with_image(url):
         (with_image("data:image/png;base64,????"), 400, "base64"),
         (with_image("data:image/svg+xml;base64," + base64.b64encode(b"<svg/>").decode()), 400, "cannot be read"),
         (with_image(data_url(picture(0))[:62]), 400, "The "),
+        (with_image(as_png(png_of_claimed_size(8_000, 8_000))), 400, "pixels"),
+        (with_image(as_png(png_of_claimed_size(60_000, 60_000))), 400, "cannot be read"),
+        (with_image(as_png(b"<html><script>alert(1)</script>")), 400, "cannot be read"),
+        (chat_body(messages=[{"role": "user", "content": "w4 " * 3000}]), 400, "context"),
     ],
 )
 def test_bad_requests_are_refused_in_openais_form(running, data, status, words):
@@ -305,6 +321,34 @@ def test_a_full_queue_says_when_to_come_back_and_leaving_frees_it(tmp_path):
                 time.sleep(0.05)
         else:
             raise AssertionError("the queue was not freed")
+    finally:
+        server.stop()
+
+
+def send(server, **changes):
+    """Send a request through a bare connection, which is returned; the answer is not read."""
+    body = chat_body(**{"temperature": 0, "max_tokens": 1900, **changes})
+    connection = socket.create_connection(server.server.servers[0].sockets[0].getsockname())
+    connection.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
+    return connection
+
+
+def test_clients_that_leave_or_do_not_read_hold_up_nobody(tmp_path):
+    server = Running(tmp_path, ServerSettings(limits=EngineLimits(max_batch=2)))
+    try:
+        server.model.lm.generation_config.eos_token_id = None
+        with send(server, stream=True) as slow:
+            assert slow.recv(4).startswith(b"HTTP")
+            send(server).close()
+            assert server.ask(max_tokens=2).usage.completion_tokens == 2
+            for _ in range(300):
+                if b'status="499"} 1' in server.get("/metrics")[0]:
+                    break
+                time.sleep(0.1)
+            else:
+                raise AssertionError("the answer was not ended")
     finally:
         server.stop()
 
