@@ -2,9 +2,9 @@
 
 python -m benchmarks.serving.reading_states --demo demo
 
-The answers have 32 tokens and two pictures, after a history of 500 tokens. Noted are the seconds inside the listener that
-reads the states, as a share of the whole answer's: those of the processor, which do not count what else runs on the
-machine, and those of the clock. An answer's first picture is read at two places, where the answer begins too.
+The answers have 32 tokens and two pictures, after a history of 500 tokens. Noted are the seconds inside the listener
+that reads the states, as a share of the whole answer's: those of the processor, which do not count what else runs on
+the machine, and those of the clock. An answer's first picture is read at two places, where the answer begins too.
 """
 
 from __future__ import annotations

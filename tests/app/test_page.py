@@ -174,6 +174,33 @@ def test_two_visitors_do_not_hear_each_other(browser, address):
         alone.context.close()
 
 
+@pytest.mark.slow
+def test_two_visitors_chat_for_five_minutes(browser, address):
+    until, words, firsts = time.monotonic() + 300, ("w5", "w6"), {}
+    visitors, asked, said = [Visitor(browser, address) for _ in words], [[], []], [[], []]
+    try:
+        while time.monotonic() < until:
+            turn = len(asked[0]) + 1
+            if turn > 12:  # A conversation may fill its context; each begins anew then.
+                for visitor in visitors:
+                    visitor.page.locator("button[aria-label='Clear']").click()
+                    visitor.page.wait_for_selector("#conversation .example")
+                asked, said, turn = [[], []], [[], []], 1
+            for number, visitor in enumerate(visitors):
+                asked[number].append(f"{words[number]} w{7 + turn}")
+                visitor.write(asked[number][-1])
+            said = [visitor.answers(turn) for visitor in visitors]
+            for number, visitor in enumerate(visitors):
+                heard = visitor.page.locator("#conversation [data-testid=user]").all_inner_texts()
+                assert [text.strip() for text in heard] == asked[number] and len(said[number]) == turn
+                first = firsts.setdefault((number, turn), said[number])
+                assert said[number] == first, "the same conversation has the same answers each time"
+        assert len(firsts) > 2 and not any(visitor.alerts or visitor.elsewhere for visitor in visitors)
+    finally:
+        for visitor in visitors:
+            visitor.context.close()
+
+
 @pytest.fixture
 def slow_model(model):
     """Let the model take its time for each token, so that there is some to stop it."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.tiny import Eye, grounded, image_processor, picture
 from visual_ground import GroundingConfig, ImageIndex, RetrievedImage
+from visual_ground.app.asking import Asked, Question
 from visual_ground.app.bubbles import Album, bubble
 from visual_ground.app.talk import Talk, Wishes
 from visual_ground.generation.growing import joined
@@ -178,6 +179,25 @@ def test_conversations_at_once_do_not_mix(engine, album):
     assert [said(talk) for talk in together] == [said(talk) for talk in alone]
 
 
+def test_a_batch_waits_for_requests_that_are_being_read_and_for_nobody_else():
+    engine, plain = Engine(make_model(), EngineLimits(gather_seconds=60)), Sampling(retrieval=SILENT)
+
+    def ask():
+        return Asked(engine, Question([{"role": "user", "content": "w4"}], None, "default", plain, 2))
+
+    try:
+        with engine.expecting():
+            asked = [ask()]
+            time.sleep(0.3)
+            asked.append(ask())
+        assert len({"".join(itertools.chain(*one.parts())) for one in asked}) == 1 and engine.batches == [1, 2]
+        started = time.monotonic()
+        list(ask().parts())
+        assert engine.batches == [2, 3] and time.monotonic() - started < 30
+    finally:
+        engine.close()
+
+
 def test_each_question_is_answered_by_the_adapter_that_it_names():
     model = make_model()
     torch.manual_seed(3)
@@ -190,8 +210,6 @@ def test_each_question_is_answered_by_the_adapter_that_it_names():
         expected[name] = model.generate(image, max_images=0, max_new_tokens=5, do_sample=False)[0].text
     engine = Engine(model)
     try:
-        from visual_ground.app.asking import Asked, Question
-
         plain = Sampling(retrieval=RetrievalSettings(max_images=0))
         names = ["default", "other", "default", "other", "other"]
         asked = [Asked(engine, Question(image, None, name, plain, 5)) for name in names]

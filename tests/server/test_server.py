@@ -4,10 +4,12 @@ import base64
 import io
 import json
 import socket
+import struct
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -21,6 +23,7 @@ from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.server.engine import EngineLimits
 from visual_ground.server.http import ServerSettings, create_app
 from visual_ground.server.pictures import Pictures
+from visual_ground.server.sampling import RowSampling, Sampling
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 SHOWS = {"ret_bias": 1e3, "max_images": 1}
@@ -166,6 +169,30 @@ def test_answers_in_a_batch_are_those_that_come_alone(running):
     assert float(numbers["visual_ground_batched_answers_total"]) > float(numbers["visual_ground_batches_total"])
 
 
+def test_sampled_answers_beside_others_with_pictures_are_those_that_come_alone(running):
+    pictures = [{"type": "image_url", "image_url": {"url": data_url(picture(i))}} for i in range(3)]
+
+    def ask(i):
+        content = [{"type": "text", "text": f"w{4 + i}"}, *pictures[: i % 4]]
+        options = dict(temperature=1.0, seed=i, top_p=(1.0, 0.9)[i % 2], max_tokens=10)
+        return running.ask(messages=[{"role": "user", "content": content}], **options).choices[0].message.content
+
+    alone = [ask(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == alone and len(set(alone)) == 8
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5, 0.0])
+def test_tokens_are_drawn_as_often_as_they_are_likely(top_p):
+    scores = torch.tensor([[0.4, 0.0, 0.1, 0.2, 0.3]]).log()
+    drawn = torch.zeros(5)
+    rows = RowSampling(9, 0, [Sampling(1.0, top_p, 0)])
+    for _ in range(4000):
+        drawn[rows(torch.zeros(1, 1, dtype=torch.long), scores).argmax()] += 1
+    kept = {1.0: [4, 0, 1, 2, 3], 0.5: [4, 0, 0, 0, 3], 0.0: [1, 0, 0, 0, 0]}[top_p]
+    assert torch.allclose(drawn / 4000, torch.tensor(kept) / sum(kept), atol=0.03)
+
+
 def test_a_stop_string_ends_an_answer_before_it(running):
     whole = running.ask(max_tokens=6).choices[0].message.content
     stop = whole.split()[2]
@@ -187,6 +214,18 @@ def test_embeddings_and_search(running):
     assert [one["id"] for one in best] == ["dog"] and best[0]["score"] == pytest.approx(1, abs=1e-3)
     assert [model.id for model in running.client.models.list()] == ["visual-ground"]
     assert json.loads(running.get("/health")[0])["status"] == "ok"
+
+
+def png_of_claimed_size(width, height):
+    """Return a PNG without pixels that claims to be so large."""
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
+def as_png(data):
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def chat_body(**changes):
@@ -222,6 +261,10 @@ def with_image(url):
         (with_image("data:image/png;base64,????"), 400, "base64"),
         (with_image("data:image/svg+xml;base64," + base64.b64encode(b"<svg/>").decode()), 400, "cannot be read"),
         (with_image(data_url(picture(0))[:62]), 400, "The "),
+        (with_image(as_png(png_of_claimed_size(8_000, 8_000))), 400, "pixels"),
+        (with_image(as_png(png_of_claimed_size(60_000, 60_000))), 400, "cannot be read"),
+        (with_image(as_png(b"<html><script>alert(1)</script>")), 400, "cannot be read"),
+        (chat_body(messages=[{"role": "user", "content": "w4 " * 3000}]), 400, "context"),
     ],
 )
 def test_bad_requests_are_refused_in_openais_form(running, data, status, words):
@@ -280,6 +323,34 @@ def test_a_full_queue_says_when_to_come_back_and_leaving_frees_it(tmp_path):
                 time.sleep(0.05)
         else:
             raise AssertionError("the queue was not freed")
+    finally:
+        server.stop()
+
+
+def send(server, **changes):
+    """Send a request through a bare connection, which is returned; the answer is not read."""
+    body = chat_body(**{"temperature": 0, "max_tokens": 1900, **changes})
+    connection = socket.create_connection(server.server.servers[0].sockets[0].getsockname())
+    connection.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
+    return connection
+
+
+def test_clients_that_leave_or_do_not_read_hold_up_nobody(tmp_path):
+    server = Running(tmp_path, ServerSettings(limits=EngineLimits(max_batch=2)))
+    try:
+        server.model.lm.generation_config.eos_token_id = None
+        with send(server, stream=True) as slow:
+            assert slow.recv(4).startswith(b"HTTP")
+            send(server).close()
+            assert server.ask(max_tokens=2).usage.completion_tokens == 2
+            for _ in range(300):
+                if b'status="499"} 1' in server.get("/metrics")[0]:
+                    break
+                time.sleep(0.1)
+            else:
+                raise AssertionError("the answer was not ended")
     finally:
         server.stop()
 

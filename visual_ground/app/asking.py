@@ -59,17 +59,18 @@ class Asked:
         request = ChatRequest(question.messages, [question.sampling], question.max_tokens, (), True, False)
         self.is_cut = False
         self._events: queue.SimpleQueue[Part | Finished] = queue.SimpleQueue()
-        self._job = Job(
-            encode(engine, request, attached),
-            question.sampling,
-            question.max_tokens,
-            GrowingAnswer(attached, question.index, retrieval, silent),
-            StopText(()),
-            self._events.put,
-            time.monotonic() + engine.limits.timeout,
-            question.adapter,
-        )
-        engine.submit([self._job])
+        with engine.expecting():
+            self._job = Job(
+                encode(engine, request, attached),
+                question.sampling,
+                question.max_tokens,
+                GrowingAnswer(attached, question.index, retrieval, silent),
+                StopText(()),
+                self._events.put,
+                time.monotonic() + engine.limits.timeout,
+                question.adapter,
+            )
+            engine.submit([self._job])
 
     def cancel(self) -> None:
         """End the answer with the token that it is at."""

@@ -63,10 +63,18 @@ class RowSampling(LogitsProcessor):
         scores = self._ret[row](ids, scores)
         if sampling.temperature == 0:
             return scores
-        # On the CPU, where a seed gives the same numbers whatever the device.
-        probabilities = torch.softmax(scores[0].float().cpu() / sampling.temperature, -1)
-        ordered, order = probabilities.sort(descending=True)
-        kept = ordered.cumsum(0) - ordered < sampling.top_p
-        kept[0] = True
-        chosen = order[torch.multinomial(ordered * kept, 1, generator=self._generators[row])]
-        return torch.full_like(scores, float("-inf")).index_fill_(1, chosen.to(scores.device), 0.0)
+        # On the CPU, where a seed gives the same numbers whatever the device, and with a single one for each token: how
+        # many columns there are depends on the pictures of other rows.
+        probabilities = torch.softmax(scores[0].double().cpu() / sampling.temperature, -1)
+        if sampling.top_p < 1:
+            ordered, order = probabilities.sort(descending=True)
+            likely = ordered.cumsum(0) - ordered < sampling.top_p
+            likely[0] = True
+            probabilities = torch.zeros_like(probabilities).index_copy_(0, order, ordered * likely)
+        # In the order of ids: rounding, which a batch changes, would swap equally likely tokens in any other.
+        below = probabilities.cumsum(0)
+        drawn = torch.rand(1, generator=self._generators[row], dtype=below.dtype) * below[-1]
+        chosen = torch.searchsorted(below, drawn, right=True)
+        last = torch.searchsorted(below, below[-1:])  # Rounding may draw the sum itself.
+        chosen = torch.minimum(chosen, last).to(scores.device)
+        return torch.full_like(scores, float("-inf")).index_fill_(1, chosen, 0.0)
