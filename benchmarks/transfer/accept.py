@@ -15,6 +15,7 @@ gets no gradients of its own, so that the way back is about as long as the way t
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from dataclasses import replace
@@ -29,7 +30,6 @@ from visual_ground.demo.weights import load_vision
 from visual_ground.evaluation.captions import caption_pair_accuracy
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
-from visual_ground.storage.tensors import read_json
 from visual_ground.transferring.image_side import ImageSide
 from visual_ground.transferring.transfer import transfer
 
@@ -69,7 +69,7 @@ def main(source: str, target: str) -> None:
     anchors = Anchors(texts, pairs.features[train].flatten(0, 1))
     anchors.save(OUT / f"{source}-anchors")
     side = replace(side, vision=load_vision(), anchors=Anchors.load(OUT / f"{source}-anchors"))
-    scratch = read_json(RESULTS / f"scratch_{target}.json")
+    scratch = json.loads((RESULTS / f"scratch_{target}.json").read_text())
     results: dict[str, Any] = {}
     torch.manual_seed(0)
     lm, tokenizer = load_lm(target)

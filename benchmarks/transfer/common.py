@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from visual_ground.demo.pairs import Pairs  # noqa: E402
 from visual_ground.demo.weights import load_lm as load_smollm2  # noqa: E402
 from visual_ground.evaluation.metrics import recall_at  # noqa: E402
 from visual_ground.model import GroundedModel  # noqa: E402
-from visual_ground.storage.tensors import write_json  # noqa: E402
 
 CACHE = Path("demo/cache")
 OUT = Path("demo/transfer")
@@ -132,4 +132,5 @@ def text_vectors(model: GroundedModel, pairs: Pairs, split: str) -> Tensor:
 def write(name: str, values: dict[str, Any]) -> None:
     """Write results/NAME.json, with the machine."""
     RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{name}.json", {**values, "format_version": 1, "machine": machine()})
+    text = json.dumps({**values, "machine": machine()}, indent=1, sort_keys=True)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
