@@ -46,7 +46,7 @@ class GroundedModel(nn.Module):
     image_processor = OfActive[Any]("Maps a list of PIL images to `{'pixel_values': (n, c, h, w)}`.")
     processor = OfActive[GroundingProcessor]("Turns prompts into ids and pixels.")
     config = OfActive[GroundingConfig]("The adapter's settings.")
-    image_space = OfActive[ImageSpace]("Which vectors it gives to images; for `ImageIndex`.")
+    image_space = OfActive[ImageSpace]("Identifies its image vectors; an `ImageIndex` of another's is refused.")
 
     def __init__(self, components: Components, config: GroundingConfig) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class GroundedModel(nn.Module):
         return self.active.embed_images(images, image_features, batch_size)
 
     def embed_text(self, prompts: Prompts) -> Tensor:
-        """Map prompts to unit vectors (n, q), read after each as in an answer; a string is encoded as a caption."""
+        """Map prompts to unit vectors (n, q), read at the retrieval prompt behind each; a string is a caption."""
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
     def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:

@@ -79,7 +79,7 @@ def _whole_sentences(
 def with_padding(
     attached: AttachedAdapter, image_tokens: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Tensor | None, Mapping[str, Any]]:
-    """Return image tokens and options with which the shorter answers of a batch are not padded with a word.
+    """Return image tokens and options, with a padding id that cannot be read as text.
 
     If the tokenizer has neither PAD nor EOS, any token of its own used as padding would be read as part of the answer.
     One extra virtual image token is the padding then: it is never generated, and never text.

@@ -60,7 +60,7 @@ class GrowingAnswer:
         silent: ids that are no text, though the tokenizer may decode them; see `options.silent_ids`.
 
     Attributes:
-        latest: what the latest `[RET]` added, though it may still be held back.
+        latest: the parts of the latest `[RET]`, even if they are not released yet.
     """
 
     def __init__(

@@ -159,7 +159,7 @@ def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:
     """Return the ids that end or pad answers; they are not text, even if the tokenizer decodes them as text.
 
     A tokenizer does so for a PAD that was set after loading, and for ends that only the LM's generation config names.
-    Ends that a call gives are words for it, such as a full stop, and are part of the answer.
+    An `eos_token_id` that a caller passes may be a word or a full stop, so it stays in the text.
     """
     pad = attached.processor.tokenizer.pad_token_id
     return end_ids(frozen_lm, attached) | (set() if pad is None else {pad})

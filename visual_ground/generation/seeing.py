@@ -1,4 +1,4 @@
-"""Answers that see their own images: what was shown becomes part of what the rest of the answer is said after."""
+"""Lets the model see the images of its own answer while it goes on with it."""
 
 from __future__ import annotations
 

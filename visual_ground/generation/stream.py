@@ -58,7 +58,7 @@ def stream(
 
 
 def from_thread(run: Callable[[Callable[[Part], None], threading.Event], None]) -> Iterator[Part]:
-    """Call a function in a thread with where to say parts, and yield these; the event is set where nobody listens."""
+    """Run `run(put, closed)` in a thread and yield what it puts; `closed` is set when the caller stops reading."""
     events: queue.SimpleQueue[Part | BaseException | None] = queue.SimpleQueue()
     closed = threading.Event()
 
@@ -120,7 +120,7 @@ def hear(
     """Run transformers' `generate` and say each part of each answer when it comes; return the ids as `generate_ids`.
 
     Raises:
-        GroundingValueError: tokens that are not final when they are said.
+        GroundingValueError: beam search or speculative decoding, whose tokens may be taken back.
     """
     image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
     seen = SeenImages(frozen_lm, attached, image_tokens) if settings.see_images else None

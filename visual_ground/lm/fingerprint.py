@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 # So few that they can be saved in adapter_config.json and read again at every load.
 SAMPLED_ROWS, SAMPLED_TOKENS, SAMPLED_DIMS = 8, 64, 8
 # Relative differences below these are a change of dtype, not of the LM: SmolLM2-135M in bfloat16 differs by 0.2 % and
-# 1.9 % from itself in float32; with linear layers of 8 bits, by 0 % and 5.3 % (benchmarks/results/fingerprints.json).
+# 1.9 % from itself in float32; with linear layers of 8 bits, which is warned of, by 0 % and 5.3 %
+# (benchmarks/results/fingerprints.json).
 ROW_TOLERANCE, STATE_TOLERANCE = 0.01, 0.04
 
 

@@ -56,7 +56,7 @@ def copy_of(cache: Any, change: Callable[[Tensor], Tensor]) -> DynamicCache:
 
 
 def shortened(cache: DynamicCache, kept: int) -> DynamicCache:
-    """Take from a cache of plain layers, which hold all positions that were run, all but the first so many of these."""
+    """Keep only the first `kept` positions of a cache of plain layers, which hold all positions that were run."""
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.keys, layer.values = layer.keys[:, :, :kept], layer.values[:, :, :kept]

@@ -17,7 +17,7 @@ from visual_ground.prompts.encoded import EncodedPrompt
 
 logger = logging.getLogger(__name__)
 
-# Candidates that both ways are tried on: two, so that one of them is padded.
+# How many candidates both methods are tested on: two, so that padding is tested too.
 NUM_TRIED = 2
 
 
@@ -67,7 +67,7 @@ class CandidateScorer:
         # Those of similar length together: padding costs as much time as tokens do.
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         ordered = [texts[number] for number in order]
-        # The keys and values are read behind a candidate's first token only, so shorter ones would show nothing.
+        # A candidate of one token does not use the cache, so it cannot test whether sharing it works.
         if self.shares_prompt is None and ordered[-1][1:]:
             self.shares_prompt = self._try(prompt, ordered[-NUM_TRIED:], image_tokens)
         way = self._from_scratch if self.shares_prompt is False else self._shared
