@@ -1,6 +1,6 @@
 """How long a newcomer's first training takes: 200 pairs and 20 steps of a 135 M LM by `visual-ground train`.
 
-    python benchmarks/training/newcomer.py [--cache demo/cache] [--pairs 200] [--steps 20]
+    python benchmarks/training/newcomer.py [--cache demo/cache] [--pairs 200] [--steps 20] [--bf16]
 
 The pictures are the demo's emoji in new files, so that no feature of them is known. The command runs in a process of
 its own, on two cores, and starts from nothing; what it prints is kept with the time at which each stage began. Wall and
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("demo/cache"))
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--bf16", action="store_true", help="load the LM in bfloat16, which is faster on newer CPUs")
     options = parser.parse_args()
     load_lm(options.cache)  # Writes the folder that the command is given.
     vision = load_vision(options.cache).name
@@ -80,6 +81,7 @@ def main() -> None:
         table = write_pairs(Path(folder), options.cache, options.pairs)
         command = [sys.executable, "-m", "visual_ground", "train", str(options.cache / LM_NAME), vision, str(table)]
         command += ["--output", f"{folder}/adapter", "--steps", str(options.steps)]
+        command += ["--bf16"] if options.bf16 else []
         start = time.perf_counter()
         code, lines = run(command, environment)
         wall = time.perf_counter() - start
@@ -89,7 +91,13 @@ def main() -> None:
     assert code == 0, f"the command ended with {code}"
     pauses = [later - earlier for (earlier, _), (later, _) in zip([(0.0, ""), *lines], lines, strict=False)]
     processor = used.ru_utime + used.ru_stime
-    result = {"pairs": options.pairs, "steps": options.steps, "cores": CORES, "wall_s": round(wall, 1)}
+    result = {
+        "bf16": options.bf16,
+        "pairs": options.pairs,
+        "steps": options.steps,
+        "cores": CORES,
+        "wall_s": round(wall, 1),
+    }
     result |= {"processor_s": round(processor, 1), "processor_s_per_core": round(processor / CORES, 1)}
     result |= {"longest_silence_s": round(max(pauses), 1), "stages": stages(lines)}
     write("training_newcomer", {**result, "load_average": round(os.getloadavg()[0], 1)})
