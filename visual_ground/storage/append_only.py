@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock
 
 from visual_ground.errors import GroundingFileError
+from visual_ground.storage.atomic import naming_errors
 
 INDEX_FILE = "index.jsonl"
 LOCK_FILE = "lock"
@@ -51,8 +53,12 @@ class AppendOnlyStore:
         self._forget()
 
     def refresh(self) -> None:
-        """Read what any process has added to the index since the last time."""
-        with self._lock():
+        """Read what any process has added to the index since the last time.
+
+        Raises:
+            GroundingFileError: the folder cannot be made or written.
+        """
+        with self._locked():
             self._read_index()
 
     def add(self, records: Mapping[str, bytes]) -> None:
@@ -61,7 +67,7 @@ class AppendOnlyStore:
         Raises:
             GroundingFileError: the disk is full, or cannot be written.
         """
-        with self._lock():
+        with self._locked():
             self._read_index()
             try:
                 self._write({key: record for key, record in records.items() if key not in self.numbers})
@@ -136,9 +142,17 @@ class AppendOnlyStore:
         self._ends = array("q")
         self._index_end = 0
 
-    def _lock(self) -> FileLock:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder / LOCK_FILE)
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock; an error names the folder where it cannot be made or written."""
+        lock = FileLock(self.folder / LOCK_FILE)
+        with naming_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _append(file: BinaryIO, end: int, data: bytes, durable: bool) -> None:

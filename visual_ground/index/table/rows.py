@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.index.table.nulls import shared_nulls
 
 # Metadata that fit no column of one type: nested values, None, mixed types, whole numbers beyond 64 bits; as JSON.
 OTHERS = "other_metadata"
@@ -59,7 +60,7 @@ def make_table(
         **_metadata_columns(metadata or [{}] * count),
     }
     check_distinct(ids)
-    return pa.table(columns), pictures
+    return shared_nulls(pa.table(columns)), pictures
 
 
 def check_ids(ids: Sequence[Any]) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.index.table.entries import Entries, Segment
+from visual_ground.index.table.nulls import shared_nulls
 from visual_ground.index.table.rows import COLUMN_TYPES, FIXED, OTHERS, RESERVED, THUMBNAIL, parse_others
 from visual_ground.storage.atomic import replacing, resolve
 
@@ -69,6 +70,7 @@ def read_table(path: str | os.PathLike[str]) -> pa.Table:
         raise GroundingFileError(f"{path} is damaged: an entry has no id, or two. Save it again.")
     if any(repeats(table[name]) for name in ("id", "id_number")):
         raise GroundingValueError(f"{path} holds an id twice; ids must be distinct.")
+    table = shared_nulls(table)
     _release()
     return table
 
