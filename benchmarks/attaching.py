@@ -78,12 +78,12 @@ def text_only() -> dict[str, float]:
     model = ground(lm, Eye(), words(49152), pixels)
 
     def base() -> None:
-        model.rows.detach()
+        model.frozen_lm.virtual_tokens.detach()
         run(lm)
 
     def grounded() -> None:
         if not model.frozen_lm.virtual_tokens.attached:
-            model.rows.attach()
+            model.frozen_lm.virtual_tokens.attach()
         run(lm)
 
     with torch.no_grad():
