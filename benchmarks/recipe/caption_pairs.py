@@ -12,11 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-from lm import CACHE
+from adapters import load_adapter
 
-from visual_ground import GroundedModel
-from visual_ground.demo.pairs import Pairs
-from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.evaluation.captions import _of_other_groups, caption_pair_accuracy
 
 WRONG = 4
@@ -25,10 +22,7 @@ WRONG = 4
 @torch.no_grad()
 def main() -> None:
     """Compare, write."""
-    lm, tokenizer = load_lm(CACHE)
-    vision = load_vision()
-    pairs = Pairs(CACHE, vision, None)
-    model = GroundedModel.from_pretrained(lm, sys.argv[1], vision, tokenizer)
+    model, pairs = load_adapter(sys.argv[1])
     split = sys.argv[2] if len(sys.argv) > 2 else "test"
     captions, features = pairs.pairs(pairs.numbers(split))
     texts = torch.cat([model.embed_text(captions[i : i + 32]) for i in range(0, len(captions), 32)])

@@ -13,15 +13,14 @@ import sys
 from pathlib import Path
 
 import torch
+from adapters import load_adapter
 from lm import CACHE
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from visual_ground import GroundedModel
 from visual_ground.demo.emoji import stable_number
-from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.templates import UNFITTED_REQUESTS
-from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.scoring.query_vectors import query_vectors
 from visual_ground.training.initialization.answers import answers_to, place_of_picture
 
@@ -45,10 +44,7 @@ def recall(vectors: Tensor, images: Tensor, numbers: list[int]) -> dict[str, flo
 @torch.no_grad()
 def main() -> None:
     """Ask, read, write."""
-    lm, tokenizer = load_lm(CACHE)
-    vision = load_vision()
-    pairs = Pairs(CACHE, vision, None)
-    model = GroundedModel.from_pretrained(lm, sys.argv[1], vision, tokenizer)
+    model, pairs = load_adapter(sys.argv[1])
     numbers = pairs.numbers("train")[::STEP]
     concepts = [pairs.concepts[i] for i in numbers]
     asked = [c.fill(UNFITTED_REQUESTS[stable_number(c.code) % len(UNFITTED_REQUESTS)]) for c in concepts]

@@ -12,12 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
+from adapters import load_adapter
 from image_tokens import names_said
-from lm import CACHE
-
-from visual_ground import GroundedModel
-from visual_ground.demo.pairs import Pairs
-from visual_ground.demo.weights import load_lm, load_vision
 
 COUNT = 100
 BATCH = 20
@@ -27,12 +23,9 @@ QUESTIONS = ("What is in this picture?", "What is this?", "Describe this picture
 @torch.no_grad()
 def main() -> None:
     """Show, listen, count."""
-    lm, tokenizer = load_lm(CACHE)
-    vision = load_vision()
-    pairs = Pairs(CACHE, vision, None)
-    model = GroundedModel.from_pretrained(lm, sys.argv[1], vision, tokenizer)
+    model, pairs = load_adapter(sys.argv[1])
     split = sys.argv[2] if len(sys.argv) > 2 else "test"
-    sink, (before, after) = tokenizer.decode(model.processor.sink), model.config.image_prompt.split("{image}")
+    sink, (before, after) = model.tokenizer.decode(model.processor.sink), model.config.image_prompt.split("{image}")
     asked = {"caption prompt": lambda image: [f"{sink}{before}", image, after]}
     for question in QUESTIONS:
         asked[question] = lambda image, text=question: [{"role": "user", "content": [image, f" {text}"]}]

@@ -50,6 +50,12 @@ def files_of(folder):
     return {name: (folder / name).read_bytes() for name in FILES[:4] if (folder / name).is_file()}
 
 
+def kill(source, folder, *point):
+    """Run a build that is killed at a point; return the process that has ended."""
+    command = [sys.executable, "-m", "tests.indexing.killed", str(source), str(folder), *map(str, point)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):
     source = photos(tmp_path / "photos", 11)
     (source / "03.png").write_bytes(b"no image")
@@ -80,15 +86,7 @@ def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):
     source = photos(tmp_path / "photos", 11)
     build_index(MODEL, source, tmp_path / "whole", OPTIONS)
     for point in points:
-        command = [
-            sys.executable,
-            "-m",
-            "tests.indexing.killed",
-            str(source),
-            str(tmp_path / "killed"),
-            *map(str, point),
-        ]
-        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL, point
+        assert kill(source, tmp_path / "killed", *point).returncode == -signal.SIGKILL, point
     build_index(MODEL, source, tmp_path / "killed", OPTIONS)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
@@ -96,17 +94,7 @@ def test_a_build_that_was_killed_makes_the_same_index(points, tmp_path):
 @pytest.mark.slow
 def test_processes_that_read_do_not_outlive_a_build_that_was_killed(tmp_path):
     source = photos(tmp_path / "photos", 11)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.indexing.killed",
-        str(source),
-        str(tmp_path / "killed"),
-        "_features",
-        "2",
-        "2",
-    ]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    killed = kill(source, tmp_path / "killed", "_features", 2, 2)
     left = [int(number) for number in killed.stdout.split()]
     assert killed.returncode == -signal.SIGKILL and len(left) == 2
     deadline = time.monotonic() + 30

@@ -13,7 +13,7 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.generation.running_cache import copy_of_running_cache
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.scoring.query_vectors import opening_contexts
+from visual_ground.scoring.query_vectors import mean_vector, opening_contexts
 
 # Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
 OnToken = Callable[[int, int, Tensor | None], bool]
@@ -100,8 +100,7 @@ class AnswerListener(StoppingCriteria):
         read = self._read_behind([*((row, end) for row in rows), *((row, self.start) for row in first)], ids)
         found = {row: read[row, end] for row in rows}
         for row in first:
-            vectors = [found[row], read[row, self.start], *map(self._read_alone, asked[row][1:])]
-            found[row] = nn.functional.normalize(torch.stack(vectors).sum(0), dim=-1)
+            found[row] = mean_vector([found[row], read[row, self.start], *map(self._read_alone, asked[row][1:])])
         self._vectors |= {(row, end): vector for row, vector in found.items()}
         return found
 

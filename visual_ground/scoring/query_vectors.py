@@ -79,9 +79,15 @@ def ret_vectors(
         return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
     vectors = _read_behind(frozen_lm, attached, [*contexts, *(ids for _, ids in openings)], image_tokens)
     vectors, asked = vectors[: len(contexts)], vectors[len(contexts) :]
-    for (place, _), vector in zip(openings, asked, strict=True):
-        vectors[place] += vector
-    return list(torch.split(normalize(vectors, dim=-1), counts))
+    for place in {place for place, _ in openings}:
+        of_place = [vector for (other, _), vector in zip(openings, asked, strict=True) if other == place]
+        vectors[place] = mean_vector([vectors[place], *of_place])
+    return list(torch.split(vectors, counts))
+
+
+def mean_vector(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the direction (q,) in the middle of unit vectors (q,)."""
+    return normalize(torch.stack([*vectors]).sum(0), dim=-1)
 
 
 def _read_behind(

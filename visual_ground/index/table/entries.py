@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,6 +69,13 @@ class Entries:
 
     def __len__(self) -> int:
         return self.end - int(self.removed.sum())
+
+    def kept(self) -> Iterator[tuple[Segment, np.ndarray[Any, np.dtype[np.bool_]]]]:
+        """Yield each segment with a mask over its rows, True for those that were not removed."""
+        start = 0
+        for segment in self.segments:
+            yield segment, ~self.removed[start : start + len(segment)]
+            start += len(segment)
 
     def positions(self) -> list[int]:
         """The positions that hold an entry."""

@@ -90,10 +90,7 @@ def repeats(column: pa.ChunkedArray) -> bool:
 
 def live_tables(entries: Entries, thumbnails: bool = False) -> Iterator[tuple[Segment, pa.Table, list[int]]]:
     """Yield each segment, its rows that were not removed (with thumbnails, or without), and their numbers in it."""
-    start = 0
-    for segment in entries.segments:
-        keep = ~entries.removed[start : start + len(segment)]
-        start += len(segment)
+    for segment, keep in entries.kept():
         names = [name for name in segment.table.column_names if thumbnails or name != THUMBNAIL]
         table = segment.table.select(names)
         yield segment, table if keep.all() else table.filter(pa.array(keep)), _numbers(keep)

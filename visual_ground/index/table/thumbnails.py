@@ -33,10 +33,7 @@ def write_thumbnails(path: str | os.PathLike[str], entries: Entries) -> None:
 
 
 def _columns(entries: Entries) -> Iterator[pa.ChunkedArray]:
-    start = 0
-    for segment in entries.segments:
-        keep = ~entries.removed[start : start + len(segment)]
-        start += len(segment)
+    for segment, keep in entries.kept():
         if THUMBNAIL not in segment.table.column_names:
             yield pa.chunked_array([pa.nulls(int(keep.sum()), pa.binary())])
             continue

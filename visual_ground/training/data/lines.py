@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from glob import glob
 from itertools import zip_longest
 from typing import Any
@@ -161,7 +162,8 @@ def _fields(lines: _Lines, where: str, by_tabs: bool) -> Iterator[dict[str, Any]
     while True:
         lines.start_row()
         try:
-            fields = _next_of(reader)
+            with _long_fields():
+                fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
@@ -181,20 +183,20 @@ def _fields(lines: _Lines, where: str, by_tabs: bool) -> Iterator[dict[str, Any]
             yield {name: value or None for name, value in zip_longest(head, fields)}
 
 
-def _next_of(reader: Iterator[list[str]]) -> list[str]:
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let the csv module read long fields; its limit is the whole program's."""
     limit = csv.field_size_limit(LONGEST_FIELD)
     try:
-        return next(reader)
+        yield
     finally:
         csv.field_size_limit(limit)
 
 
 def _closes_its_quotes(lines: Sequence[str]) -> bool:
     """Return whether a row of several lines is one: behind the mark that closes a field, the field ends."""
-    limit = csv.field_size_limit(LONGEST_FIELD)
     try:
-        return len(list(csv.reader(lines, strict=True))) == 1
+        with _long_fields():
+            return len(list(csv.reader(lines, strict=True))) == 1
     except csv.Error:
         return False
-    finally:
-        csv.field_size_limit(limit)
