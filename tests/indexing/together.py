@@ -18,6 +18,11 @@ from visual_ground.indexing import build
 OPTIONS = build.BuildOptions(batch_size=2, part_size=4, thumbnail_size=4, progress=False)
 
 
+def say(line):
+    # All processes write into one pipe, and `print` writes each word apart where Python does not buffer, as here.
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 def main(source, folder, ends=""):
     torch.set_num_threads(1)
     number, original, calls = os.environ["RANK"], build.write_part, []
@@ -33,9 +38,9 @@ def main(source, folder, ends=""):
     build.write_part = write_part
     try:
         report = build.build_index(grounded("llama_untied").eval(), source, folder, OPTIONS)
-        print(number, report.num_images, len(report.unreadable), flush=True)
+        say(f"{number} {report.num_images} {len(report.unreadable)}")
     except GroundingError as error:
-        print(number, type(error).__name__, error, flush=True)
+        say(f"{number} {type(error).__name__} {error}")
     PartialState().destroy_process_group()
 
 
