@@ -250,3 +250,24 @@ def test_a_loss_of_ones_own_trains():
     trained = GroundingObjective(model, CaptioningTimes())
     trained(**batch).loss.backward()
     assert "loss.log_scale" in dict(trained.named_parameters()) and bool(trained.loss.log_scale.grad)
+
+
+def test_a_loss_without_weight_is_not_computed_and_all_parameters_still_get_a_gradient():
+    model = grounded("llama_untied")
+    batch = batch_of(model)
+    whole = GroundingObjective(model)(**batch)
+    for kept, left_out in (("captioning", "text_retrieval"), ("text_retrieval", "captioning")):
+        weights = {
+            "caption_loss_scale": float(kept == "captioning"),
+            "retrieval_loss_scale": float(kept != "captioning"),
+        }
+        objective = GroundingObjective(model, FromageLoss(**weights))
+
+        setattr(objective, left_out, None)  # Calling it would raise.
+        model.adapter.zero_grad()
+        found = objective(**batch)
+        assert left_out not in found and torch.equal(found[kept], whole[kept])
+        found.loss.backward()
+        assert all(parameter.grad is not None for parameter in model.adapter.parameters())
+    with pytest.raises(GroundingValueError, match="both 0"):
+        GroundingObjective(model, FromageLoss(0.0, 0.0))(**batch)

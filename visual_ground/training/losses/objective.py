@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.training.data.sequences import TokenSequence
 from visual_ground.training.losses.cached_retrieval import PrefixCache
@@ -96,20 +98,29 @@ class FromageLoss:
     retrieval_loss_scale: float = 1.0
 
     def __call__(self, objective: GroundingObjective, batch: PreparedBatch) -> GroundingLoss:
-        """Return the weighted sum and its parts."""
-        captioning = objective.captioning(batch)
-        text, vectors = objective.text_retrieval(batch)
-        contrastive = objective.contrast(vectors, batch)
-        retrieval = text + (contrastive.text_to_image + contrastive.image_to_text) / 2
-        return GroundingLoss(
-            loss=self.caption_loss_scale * captioning + self.retrieval_loss_scale * retrieval,
-            captioning=captioning.detach(),
-            text_retrieval=text.detach(),
-            text_to_image=contrastive.text_to_image.detach(),
-            image_to_text=contrastive.image_to_text.detach(),
-            text_to_image_accuracy=contrastive.text_to_image_accuracy,
-            image_to_text_accuracy=contrastive.image_to_text_accuracy,
-        )
+        """Return the weighted sum and its parts; a part without weight is not computed, and is None.
+
+        Raises:
+            GroundingValueError: both weights are 0.
+        """
+        found: dict[str, Tensor] = {}
+        terms: list[Tensor] = []
+        if self.caption_loss_scale:
+            found["captioning"] = objective.captioning(batch)
+            terms.append(self.caption_loss_scale * found["captioning"])
+        if self.retrieval_loss_scale:
+            found["text_retrieval"], vectors = objective.text_retrieval(batch)
+            contrastive = objective.contrast(vectors, batch)
+            found |= vars(contrastive)
+            retrieval = found["text_retrieval"] + (contrastive.text_to_image + contrastive.image_to_text) / 2
+            terms.append(self.retrieval_loss_scale * retrieval)
+        if not terms:
+            raise GroundingValueError("caption_loss_scale and retrieval_loss_scale are both 0: nothing is trained.")
+        if len(terms) == 1:
+            # DistributedDataParallel waits for a gradient of every parameter, also of those that only a part has.
+            trained = (parameter for parameter in objective.parameters() if parameter.requires_grad)
+            terms.append(0 * torch.stack([parameter.sum() for parameter in trained]).sum())
+        return GroundingLoss(loss=torch.stack(terms).sum(), **{name: value.detach() for name, value in found.items()})
 
 
 class GroundingObjective(nn.Module):
