@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from visual_ground.model import GroundedModel
+from visual_ground.processes import Processes
 from visual_ground.training.data.sequences import TokenSequence
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan, LossSum
@@ -214,7 +214,7 @@ class GroundingObjective(nn.Module):
     @property
     def _across_processes(self) -> bool:
         """Whether this batch is a part of one that is shared out among processes."""
-        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return self.training and Processes.launched().count > 1
 
     def _mean(self, summed: LossSum) -> Tensor:
         if not self._across_processes:
