@@ -109,7 +109,7 @@ class GroundedModel(nn.Module):
         return self.active.embed_images(images, image_features, batch_size)
 
     def embed_text(self, prompts: Prompts) -> Tensor:
-        """Map prompts to unit vectors (n, q), read at the retrieval prompt behind each; a string is a caption."""
+        """Map prompts to unit vectors (n, q), each read after the retrieval prompt; a plain string is a caption."""
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
     def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:
@@ -123,8 +123,8 @@ class GroundedModel(nn.Module):
 
         Args:
             prompts: as in `prepare`.
-            index: where `[RET]`'s images are searched; with None the parts say that an image was meant.
-            max_new_tokens: the most tokens, `[RET]`s included; where None, as the generation config says, or 64.
+            index: where images are searched; None: the answer only marks where an image belongs.
+            max_new_tokens: the most tokens, `[RET]`s included; None: what the generation config says, or else 64.
             options: fields of `RetrievalSettings` (`see_images` and others), and any of transformers' `generate`.
 
         Returns:
@@ -135,13 +135,13 @@ class GroundedModel(nn.Module):
         return generate_seeing(*given) if settings.see_images else generate(*given)
 
     def stream(self, prompts: Prompts, index: RetrievalIndex | None = None, **options: Any) -> Iterator[Part]:
-        """Answer one prompt; yield texts and images when they are said. Arguments are those of `generate`."""
+        """Answer one prompt; yield texts and images as they are generated. Arguments are those of `generate`."""
         return stream(self.frozen_lm, self.active, self.prepare(prompts), index, options)
 
     def add_adapter(
         self, adapter_name: str, config: GroundingConfig | None = None, vision_encoder: Any = None, **given: Any
     ) -> None:
-        """Put a new adapter beside the others; `given` is `image_processor`, and the rest is as in `ground`."""
+        """Put a new adapter beside the others; `given` may have `image_processor`; all as in `ground`."""
         config = GroundingConfig() if config is None else config
         self.adapters.check_new(adapter_name, config)
         vision = self.vision if vision_encoder is None else vision_encoder
@@ -167,12 +167,12 @@ class GroundedModel(nn.Module):
         self.adapters.load(adapter_name, files, is_trainable, self.lm)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Make an adapter the one that is used, trained and saved from now on; the others rest."""
+        """Use, train and save this adapter from now on; the others stay loaded."""
         self.adapters.set(adapter_name)
         self.frozen_lm.virtual_tokens.mask_spare_columns = self.config.mask_spare_columns
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter away; the active one cannot be."""
+        """Remove an adapter, which must not be the active one."""
         self.adapters.delete(adapter_name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
