@@ -37,16 +37,19 @@ class GroundedModel(nn.Module):
     """A frozen LM, a frozen vision encoder, and the adapter between them; made by `ground` or `from_pretrained`.
 
     Attributes:
-        lm, tokenizer, ret_token_id: the transformers model and its tokenizer, and the id of `[RET]`.
-        adapters, frozen_lm: all adapters by name, and the LM with its hooks; for this package's own use.
+        lm: the transformers model.
+        tokenizer: its tokenizer.
+        ret_token_id: the id of `[RET]`.
+        adapter: what is trained. This and what follows belong to the active adapter.
+        vision: the frozen vision encoder.
+        image_processor: maps a list of PIL images to `{'pixel_values': (n, c, h, w)}`.
+        processor: turns prompts into ids and pixels.
+        config: the adapter's settings.
+        image_space: identifies its image vectors; an `ImageIndex` of another's is refused.
     """
 
-    adapter = OfActive[Adapter]("What is trained.")
-    vision = OfActive[VisionEncoder]("The frozen vision encoder.")
-    image_processor = OfActive[Any]("Maps a list of PIL images to `{'pixel_values': (n, c, h, w)}`.")
-    processor = OfActive[GroundingProcessor]("Turns prompts into ids and pixels.")
-    config = OfActive[GroundingConfig]("The adapter's settings.")
-    image_space = OfActive[ImageSpace]("Identifies its image vectors; an `ImageIndex` of another's is refused.")
+    adapter, vision, processor = OfActive[Adapter](), OfActive[VisionEncoder](), OfActive[GroundingProcessor]()
+    image_processor, config, image_space = OfActive[Any](), OfActive[GroundingConfig](), OfActive[ImageSpace]()
 
     def __init__(self, components: Components, config: GroundingConfig) -> None:
         super().__init__()
@@ -119,16 +122,14 @@ class GroundedModel(nn.Module):
     def generate(
         self, prompts: Prompts, index: RetrievalIndex | None = None, max_new_tokens: int | None = None, **options: Any
     ) -> list[InterleavedOutput]:
-        """Answer prompts with text and retrieved images.
+        """Answer prompts with text and retrieved images; return, in order, one output for each prompt.
 
         Args:
             prompts: as in `prepare`.
             index: where images are searched; None: the answer only marks where an image belongs.
             max_new_tokens: the most tokens, `[RET]`s included; None: what the generation config says, or else 64.
-            options: fields of `RetrievalSettings` (`see_images` and others), and any of transformers' `generate`.
-
-        Returns:
-            One output per prompt, or `num_return_sequences` for each, in order.
+            options: fields of `RetrievalSettings` (`see_images` and others), and any of transformers' `generate`; with
+                `num_return_sequences`, each prompt has as many outputs.
         """
         settings, options = RetrievalSettings.take_from(options), {"max_new_tokens": max_new_tokens, **options}
         given = self.frozen_lm, self.active, self.prepare(prompts), index, settings, options

@@ -125,7 +125,8 @@ class GroundingObjective(nn.Module):
         plan: how the losses are computed, never what they are; by default plainly.
 
     Attributes:
-        prefixes, plan: may be set between batches.
+        prefixes: may be set between batches.
+        plan: likewise.
     """
 
     def __init__(
