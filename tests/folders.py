@@ -15,6 +15,7 @@ PAGE = DOCS / "architecture.md"
 # themselves; files at the top of the package are folders of one.
 ORDER = (
     "errors",
+    "processes",
     "regression",
     "shared_space",
     "storage",

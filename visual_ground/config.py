@@ -48,9 +48,9 @@ class GroundingConfig:
 
     Args:
         num_visual_tokens: k, image tokens per image, 1 to 65536.
-        visual_tokens_from: "pooled" makes an image's k tokens of its pooled features; "patches" makes each of them of
-            its own part of the picture, the mean of that part's patches. The retrieval vector is of the pooled features
-            either way.
+        visual_tokens_from: "pooled" makes an image's k tokens from its pooled features; "patches" makes each token from
+            its own part of the picture, as the mean of that part's patches. The retrieval vector is made from the
+            pooled features either way.
         retrieval_dim: q, width of the space in which text and images are compared, 1 to 65536.
         retrieval_space: "learned" fits a layer for images too; "encoder" takes the encoder's own image vectors, scaled
             to unit length, and fits only the text side to them, so that indexes which others have built with the same
@@ -58,26 +58,26 @@ class GroundingConfig:
         text_layers: hidden states that are mapped into the retrieval space and summed. -1 is what the output head
             reads; other numbers index transformers' `hidden_states` tuple (0 is the input of the first layer).
         ret_token: the text of the retrieval token; the tokenizer must not have it.
-        sink_token: text put before every caption in training and before every `embed_text` prompt, so that no caption
-            starts its sequence, where many LMs attend to the first token whatever it is. None: the tokenizer's BOS, or
-            else its EOS.
+        sink_token: text put before every caption in training and before every `embed_text` prompt. Many LMs attend to
+            the first token whatever it is, and this keeps a caption's first word out of that place. None: the
+            tokenizer's BOS, or else its EOS.
         caption_prompt: text between the sink token and a caption in retrieval.
-        image_prompt: the same in captioning; "{image}" stands for the image. Its wording matters: words that make an LM
-            repeat what the image tokens mean let captioning be learnt many times sooner.
-        retrieval_prompt: words put after what was said, at whose last one the state for retrieval is read: an LM that
-            is about to name what something looks like knows more of it than one that has just ended a sentence. They
-            are read on a copy, so they are part neither of an answer nor of what the LM goes on from. Empty: the state
-            is read at `[RET]` itself, as published.
+        image_prompt: the same in captioning; "{image}" stands for the image. Its wording matters: captioning is learnt
+            many times sooner after words that make an LM repeat what the image tokens mean.
+        retrieval_prompt: words put after a text; the state for retrieval is read at the last of them. An LM that is
+            about to say what something looks like knows more of it than one that has just ended a sentence. They are
+            read on a copy of the cache, so they are no part of an answer, and the LM does not go on from them. Empty:
+            the state is read at `[RET]` itself, as published.
         image_first: put images that open a sequence before the sink token, as published, and not after it.
         scaling: "embedding" gives image tokens the mean and standard deviation of the LM's own embedding, standardises
             the linear layers' inputs, and starts `[RET]` at the mean embedding; "none" is the published method, with
             raw linear layers.
         mask_spare_columns: set the logits of ids that no token has to -inf, as if the vocabulary were trimmed to the
             tokenizer.
-        tied_ret: whether `[RET]` has one embedding for both ends where the LM has one embedding table for both, as
-            published. With two, the input embedding can be one after which the LM goes on as if nothing had been said.
+        tied_ret: True: `[RET]` has one embedding for input and output if the LM's own are tied, as published. False: it
+            has two, and the input embedding can be chosen so that the LM goes on as if `[RET]` were not there.
         train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
-            it beside; otherwise it is as frozen as the LM.
+            it in the same folder; otherwise it is frozen, like the LM.
 
     Raises:
         GroundingValueError: a value outside its range.
@@ -161,8 +161,7 @@ class GroundingConfig:
     def from_dict(cls, values: dict[str, Any]) -> GroundingConfig:
         """Build a config from `to_dict`'s result; unknown keys raise.
 
-        Without `retrieval_prompt` it is of an adapter that was saved before there were any, and whose states are read
-        at `[RET]`.
+        Adapters that were saved before `retrieval_prompt` existed do not have it; their states are read at `[RET]`.
 
         Raises:
             GroundingValueError: a key that no field has, or a value outside its range.

@@ -53,7 +53,7 @@ def ground(
 
 
 def unground(lm: nn.Module) -> nn.Module:
-    """Take everything off a grounded LM and hand it back, bit for bit what it was, also where its model is lost.
+    """Take everything off a grounded LM and return it, bit for bit as it was; its `GroundedModel` is not needed.
 
     Args:
         lm: the LM; may be a `PeftModel`.

@@ -37,16 +37,19 @@ class GroundedModel(nn.Module):
     """A frozen LM, a frozen vision encoder, and the adapter between them; made by `ground` or `from_pretrained`.
 
     Attributes:
-        lm, tokenizer, ret_token_id: the transformers model and its tokenizer, and the id of `[RET]`.
-        adapters, frozen_lm: all adapters by name, and the LM with its hooks; for this package's own use.
+        lm: the transformers model.
+        tokenizer: its tokenizer.
+        ret_token_id: the id of `[RET]`.
+        adapter: what is trained. This and what follows belong to the active adapter.
+        vision: the frozen vision encoder.
+        image_processor: maps a list of PIL images to `{'pixel_values': (n, c, h, w)}`.
+        processor: turns prompts into ids and pixels.
+        config: the adapter's settings.
+        image_space: identifies its image vectors; an `ImageIndex` of another's is refused.
     """
 
-    adapter = OfActive[Adapter]("What is trained.")
-    vision = OfActive[VisionEncoder]("The frozen vision encoder.")
-    image_processor = OfActive[Any]("Maps a list of PIL images to `{'pixel_values': (n, c, h, w)}`.")
-    processor = OfActive[GroundingProcessor]("Turns prompts into ids and pixels.")
-    config = OfActive[GroundingConfig]("The adapter's settings.")
-    image_space = OfActive[ImageSpace]("Identifies its image vectors; an `ImageIndex` of another's is refused.")
+    adapter, vision, processor = OfActive[Adapter](), OfActive[VisionEncoder](), OfActive[GroundingProcessor]()
+    image_processor, config, image_space = OfActive[Any](), OfActive[GroundingConfig](), OfActive[ImageSpace]()
 
     def __init__(self, components: Components, config: GroundingConfig) -> None:
         super().__init__()
@@ -109,7 +112,7 @@ class GroundedModel(nn.Module):
         return self.active.embed_images(images, image_features, batch_size)
 
     def embed_text(self, prompts: Prompts) -> Tensor:
-        """Map prompts to unit vectors (n, q), read at the retrieval prompt behind each; a string is a caption."""
+        """Map prompts to unit vectors (n, q), each read after the retrieval prompt; a plain string is a caption."""
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
     def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:
@@ -119,29 +122,27 @@ class GroundedModel(nn.Module):
     def generate(
         self, prompts: Prompts, index: RetrievalIndex | None = None, max_new_tokens: int | None = None, **options: Any
     ) -> list[InterleavedOutput]:
-        """Answer prompts with text and retrieved images.
+        """Answer prompts with text and retrieved images; return, in order, one output for each prompt.
 
         Args:
             prompts: as in `prepare`.
-            index: where `[RET]`'s images are searched; with None the parts say that an image was meant.
-            max_new_tokens: the most tokens, `[RET]`s included; where None, as the generation config says, or 64.
-            options: fields of `RetrievalSettings` (`see_images` and others), and any of transformers' `generate`.
-
-        Returns:
-            One output per prompt, or `num_return_sequences` for each, in order.
+            index: where images are searched; None: the answer only marks where an image belongs.
+            max_new_tokens: the most tokens, `[RET]`s included; None: what the generation config says, or else 64.
+            options: fields of `RetrievalSettings` (`see_images` and others), and any of transformers' `generate`; with
+                `num_return_sequences`, each prompt has as many outputs.
         """
         settings, options = RetrievalSettings.take_from(options), {"max_new_tokens": max_new_tokens, **options}
         given = self.frozen_lm, self.active, self.prepare(prompts), index, settings, options
         return generate_seeing(*given) if settings.see_images else generate(*given)
 
     def stream(self, prompts: Prompts, index: RetrievalIndex | None = None, **options: Any) -> Iterator[Part]:
-        """Answer one prompt; yield texts and images when they are said. Arguments are those of `generate`."""
+        """Answer one prompt; yield texts and images as they are generated. Arguments are those of `generate`."""
         return stream(self.frozen_lm, self.active, self.prepare(prompts), index, options)
 
     def add_adapter(
         self, adapter_name: str, config: GroundingConfig | None = None, vision_encoder: Any = None, **given: Any
     ) -> None:
-        """Put a new adapter beside the others; `given` is `image_processor`, and the rest is as in `ground`."""
+        """Put a new adapter beside the others; `given` may have `image_processor`; all as in `ground`."""
         config = GroundingConfig() if config is None else config
         self.adapters.check_new(adapter_name, config)
         vision = self.vision if vision_encoder is None else vision_encoder
@@ -167,12 +168,12 @@ class GroundedModel(nn.Module):
         self.adapters.load(adapter_name, files, is_trainable, self.lm)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Make an adapter the one that is used, trained and saved from now on; the others rest."""
+        """Use, train and save this adapter from now on; the others stay loaded."""
         self.adapters.set(adapter_name)
         self.frozen_lm.virtual_tokens.mask_spare_columns = self.config.mask_spare_columns
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter away; the active one cannot be."""
+        """Remove an adapter, which must not be the active one."""
         self.adapters.delete(adapter_name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from adapters import load_adapter
 
-from visual_ground.evaluation.captions import _of_other_groups, caption_pair_accuracy
+from visual_ground.evaluation.captions import caption_pair_accuracy, draw_from_other_groups
 
 WRONG = 4
 
@@ -29,7 +29,7 @@ def main() -> None:
     images, draw = model.embed_images(image_features=features), torch.Generator().manual_seed(0)
     right = (texts * images).sum(-1)
     # The same wrong images as in `caption_pair_accuracy`, and then all.
-    drawn = [images[_of_other_groups(torch.arange(len(texts)), draw)] for _ in range(WRONG)]
+    drawn = [images[draw_from_other_groups(torch.arange(len(texts)), draw)] for _ in range(WRONG)]
     wins = torch.stack([right > (texts * wrong).sum(-1) for wrong in drawn])
     others = ~torch.eye(len(texts), dtype=torch.bool)
     found = {

@@ -2,13 +2,14 @@
 
 import os
 import shutil
+from argparse import Namespace
 
 import pytest
 
 from tests.golden_parts import saved_parts
 from tests.tiny import picture
 from visual_ground import GroundingConfig, ImageIndex, ground
-from visual_ground.cli.arguments import load_index
+from visual_ground.cli.arguments import load_index, load_model
 from visual_ground.cli.main import main
 from visual_ground.index.remote_images import ImageLink
 
@@ -46,6 +47,13 @@ def test_nothing_to_index_is_one_line_and_writes_nothing(parts, images, tmp_path
     assert main(["index", "build", lm, adapter, str(photos / images), "--output", str(tmp_path / "index")]) == 2
     assert os.path.basename(images) in capsys.readouterr().err
     assert not (tmp_path / "index" / "index.safetensors").exists()
+
+
+def test_a_model_is_put_on_the_device_that_is_named(parts):
+    lm, adapter, _ = parts
+    model = load_model(Namespace(lm=lm, adapter=adapter, vision=None, device="meta"))
+    for part in (model.lm, model.vision, model.adapter):
+        assert {parameter.device.type for parameter in part.parameters()} == {"meta"}
 
 
 class Options:

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from tests.tiny import grounded, picture
 from tests.training.runs import arguments
 from visual_ground import GroundingTrainer
-from visual_ground.evaluation.captions import _of_other_groups
+from visual_ground.evaluation.captions import draw_from_other_groups
 from visual_ground.evaluation.metrics import recall_at, retrieval_recalls
 from visual_ground.evaluation.pairs import Groups
 
@@ -70,10 +70,10 @@ def test_pairs_are_about_one_image_by_their_group_or_by_what_they_show():
 def test_a_wrong_image_is_of_another_group_and_without_repeats_any_other_one(numbers, seed):
     groups = torch.tensor(numbers)
     if len(set(numbers)) > 1:
-        others = _of_other_groups(groups, torch.Generator().manual_seed(seed))
+        others = draw_from_other_groups(groups, torch.Generator().manual_seed(seed))
         assert bool((groups[others] != groups).all())
     count = len(numbers)
-    others = _of_other_groups(torch.arange(count), torch.Generator().manual_seed(seed))
+    others = draw_from_other_groups(torch.arange(count), torch.Generator().manual_seed(seed))
     drawn = torch.randint(1, count, (count,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(others, (torch.arange(count) + drawn) % count)
 

@@ -21,14 +21,7 @@ T = TypeVar("T")
 
 
 class OfActive(Generic[T]):
-    """A read-only attribute of a grounded model that is the active adapter's attribute of the same name.
-
-    Args:
-        doc: what it is.
-    """
-
-    def __init__(self, doc: str) -> None:
-        self.__doc__ = doc
+    """A read-only attribute of a grounded model that is the active adapter's attribute of the same name."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name

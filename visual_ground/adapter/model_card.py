@@ -75,7 +75,7 @@ def _hub_metadata(metadata: AdapterMetadata, repo_id: str | None) -> dict[str, A
         base_model=base if is_named else None,
         base_model_relation="adapter" if is_named else None,
     )
-    as_dict: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
+    as_dict: dict[str, Any] = data.to_dict()
     return as_dict
 
 

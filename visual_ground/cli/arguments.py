@@ -96,10 +96,14 @@ def answer_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(options: argparse.Namespace) -> GroundedModel:
-    """Return the grounded model that the arguments name."""
+    """Return the grounded model that the arguments name, on the device that they name; else on a GPU if any."""
     from visual_ground import GroundedModel
+    from visual_ground.processes import Processes
 
-    return GroundedModel.from_pretrained(options.lm, options.adapter, options.vision)
+    model = GroundedModel.from_pretrained(options.lm, options.adapter, options.vision)
+    if not getattr(model.lm, "is_quantized", False):  # Such an LM has been put where it runs.
+        model.to(getattr(options, "device", None) or Processes.launched().device)
+    return model
 
 
 def add_index_options(parser: argparse.ArgumentParser) -> None:

@@ -69,17 +69,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _run_task(options: argparse.Namespace) -> None:
-    from visual_ground.evaluation.running.processes import Processes
     from visual_ground.evaluation.running.task import Evaluation
     from visual_ground.evaluation.tasks.registry import load_task
+    from visual_ground.processes import Processes
 
     # Before the models are loaded, which takes long.
     task = load_task(options.dataset, options.data, **dict(map(_setting, options.set)))
-    processes, model = Processes(), load_model(options)
-    if not getattr(model.lm, "is_quantized", False):  # Such an LM has been put where it runs.
-        model.to(options.device or processes.device)
+    model = load_model(options)
     report = Evaluation(task, options.work_dir, options.batch_size, options.seed, progress=True).report(model)
-    if not processes.is_main:
+    if not Processes.launched().is_main:
         return
     print(report.to_json())
     if options.output:

@@ -107,13 +107,10 @@ def _build_options(options: argparse.Namespace, caption_weight: float = 0.0) -> 
 def run_build(options: argparse.Namespace) -> None:
     """Embed images into an index, and say how many."""
     from visual_ground.indexing.build import build_index
-    from visual_ground.indexing.processes import Processes
+    from visual_ground.processes import Processes
 
-    model, processes = load_model(options), Processes.launched()
-    if processes.device is not None:
-        model.to(processes.device)
-    report = build_index(model, options.images, options.output, _build_options(options))
-    if processes.number:
+    report = build_index(load_model(options), options.images, options.output, _build_options(options))
+    if not Processes.launched().is_main:
         return
     for name, why in report.unreadable:
         print(f"visual-ground: left out {name}: {why}", file=sys.stderr)

@@ -74,7 +74,7 @@ def _unpack(folder: Path) -> None:
     # A model that was loaded from GGUF refuses to be saved; a plain one with the same tensors does not.
     config = type(quantised.config).from_dict(quantised.config.to_dict())
     del config.quantization_config
-    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantised.state_dict())
     with _staged(folder) as staged:
         plain.save_pretrained(staged)

@@ -83,13 +83,18 @@ def caption_pair_accuracy(
     generator, wins = torch.Generator().manual_seed(seed), []
     right = _caption_scores(model, captions, features, batch_size)
     for _ in range(wrong_images):
-        wrong = features[_of_other_groups(groups, generator)]
+        wrong = features[draw_from_other_groups(groups, generator)]
         wins.append(right > _caption_scores(model, captions, wrong, batch_size))
     return 100 * float(torch.stack(wins).double().mean())
 
 
-def _of_other_groups(groups: Tensor, generator: torch.Generator) -> Tensor:
-    """Return for each pair the number of another one, (n,), drawn from those of other groups."""
+def draw_from_other_groups(groups: Tensor, generator: torch.Generator) -> Tensor:
+    """Return for each of n pairs the number of another one, (n,), drawn from those of other groups.
+
+    Args:
+        groups: (n,) numbers, at least two different ones.
+        generator: of the draw.
+    """
     count = len(groups)
     # Those of a group stand together, so that every other pair is so many places behind the group's last.
     order = torch.argsort(groups, stable=True)

@@ -25,7 +25,7 @@ def autocast_lm(lm: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
     def enter(module: nn.Module, args: Any) -> None:
         running.append(torch.autocast(next(lm.parameters()).device.type, dtype))
-        running[-1].__enter__()  # type: ignore[no-untyped-call]
+        running[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if running:  # Not where a hook before `enter` raised.

@@ -86,7 +86,7 @@ def _filled(config: GenerationConfig, length: int, pad_token_id: int) -> Generat
 
 def _unsaid_length() -> int | None:
     """Return the `max_length` of a config in which it was not set: None, or a number in older transformers."""
-    unsaid: int | None = GenerationConfig().max_length  # type: ignore[no-untyped-call]
+    unsaid: int | None = GenerationConfig().max_length
     return unsaid
 
 

@@ -18,8 +18,8 @@ from visual_ground.errors import GroundingError
 from visual_ground.indexing.decoding import Batch, read_batches
 from visual_ground.indexing.options import BuildOptions, BuildReport, PixelEmbedder
 from visual_ground.indexing.parts import PARTS_FOLDER, finish, open_parts, write_part
-from visual_ground.indexing.processes import Processes
 from visual_ground.indexing.sources import SourceImage, read_source
+from visual_ground.processes import Processes
 
 __all__ = ["BuildOptions", "BuildReport", "PixelEmbedder", "build_index"]
 
@@ -57,14 +57,14 @@ def build_index(
     builds = [Path(folder, PARTS_FOLDER)]
     if processes.count > 1:
         builds = [builds[0] / f"{number:05d}-of-{processes.count:05d}" for number in range(processes.count)]
-        options = replace(options, shard=(processes.number, processes.count))
+        options = replace(options, shard=(processes.index, processes.count))
     started = monotonic()
-    new = _together(processes, partial(_build_parts, model, source, builds[processes.number], options))
+    new = _together(processes, partial(_build_parts, model, source, builds[processes.index], options))
     rate = sum(new) / max(monotonic() - started, 1e-9)
     join: Callable[[], Parts] = partial(finish, Path(folder), builds, model.image_space, options.caption_weight)
-    done = _together(processes, join if processes.number == 0 else list[dict[str, Any]])[0]
+    done = _together(processes, join if processes.is_main else list[dict[str, Any]])[0]
     unreadable = [(name, why) for part in done for name, why in part["unreadable"]]
-    if processes.number == 0:
+    if processes.is_main:
         _name(unreadable)
     return BuildReport(sum(part["count"] for part in done), unreadable, rate)
 

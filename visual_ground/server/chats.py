@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from visual_ground.adapter.attached import AttachedAdapter
@@ -81,7 +82,7 @@ class Chat:
                 request.max_tokens,
                 GrowingAnswer(engine.model.active, pictures.index, sampling.retrieval, silent),
                 StopText(request.stop),
-                lambda event, i=i: self._hear(i, event),  # type: ignore[misc]
+                partial(self._hear, i),
                 deadline,
             )
             for i, sampling in enumerate(request.samplings)

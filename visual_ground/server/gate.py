@@ -38,7 +38,8 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass, or answer it."""
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)  # type: ignore[no-any-return]
+            await self.app(scope, receive, send)
+            return
         started, status, seen, more = time.monotonic(), 500, 0, True
 
         async def counted_send(message: MutableMapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 
 logger = logging.getLogger("visual_ground.server.requests")
 
@@ -16,7 +16,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def count(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request and log its line.
@@ -29,7 +29,7 @@ class Metrics:
         """
         with self._lock:
             self._requests[route, status] += 1
-            self._seconds[route] += seconds  # type: ignore[assignment]
+            self._seconds[route] += seconds
         entry = {"method": method, "route": route, "status": status, "milliseconds": round(seconds * 1000, 1)}
         logger.info(json.dumps(entry))
 

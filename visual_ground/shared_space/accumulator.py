@@ -188,7 +188,7 @@ class MomentAccumulator:
 def _recalls(scores: Tensor) -> Tensor:
     """Return for each query (n,) of scores (n, n) at how many `RANKS` its candidate, on the diagonal, is found."""
     found = (scores >= scores.diagonal()[:, None]).sum(1)
-    return sum((found <= rank).double() for rank in RANKS)  # type: ignore[return-value]
+    return torch.stack([(found <= rank).double() for rank in RANKS]).sum(0)
 
 
 def _stable_hash(group: Hashable) -> int:

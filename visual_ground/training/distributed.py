@@ -60,7 +60,7 @@ def average_gradients(adapter: Adapter, accelerator: Accelerator) -> None:
 
     for parameter in adapter.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]  # torch's is untyped
+            parameter.register_post_accumulate_grad_hook(average)
 
 
 def broadcast_adapter(adapter: Adapter, processes: int) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,6 +14,7 @@ from visual_ground.adapter.adapter import Adapter
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
+from visual_ground.processes import Processes
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.data.columns import Columns, forbidden_words, is_stream
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
@@ -141,7 +141,7 @@ def check_batches(examples: ExampleDataset | ExampleStream | None, args: Groundi
                 "The length of a stream is known only after its features are cached, got cache_features=False and no "
                 "number of steps. Give max_steps (--steps)."
             )
-        count = min(gather_object([len(examples.features.places)]))
+        count = min(Processes.launched().gather(len(examples.features.places)))
         args.max_steps = max(1, math.ceil(args.num_train_epochs * (count // size) / args.gradient_accumulation_steps))
 
 

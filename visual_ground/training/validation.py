@@ -14,6 +14,7 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.metrics import retrieval_recalls
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.model import GroundedModel
+from visual_ground.processes import Processes
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.data.prompts import PromptIds
@@ -26,7 +27,7 @@ class Validation:
         model: the grounded model.
         examples: image-caption pairs.
         batch_size: examples run at once by each process.
-        accelerator: knows which process this is, and gathers what the others computed.
+        accelerator: gathers what the other processes computed.
         progress: show progress bars.
     """
 
@@ -40,12 +41,6 @@ class Validation:
     ) -> None:
         self.model, self.examples, self.accelerator = model, examples, accelerator
         self.batch_size, self.progress = min(batch_size, len(examples)), progress
-
-    def _share(self, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """Return this process's batches; the first batches are repeated until every process has equally many."""
-        world = self.accelerator.num_processes
-        rounds = -(-len(batches) // world)
-        return [batches[(i * world + self.accelerator.process_index) % len(batches)] for i in range(rounds)]
 
     def _gathered(self, shares: Sequence[Tensor], count: int) -> Tensor:
         """Return the first `count` entries of all processes' shares, in the order of the dataset."""
@@ -61,7 +56,7 @@ class Validation:
         count, batch_size = len(self.examples), self.batch_size
         starts = range(0, count, batch_size)
         # The last batch is filled up from the start of the dataset, so that all processes gather equal shapes.
-        shares = self._share([[i % count for i in range(start, start + batch_size)] for start in starts])
+        shares = Processes.launched().share([[i % count for i in range(start, start + batch_size)] for start in starts])
         texts, images, predicts_ret, groups = [], [], [], []
         for numbers in tqdm(shares, desc="evaluation: recall", unit="batch", disable=not self.progress, leave=False):
             batch = [self.examples[i] for i in numbers]
@@ -90,7 +85,9 @@ class Validation:
         size, count = self.batch_size, max(1, len(self.examples) // self.batch_size)
         batches = [range(i * size, (i + 1) * size) for i in range(count)]
         hidden = not self.progress
-        shares = tqdm(self._share(batches), desc="evaluation: loss", unit="batch", disable=hidden, leave=False)
+        shares = tqdm(
+            Processes.launched().share(batches), desc="evaluation: loss", unit="batch", disable=hidden, leave=False
+        )
         values = [loss_of([self.examples[i] for i in numbers]).detach().float()[None] for numbers in shares]
         losses = self._gathered(values, count)
         if not bool(losses.isfinite().all()):

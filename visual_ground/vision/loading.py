@@ -104,6 +104,7 @@ def processor_of(model: nn.Module, name: str | None = None, **hub: Any) -> Any:
     if getattr(model, "pretrained_cfg", None) is not None:
         from timm import data
 
+        # timm.data does not say what it exports.
         settings = data.resolve_data_config({}, model=model)  # type: ignore[attr-defined,no-untyped-call]
         return TransformProcessor(data.create_transform(**settings, is_training=False))  # type: ignore[attr-defined]
     visual = getattr(model, "visual", None)
@@ -124,9 +125,7 @@ def _transformers_processor(model: nn.Module, path: str, hub: dict[str, Any]) ->
     reason: Exception | None = None
     if path:
         try:
-            return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                path, trust_remote_code=False, **hub
-            )
+            return AutoImageProcessor.from_pretrained(path, trust_remote_code=False, **hub)
         except (OSError, ValueError, ImportError) as error:
             reason = error
     if (default := _default_processor(getattr(model, "config", None))) is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from visual_ground.evaluation.running.processes import Processes
+from visual_ground.processes import Processes
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.feature_cache import FeatureCache
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -43,9 +44,7 @@ class Plan:
                 f"{name}: nothing is left to measure{f' ({left_out})' if left_out else ''}. Check that data= is the "
                 "folder that docs/evaluation.md describes, with the images beside the annotations."
             )
-        seen: set[str] = set()
-        twice = [unit for unit in self.units if unit in seen or seen.add(unit)]  # type: ignore[func-returns-value]
-        if twice:
+        if twice := [unit for unit, count in Counter(self.units).items() if count > 1]:
             raise GroundingValueError(f"{name}: these ids come twice in the data: {twice[:5]}. Each must come once.")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.running.plan import Record
-from visual_ground.evaluation.running.processes import Processes
+from visual_ground.processes import Processes
 from visual_ground.storage.append_only import AppendOnlyStore
 
 RECORDS_FILE = "records.jsonl"

@@ -16,10 +16,10 @@ from visual_ground.evaluation.running import identity
 from visual_ground.evaluation.running.bootstrap import bootstrap_intervals
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
-from visual_ground.evaluation.running.processes import Processes
 from visual_ground.evaluation.running.records import Records
 from visual_ground.evaluation.running.report import EvaluationReport
 from visual_ground.model import GroundedModel
+from visual_ground.processes import Processes
 
 
 class Task(Protocol):
@@ -109,7 +109,7 @@ class Evaluation:
             GroundingValueError: nothing to measure, ids that come twice, or numbers that are not finite.
             GroundingFileError: nothing can be written to `work_dir`.
         """
-        was_training, processes = model.training, Processes()
+        was_training, processes = model.training, Processes.launched()
         model.eval()
         try:
             with processes.folder(self.work_dir) as folder:

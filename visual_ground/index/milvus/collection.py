@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from operator import methodcaller
 from typing import Any
 
 from visual_ground.errors import GroundingError, GroundingStateError
@@ -119,10 +120,7 @@ class Collection:
         try:
             numbered = ({**row, "position": position} for position, row in zip(positions, rows, strict=True))
             for batch in _batches(numbered, self.dim):
-                self.connection.call(
-                    lambda client, batch=batch: client.insert(self.name, batch),  # type: ignore[misc]
-                    lambda client, batch=batch: client.upsert(self.name, batch),  # type: ignore[misc]
-                )
+                self.connection.call(methodcaller("insert", self.name, batch), methodcaller("upsert", self.name, batch))
             self.write_counter(after)
         except BaseException:
             try:
@@ -147,13 +145,13 @@ class Collection:
     def upsert(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write rows over those at the same positions."""
         for batch in _batches(rows, self.dim):
-            self.connection.call(lambda client, batch=batch: client.upsert(self.name, batch))  # type: ignore[misc]
+            self.connection.call(methodcaller("upsert", self.name, batch))
 
     def delete(self, positions: Sequence[int]) -> None:
         """Delete rows; positions that hold none are passed over."""
         for start in range(0, len(positions), WINDOW):
             some = list(positions[start : start + WINDOW])
-            self.connection.call(lambda client, some=some: client.delete(self.name, ids=some))  # type: ignore[misc]
+            self.connection.call(methodcaller("delete", self.name, ids=some))
 
     def count(self) -> int:
         """Return how many rows there are."""
@@ -167,9 +165,7 @@ class Collection:
         found: dict[int, dict[str, Any]] = {}
         for start in range(0, len(positions), WINDOW):
             some = list(positions[start : start + WINDOW])
-            rows = self.connection.call(
-                lambda client, some=some: client.get(self.name, ids=some, output_fields=["position", *fields])  # type: ignore[misc]
-            )
+            rows = self.connection.call(methodcaller("get", self.name, ids=some, output_fields=["position", *fields]))
             found |= {row["position"]: row for row in rows}
         return found
 

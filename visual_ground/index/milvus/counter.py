@@ -38,9 +38,10 @@ class Counter:
 
     def to_row(self, dim: int) -> dict[str, Any]:
         """Return the row; its vector of zeros is found like any other, and passed over."""
-        values = {"format_version": FORMAT_VERSION, "end": self.end, "next_id": self.next_id}
-        columns = None if self.columns is None else list(self.columns)
-        values |= {"columns": columns, "pending": None if self.pending is None else list(self.pending)}  # type: ignore[dict-item]
+        values: dict[str, Any] = {"format_version": FORMAT_VERSION, "end": self.end, "next_id": self.next_id}
+        for name in ("columns", "pending"):
+            value = getattr(self, name)
+            values[name] = None if value is None else list(value)
         return {"position": COUNTER, "vector": [0.0] * dim, "key": "", "entry": values, "thumbnail": ""}
 
     @classmethod

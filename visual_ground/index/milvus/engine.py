@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -206,7 +207,8 @@ class MilvusIndex:
         found: list[list[tuple[int, float]]] = []
         for queries in torch.split(as_block(vectors).float(), QUERIES_AT_ONCE):
             hits = self.collection.connection.call(
-                lambda client, queries=queries: client.search(  # type: ignore[misc]
+                methodcaller(
+                    "search",
                     self.collection.name,
                     list(queries.numpy()),
                     filter=expression,

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from visual_ground.errors import GroundingError, GroundingValueError
+from visual_ground.processes import Processes
 from visual_ground.training.data.columns import Columns, open_rows, usable_rows, without_images
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.prompts import PROMPT
@@ -160,8 +159,8 @@ class Preparing:
     def _places(self, images: ImagesOf, numbers: Indices, skipped: Skipped) -> list[Indices]:
         """Return, for each row, where the features of its images are; -1 for one that cannot be read."""
         assert self.cache is not None
-        state, rows = PartialState(), images.rows
-        share = range(state.process_index, len(images), state.num_processes)
+        processes, rows = Processes.launched(), images.rows
+        share = range(processes.index, len(images), processes.count)
         skipped.total = max(len(rows), len(images))
 
         def refuse(position: int, error: GroundingError) -> None:
@@ -170,8 +169,8 @@ class Preparing:
         own: Any = Subset[Any](cast("Dataset[Any]", images), share)
         share_places = self.cache.place(own, self.batch_size, self.workers, self.progress, refuse)
         places = np.full(len(images), -1)
-        for process, part in gather_object([(state.process_index, share_places)]):
-            places[process :: state.num_processes] = part
+        for index, part in enumerate(processes.gather(share_places)):
+            places[index :: processes.count] = part
         return np.split(places, np.searchsorted(images.owners, np.arange(1, len(rows))))
 
     def _check_widths(self, rows: Any) -> None:

@@ -8,13 +8,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
 from datasets import IterableDataset as Rows
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from visual_ground.errors import GroundingError, GroundingValueError
+from visual_ground.processes import Processes
 from visual_ground.training.data.columns import Columns, open_rows
 from visual_ground.training.data.preparing import Indices, Preparing
 from visual_ground.training.data.reading import example_of, prompt_of, read_image
@@ -57,8 +57,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
 
     def __init__(self, rows: Rows, columns: Columns, features: StreamFeatures | None, seed: int = 0) -> None:
         self.rows, self.columns, self.features, self.seed = rows, columns, features, seed
-        state = PartialState()
-        self._process, self._processes = state.process_index, state.num_processes
+        self._processes = Processes.launched()
 
     def take(self, count: int) -> list[dict[str, Any]]:
         """Return the first `count` examples."""
@@ -70,7 +69,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         # A copy, because workers that are given one stream share its epoch.
         rows, worker = deepcopy(self.rows), get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        draw, step = index * self._processes + self._process, workers * self._processes
+        draw, step = index * self._processes.count + self._processes.index, workers * self._processes.count
         skipped: list[str] = []
         for epoch in itertools.count():
             rows.set_epoch(epoch)
@@ -151,10 +150,10 @@ def prepare_stream(rows: Rows, preparing: Preparing) -> ExampleStream:
     Raises:
         GroundingTypeError, GroundingValueError: as in `Preparing.examples`.
     """
-    columns, cache, state = preparing.columns, preparing.cache, PartialState()
+    columns, cache, processes = preparing.columns, preparing.cache, Processes.launched()
     part = open_rows(rows, columns)
-    if state.num_processes > 1:
-        part = split_dataset_by_node(part, rank=state.process_index, world_size=state.num_processes)
+    if processes.count > 1:
+        part = split_dataset_by_node(part, rank=processes.index, world_size=processes.count)
     if cache is None:
         return ExampleStream(part, columns, None, preparing.seed)
     skipped = Skipped(preparing.max_skipped)

@@ -245,5 +245,5 @@ def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float 
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return embedding.detach() / scale

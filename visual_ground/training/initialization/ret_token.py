@@ -37,6 +37,6 @@ def fit_ret(adapter: Adapter, likelihoods: CaptionLikelihoods) -> None:
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     with torch.no_grad():
         embedding.copy_(norm * F.normalize(direction, dim=0))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
+from visual_ground.processes import Processes
 from visual_ground.training.data.sequences import TokenSequence
 from visual_ground.training.losses.cached_retrieval import PrefixCache
 from visual_ground.training.losses.captioning import CaptioningLoss, ComputePlan, LossSum
@@ -136,7 +136,8 @@ class GroundingObjective(nn.Module):
         plan: how the losses are computed, never what they are; by default plainly.
 
     Attributes:
-        prefixes, plan: may be set between batches.
+        prefixes: may be set between batches.
+        plan: likewise.
     """
 
     def __init__(
@@ -225,7 +226,7 @@ class GroundingObjective(nn.Module):
     @property
     def _across_processes(self) -> bool:
         """Whether this batch is a part of one that is shared out among processes."""
-        return self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return self.training and Processes.launched().count > 1
 
     def _mean(self, summed: LossSum) -> Tensor:
         if not self._across_processes:

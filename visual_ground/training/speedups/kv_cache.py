@@ -71,7 +71,7 @@ def expanded(layers: KeysValues, count: int) -> KeysValues:
     return [(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)) for keys, values in layers]
 
 
-class _FixedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _FixedLayer(DynamicLayer):
     """A layer's keys and values that a run reads without adding to them, so that it can be run again.
 
     Checkpointed layers run a second time in the backward pass, and would find their own keys in a cache that grows.
@@ -87,7 +87,7 @@ def fixed_cache(layers: KeysValues) -> DynamicCache:
     """Return a cache of keys and values (b, heads, p, width) that stays as it is."""
     cache = DynamicCache()
     for keys, values in layers:
-        layer = _FixedLayer()  # type: ignore[no-untyped-call]
+        layer = _FixedLayer()  # type: ignore[no-untyped-call]  # transformers' DynamicLayer is untyped
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         cache.layers.append(layer)

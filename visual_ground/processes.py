@@ -1,4 +1,4 @@
-"""`Processes`: those of an `accelerate launch`, each of which measures its share; or this one alone."""
+"""`Processes`: those of an `accelerate launch`, each of which does its share of some work; or this one alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,31 +14,44 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from visual_ground.errors import GroundingError, GroundingStateError
+
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class Processes:
-    """The processes that run the same evaluation, and which of them this is.
+    """The processes that do the same work, and which of them this is; by itself, one alone.
 
-    Attributes:
+    Args:
         index: the number of this process, from 0.
         count: how many there are.
-        device: the GPU of this process, where there is one; else the CPU.
     """
 
-    def __init__(self) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_initialized():
-            PartialState()  # Joins the others of the launch; without one, it would choose a device for the program.
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        together = _is_initialized()
-        self.index: int = dist.get_rank() if together else 0
-        self.count: int = dist.get_world_size() if together else 1
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def launched(cls) -> Processes:
+        """Return the processes that were launched together, which this one joins; itself where it runs alone."""
+        together = dist.is_available() and dist.is_initialized()
+        if not together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Not asked of a process that runs alone, for which it would choose a device that a program chooses later.
+            PartialState(cpu=not torch.cuda.is_available())
+            together = True
+        return cls(dist.get_rank(), dist.get_world_size()) if together else cls()
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that shows progress bars and writes reports."""
         return self.index == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this process, where there is one; else the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
 
     def share(self, batches: Sequence[T]) -> list[T]:
         """Return this process's part; the first are repeated until all have equally many.
@@ -62,6 +76,23 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def raise_together(self, error: GroundingError | None) -> None:
+        """Raise in all processes where one of them has failed, so that none waits for it for ever.
+
+        Args:
+            error: what has failed here, if anything.
+
+        Raises:
+            GroundingError: the given one.
+            GroundingStateError: what has failed elsewhere.
+        """
+        texts = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        failed = [f"process {index}: {text}" for index, text in enumerate(texts) if text is not None]
+        if failed:
+            raise GroundingStateError(f"Of {self.count} processes that work together, {'; '.join(failed)}")
+
     @contextmanager
     def folder(self, given: str | os.PathLike[str] | None) -> Iterator[Path]:
         """Give the folder that all work in, or where None a temporary one, which is taken away afterwards."""
@@ -76,7 +107,3 @@ class Processes:
         finally:
             if temporary is not None:
                 temporary.cleanup()
-
-
-def _is_initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
