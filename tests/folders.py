@@ -16,6 +16,7 @@ PAGE = DOCS / "architecture.md"
 ORDER = (
     "errors",
     "regression",
+    "rows",
     "shared_space",
     "storage",
     "config",
