@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "processes",
     "regression",
+    "rows",
     "shared_space",
     "storage",
     "config",

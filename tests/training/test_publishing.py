@@ -3,6 +3,8 @@
 import logging
 
 import pytest
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import WandbLogModel
 
 from tests.storage.hub_client import hub  # noqa: F401
 from tests.tiny import grounded
@@ -10,6 +12,7 @@ from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingTrainer
 from visual_ground.adapter.files import FILES
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.training.checks import check_callbacks
 
 # huggingface_hub's own call of its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -77,6 +80,45 @@ def test_a_card_is_written_where_the_run_writes_and_what_people_wrote_stays(hub,
     trainer.create_model_card()
     assert all(word in page.read_text() for word in ("My own words.", "- cats", "language: en"))
     assert not hub.repos
+
+
+def callback(name, **attributes):
+    """Return a callback that is called as one of transformers' own, which need packages that are not here."""
+    return type(name, (TrainerCallback,), attributes)()
+
+
+WHOLE = [
+    ("WandbCallback", "WANDB_LOG_MODEL", "end", "whole language model"),
+    ("WandbCallback", "WANDB_LOG_MODEL", "checkpoint", "whole language model"),
+    ("DVCLiveCallback", "HF_DVCLIVE_LOG_MODEL", "all", "output folder"),
+    ("CometCallback", "COMET_LOG_ASSETS", "TRUE", "output folder"),
+    ("DagsHubCallback", "HF_DAGSHUB_LOG_ARTIFACTS", "1", "training data"),
+]
+
+
+@pytest.mark.parametrize("name, variable, value, what", WHOLE)
+def test_no_tracker_uploads_the_lm_or_the_output_folder(name, variable, value, what, monkeypatch, tmp_path):
+    trainer = run(tmp_path, push_to_hub=False, max_steps=1)
+    trainer.add_callback(callback(name))
+    for harmless in ("false", ""):
+        monkeypatch.setenv(variable, harmless)
+        check_callbacks(trainer.callback_handler.callbacks)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(GroundingValueError, match=f"{variable}={value}.*{what}"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_tracker_that_is_made_to_upload_the_lm_is_refused_whatever_the_environment_says(monkeypatch):
+    monkeypatch.delenv("HF_DVCLIVE_LOG_MODEL", raising=False)
+    check_callbacks([callback("DVCLiveCallback", _log_model=False), callback("WandbCallback", _log_model=None)])
+    for asked in (True, "all"):
+        derived = type("Mine", (type(callback("DVCLiveCallback")),), {"_log_model": asked})()
+        with pytest.raises(GroundingValueError, match="DVCLiveCallback upload"):
+            check_callbacks([derived])
+    with pytest.raises(GroundingValueError, match="WANDB_LOG_MODEL=end"):
+        check_callbacks([callback("WandbCallback", _log_model=WandbLogModel.END)])
+    check_callbacks([callback("WandbCallback", _log_model=WandbLogModel.FALSE)])
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingTypeError
 from visual_ground.model import GroundedModel
+from visual_ground.rows import picture_of, rows_by_number
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.identity import image_key
 
@@ -27,9 +28,12 @@ class EvaluationPairs:
     """Pairs whose captions and image features are read once, however many evaluators and evaluations there are.
 
     Args:
-        pairs: a dataset with the columns `caption` and `image`, or `image_features`; see `Pairs`. Pairs with the same
-            `group`, or without such a column the same image, are about the same image.
+        pairs: a dataset as in training, but no stream, with the columns `caption` and `image`, or `image_features`.
+            Pairs with the same `group`, or without such a column the same image, are about the same image.
         batch_size: images encoded at once.
+
+    Raises:
+        GroundingTypeError: several datasets, a stream, or no dataset.
 
     Attributes:
         groups: (n,) numbers, equal where two pairs are about the same image; known once they were read.
@@ -38,7 +42,12 @@ class EvaluationPairs:
     groups: Tensor
 
     def __init__(self, pairs: Pairs, batch_size: int = 64) -> None:
-        self.pairs, self.batch_size = pairs, batch_size
+        self.pairs, self.batch_size = rows_by_number(pairs), batch_size
+        if not hasattr(self.pairs, "__len__"):
+            raise GroundingTypeError(
+                f"Pairs to evaluate on are read by number, and a {type(pairs).__name__} has none. Pass "
+                "list(stream.take(1000))."
+            )
         self._encoder: VisionEncoder | None = None
         self._captions: list[str] = []
         self._features = torch.empty(0)
@@ -106,7 +115,7 @@ class Groups:
 
 
 def _image_key(pair: Mapping[str, Any]) -> Any:
-    image = pair.get("image")
+    image = picture_of(pair.get("image"))
     if image is None:
         return torch.as_tensor(pair["image_features"]).numpy(force=True).tobytes()
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else image_key(image)
@@ -135,5 +144,7 @@ def image_features(model: GroundedModel, pairs: Sequence[Mapping[str, Any]], bat
     vision, device = model.vision, model.active.device
     if "image_features" in pairs[0]:
         return torch.stack([torch.as_tensor(pair["image_features"]) for pair in pairs]).to(device)
-    batches = [[pair["image"] for pair in pairs[i : i + batch_size]] for i in range(0, len(pairs), batch_size)]
+    batches = [
+        [picture_of(pair["image"]) for pair in pairs[i : i + batch_size]] for i in range(0, len(pairs), batch_size)
+    ]
     return torch.cat([vision(vision.preprocess(images)).to(device) for images in batches])

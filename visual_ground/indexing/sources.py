@@ -17,6 +17,7 @@ from torch import Tensor
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.index.table.rows import COLUMN_TYPES
 from visual_ground.prompts.types import IMAGE_SUFFIXES
+from visual_ground.rows import picture_of, rows_by_number
 from visual_ground.storage.shards import read_shard
 from visual_ground.vision.images import ImageLike
 from visual_ground.vision.link_rules import is_url
@@ -48,9 +49,9 @@ def read_source(source: Any) -> Iterator[SourceImage]:
 
     Args:
         source: a path, or several: of image files, of folders, which are read with all below them, and of tar shards
-            as webdataset has them (`a.jpg`, `a.txt`, `a.json`); or a `datasets.Dataset`, also a streaming one, or any
-            other iterable of rows with an image in one of `IMAGE_COLUMNS`, or the encoder's features of it in
-            `FEATURES_COLUMN`; other columns become metadata.
+            as webdataset has them (`a.jpg`, `a.txt`, `a.json`); or a dataset as in training, or any other iterable of
+            rows with an image in one of `IMAGE_COLUMNS`, or the encoder's features of it in `FEATURES_COLUMN`; other
+            columns become metadata.
 
     Raises:
         GroundingFileError: a path that leads nowhere.
@@ -64,8 +65,10 @@ def read_source(source: Any) -> Iterator[SourceImage]:
             if image.address not in seen:  # A file may be named besides the folder that it is in.
                 seen.add(str(image.address))
                 yield image
+    elif hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        yield from _read_rows(_undecoded(rows_by_number(source)))
     elif isinstance(source, Iterable):
-        yield from _read_rows(source)
+        yield from _read_rows(_undecoded(source))
     else:
         raise GroundingTypeError(f"A source must be paths or rows with images, got {type(source).__name__}.")
 
@@ -115,7 +118,7 @@ def _sample(path: Path, key: str, members: Mapping[str, bytes]) -> Iterator[Sour
 
 
 def _read_rows(rows: Iterable[Any]) -> Iterator[SourceImage]:
-    rows, column = _undecoded(rows), None
+    column = None
     for row in rows:
         if not isinstance(row, Mapping):
             raise GroundingTypeError(f"A row must be a mapping with an image, got {type(row).__name__}.")
@@ -124,7 +127,7 @@ def _read_rows(rows: Iterable[Any]) -> Iterator[SourceImage]:
         if column is None or column not in row:
             columns = [*IMAGE_COLUMNS, FEATURES_COLUMN]
             raise GroundingValueError(f"A row needs an image in a column {columns}; it has {sorted(row)}.")
-        image, id = row[column], row.get("id")
+        image, id = picture_of(row[column]), row.get("id")
         if column == FEATURES_COLUMN:
             image = torch.as_tensor(image, dtype=torch.float32)
         address = _url(row) or (image if isinstance(image, str) else None)

@@ -116,6 +116,9 @@ def as_batch(prompts: Prompts) -> list[Any]:
     """
     if is_single(prompts) or is_message(prompts) or is_chat(prompts):
         return [prompts]
-    if not isinstance(prompts, (list, tuple)):
+    # A column of a table is a list too: a `datasets.Column`, a pandas Series, an array of strings.
+    column: Any = prompts
+    is_column = isinstance(column, Sequence) or len(getattr(column, "shape", ())) == 1
+    if not is_column or isinstance(column, Mapping):
         raise GroundingTypeError(f"Prompts must be a list of prompts, or one alone, got {type(prompts).__name__}.")
-    return list(prompts)
+    return list(column)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
@@ -31,6 +32,16 @@ REFUSED_OPTIONS = {
     "compute_metrics": "pass evaluator=, see visual_ground.evaluation.Evaluator",
     "preprocess_logits_for_metrics": "logits of a whole batch never exist; pass evaluator=",
 }
+
+# Callbacks of transformers that can upload more than an adapter, by the variable that asks for it, and what it is. Two
+# make a plain `Trainer` of the whole objective, which also uploads the output folder where `push_to_hub` is set.
+WHOLE_UPLOADS = {
+    "WandbCallback": ("WANDB_LOG_MODEL", "the whole language model"),
+    "DVCLiveCallback": ("HF_DVCLIVE_LOG_MODEL", "the whole language model, or the output folder"),
+    "CometCallback": ("COMET_LOG_ASSETS", "the output folder"),
+    "DagsHubCallback": ("HF_DAGSHUB_LOG_ARTIFACTS", "the output folder and the training data"),
+}
+NOT_ASKED = ("", "0", "false", "no", "off", "none")
 
 
 def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingArguments:
@@ -53,6 +64,24 @@ def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingA
             reason = REFUSED_OPTIONS.get(name, f"it takes {', '.join(OPTIONS)}")
             raise GroundingTypeError(f"GroundingTrainer takes no {name}=: {reason}.")
     return GroundingTrainingArguments() if args is None else args
+
+
+def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
+    """Raise GroundingValueError where a callback would upload the LM, or the evaluation pictures of the output folder.
+
+    Args:
+        callbacks: of the run, those of `report_to` among them.
+    """
+    for callback in callbacks:
+        for name in {base.__name__ for base in type(callback).__mro__} & set(WHOLE_UPLOADS):
+            variable, what = WHOLE_UPLOADS[name]
+            # Wandb's is an enumeration.
+            asked = getattr(callback, "_log_model", None) or os.environ.get(variable, "")
+            if str(getattr(asked, "value", asked)).lower() not in NOT_ASKED:
+                raise GroundingValueError(
+                    f"{variable}={getattr(asked, 'value', asked)} has {name} upload {what}. Unset it, and upload the "
+                    "adapter: trainer.save_model(folder) writes it and nothing else, and push_to_hub=True publishes it."
+                )
 
 
 def check_model(model: Any) -> None:

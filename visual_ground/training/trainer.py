@@ -128,6 +128,7 @@ class GroundingTrainer(Trainer):
         checkpoint = self._checkpoints.find(resume_from_checkpoint)
         steps_done = 0 if checkpoint is None else checkpoints.global_step(checkpoint)
         batches = steps_done * self.args.gradient_accumulation_steps
+        checks.check_callbacks(self.callback_handler.callbacks)
         checks.freeze_others(self.grounded)
         self._best.load(checkpoint)
         if checkpoint is not None and (self._best.is_over or 0 < self.args.max_steps <= steps_done):

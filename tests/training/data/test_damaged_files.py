@@ -138,6 +138,13 @@ def test_a_mark_that_is_put_into_a_table_harms_its_own_row_only(own_cache, tmp_p
     assert rows.get(f"{bad}.png", words[bad]).strip('"') == words[bad]
 
 
+@pytest.mark.parametrize("after", ['",w9"', '"w9, w8"', '"w9"', "w9"])
+def test_an_open_quotation_mark_ends_at_no_mark_of_a_later_row(after, tmp_path):
+    (tmp_path / "a.csv").write_bytes(f'image,caption\r\n0.png,"w4\r\n1.png,{after}\r\n2.png,w6\r\n'.encode())
+    rows = {row["image"]: row["caption"] for row in load_rows(str(tmp_path / "a.csv")) if row["image"]}
+    assert rows == {"1.png": after.strip('"'), "2.png": "w6"}
+
+
 def test_texts_deep_in_a_table_are_marked_too(tmp_path):
     raw = pa.array([b"1.png", b"caf\xe9"], pa.binary())
     texts = pa.StringArray.from_buffers(2, *raw.buffers()[1:])

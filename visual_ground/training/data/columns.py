@@ -10,6 +10,7 @@ from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
+from visual_ground.rows import picture_of, rows_by_number
 from visual_ground.training.data.prompts import PROMPT, SplitPrompt, is_given, prompt_problem
 from visual_ground.training.data.rows import (
     PROBLEM,
@@ -18,7 +19,6 @@ from visual_ground.training.data.rows import (
     is_missing,
     is_unicode,
     named_by,
-    rows_by_number,
 )
 from visual_ground.training.data.skipped import Skipped
 from visual_ground.vision.link_rules import is_address
@@ -48,8 +48,9 @@ class Columns:
     forbidden: tuple[str, ...] = field(default=(), repr=False)
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
-        """Return a row's images as they are: PIL images, paths, or `{"bytes": ..., "path": ...}`."""
-        return [self._resolve(image) for image in _as_list(row[self.image]) if not is_missing(image)]
+        """Return a row's images as they are: PIL images, arrays, paths, or `{"bytes": ..., "path": ...}`."""
+        images = _as_list(picture_of(row[self.image]))
+        return [self._resolve(picture_of(image)) for image in images if not is_missing(image)]
 
     def captions(self, row: Mapping[str, Any]) -> list[str]:
         """Return a row's captions that can be used."""

@@ -195,6 +195,10 @@ def _long_fields() -> Iterator[None]:
 
 def _closes_its_quotes(lines: Sequence[str]) -> bool:
     """Return whether a row of several lines is one: behind the mark that closes a field, the field ends."""
+    # The marks around fields are two each, and those within are doubled. Else one that nothing closes has taken the
+    # opening mark of a later row for its own end.
+    if sum(line.count('"') for line in lines) % 2:
+        return False
     try:
         with _long_fields():
             return len(list(csv.reader(lines, strict=True))) == 1

@@ -1,0 +1,108 @@
+"""Rows by number: one way to read whatever a dataset is, for training, evaluation and indexes."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from visual_ground.errors import GroundingTypeError
+
+# What tables of other packages than `datasets` offer to become a list of rows: pandas, polars, pyarrow.
+TO_ROWS = (("itertuples", "to_dict", ("records",)), ("iter_rows", "to_dicts", ()), ("to_pylist", "to_pylist", ()))
+
+
+class RowsByNumber(Sequence[Any]):
+    """Some rows of anything with rows by number; each is read when it is needed, and none is kept.
+
+    A torch dataset need not raise IndexError where it ends, and one over a dictionary counts from 0 all the same, so
+    rows are asked for by number and never iterated over.
+
+    Args:
+        source: gives a row for each number.
+        picked: the numbers of the rows; all where None.
+
+    Example:
+        >>> list(RowsByNumber(["a", "b", "c"]).select([2, 0]))
+        ['c', 'a']
+    """
+
+    def __init__(self, source: Any, picked: Sequence[int] | None = None) -> None:
+        self.source = source
+        self.picked: Sequence[int] = range(len(source)) if picked is None else picked
+
+    def __len__(self) -> int:
+        return len(self.picked)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.source[self.picked[number]]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.source[number] for number in self.picked)
+
+    def select(self, indices: Sequence[int]) -> RowsByNumber:
+        """Return the rows at these indices."""
+        return RowsByNumber(self.source, [self.picked[i] for i in indices])
+
+
+def rows_by_number(rows: Any) -> Any:
+    """Return a dataset as rows by number; a `datasets` dataset without a transform stays as it is.
+
+    Raises:
+        GroundingTypeError: several datasets, or no dataset at all.
+    """
+    import datasets
+
+    if isinstance(rows, (datasets.IterableDataset, RowsByNumber)):
+        return rows
+    if isinstance(rows, datasets.Dataset):
+        return _formatted(rows)
+    if isinstance(rows, Mapping):
+        raise GroundingTypeError(
+            f"A dataset is a sequence of rows, got a {type(rows).__name__} with {list(rows)[:5]}. Pass one of its "
+            "splits, such as ds['train']; make one of columns with datasets.Dataset.from_dict(...)."
+        )
+    for mark, method, options in TO_ROWS:
+        if hasattr(rows, mark):
+            rows = getattr(rows, method)(*options)
+    if isinstance(rows, (str, bytes)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise GroundingTypeError(
+            "A dataset must have len() and rows by number, or be a datasets.IterableDataset, got "
+            f"{type(rows).__name__}. Files and folders are read by datasets.load_dataset."
+        )
+    if len(rows) and not isinstance(rows[0], Mapping):
+        raise GroundingTypeError(
+            f"Row 0 of the dataset is a {type(rows[0]).__name__}; a row must be a dictionary, with an image and "
+            "what is known of it."
+        )
+    return RowsByNumber(rows)
+
+
+def picture_of(value: Any) -> Any:
+    """Return a picture that a table keeps as lists of numbers, as an array; everything else as it is.
+
+    Example:
+        >>> picture_of([[[0, 0, 0], [255, 255, 255]]]).shape, picture_of(["a.png", "b.png"])
+        ((1, 2, 3), ['a.png', 'b.png'])
+    """
+    depth, leaf = 0, value
+    while isinstance(leaf, (list, tuple)) and leaf:
+        depth, leaf = depth + 1, leaf[0]
+    if depth not in (2, 3) or not isinstance(leaf, numbers.Real):
+        return value
+    try:
+        return np.array(value)
+    except ValueError:  # Lines of different lengths are no picture.
+        return value
+
+
+def _formatted(rows: Any) -> Any:
+    """Return the rows of a `datasets.Dataset` with the columns and the transform that its format has."""
+    wanted = rows.format
+    if wanted["type"] == "custom":
+        return RowsByNumber(rows)  # The transform gives the row as it is to be used.
+    rows = rows.with_format(None)
+    hidden = set(rows.column_names) - set(wanted["columns"])
+    return rows.remove_columns(sorted(hidden)) if hidden and not wanted["output_all_columns"] else rows
