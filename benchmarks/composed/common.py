@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from visual_ground import GroundedModel, GroundingTrainingArguments, fit, ground
+from visual_ground import GroundedModel, GroundingTrainer, GroundingTrainingArguments, fit, ground
 from visual_ground.demo.run import has_bf16_instructions
 from visual_ground.demo.weights import load_lm, load_vision
 
@@ -59,6 +59,39 @@ def fitted(rows: Sequence[dict[str, Any]], out: Path, seed: int = 0) -> tuple[Gr
     start = time.perf_counter()
     fit(model, rows, GroundingTrainingArguments(**settings))
     return model, time.perf_counter() - start
+
+
+def train(model: GroundedModel, rows: Sequence[dict[str, Any]], out: Path, steps: int, seed: int = 0) -> float:
+    """Train image tokens and retrieval layers on the rows' prompts, from where `fit` left them; return the seconds.
+
+    Args:
+        model: the grounded model.
+        rows: in the order in which batches are made of them: what stands side by side is told apart.
+        out: where the run writes.
+        steps: how many, of 32 rows each.
+        seed: of the run.
+    """
+    args = GroundingTrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        projector_learning_rate=1e-3,
+        retrieval_learning_rate=3e-4,
+        lr_scheduler_type="cosine",
+        caption_loss_scale=0,
+        held_out=0,
+        train_sampling_strategy="sequential",
+        max_caption_length=48,
+        use_cpu=True,
+        bf16=has_bf16_instructions(),
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
+    start = time.perf_counter()
+    GroundingTrainer(model=model, args=args, train_dataset=list(rows)).train()
+    model.eval()
+    return time.perf_counter() - start
 
 
 def score(model: GroundedModel, queries: Sequence[Query], gallery: Sequence[Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.data.columns import is_stream
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.fast_paths import set_compute_plan
+from visual_ground.training.initialization.captions import start_captions
 from visual_ground.training.initialization.data_dependent import evenly_sampled, start_emission, start_image_tokens
 from visual_ground.training.initialization.ret_token import fit_ret
 from visual_ground.training.initialization.retrieval import BATCH_SIZE, batched, fit_prompts, fit_retrieval
@@ -90,6 +91,7 @@ def _fit(model: GroundedModel, examples: ExampleDataset, args: GroundingTraining
         pairs = fit_retrieval(objective, _read(examples, args, "captions and requests"), collator, steps_follow=False)
         features = torch.cat([image_features(model, batch) for batch in batched(sampled)])
         start_image_tokens(model, sampled, features, progress=args.shows_progress)
+        start_captions(objective, sampled, features, collator, progress=args.shows_progress)
         fit_prompts(objective, pairs, _read(examples, args, "prompts"), collator)
         if not said:
             _fit_ret_token(objective, sampled, collator)

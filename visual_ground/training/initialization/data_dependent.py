@@ -24,6 +24,7 @@ from visual_ground.lm.layers import find_layers, layer_states
 from visual_ground.model import GroundedModel
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.streams import ExampleStream
+from visual_ground.training.initialization.captions import start_captions
 from visual_ground.training.initialization.emission import fit_emission
 from visual_ground.training.initialization.idf import caption_ids, fit_image_tokens_to_words, idf_weights
 from visual_ground.training.initialization.retrieval import BATCH_SIZE, Collate, batched, fit_prompts, fit_retrieval
@@ -73,6 +74,7 @@ def initialize_from_data(
     except GroundingValueError as error:
         logger.warning("The retrieval layers start from random values. %s", error)
     start_image_tokens(objective.model, sampled, features, progress=progress)
+    start_captions(objective, sampled, features, collate, progress=progress)
     fit_prompts(objective, pairs, batched(encoded), collate)
 
 
