@@ -111,4 +111,6 @@ def test_the_place_of_a_picture_is_behind_the_first_sentence():
 def test_dialogues_are_filled_and_captions_become_requests():
     said = others_about(["A cat.", "A very long caption of a dog."])
     assert len(said) == len(OTHERS) and not any("{" in text for text in said)
+    said = others_about([f"A w{i}." for i in range(40)])
+    assert len(said) == len(set(said)) == len(OTHERS) + sum("{it}" in text for text in OTHERS)
     assert "Show me a picture: a cat." in requests_of(["A cat."])

@@ -128,11 +128,12 @@ def requests_of(captions: Sequence[str]) -> list[str]:
 
 
 def others_about(captions: Sequence[str]) -> list[str]:
-    """Return all the dialogues without pictures, some of them about what the shorter captions say."""
+    """Return all the dialogues without pictures, those about something with two of the shorter captions each."""
     things = sorted({without_sentence_marks(caption) for caption in captions}, key=lambda text: (len(text), text))
     things = things[: max(1, len(things) // 2)] or ["it"]
     step = max(1, len(things) // len(OTHERS))
-    return [other.replace("{it}", things[i * step % len(things)]) for i, other in enumerate(OTHERS)]
+    chosen = [[things[(i * step + turn) % len(things)] for turn in (0, 1)] for i in range(len(OTHERS))]
+    return list(dict.fromkeys(o.replace("{it}", it) for o, of in zip(OTHERS, chosen, strict=True) for it in of))
 
 
 def evenly(texts: Sequence[str], count: int) -> list[str]:
