@@ -160,7 +160,8 @@ class Engine:
         forbidden = ForbiddenColumns(attached.processor.vocabulary, attached.config.mask_spare_columns, count)
         listener = AnswerListener(model.frozen_lm, attached, batch["attention_mask"], hear, seen=seen)
         places = () if seen is None else seen.places
-        rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], [job.sampling for job in jobs], places)
+        samplings, decode = [job.sampling for job in jobs], attached.processor.tokenizer.decode
+        rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], samplings, places, decode)
         options = {
             **{name: None for name in ("temperature", "top_p", "top_k")},
             "do_sample": False,
