@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
@@ -12,6 +13,7 @@ from visual_ground.cli import app
 from visual_ground.cli.main import main
 from visual_ground.demo import saved
 from visual_ground.demo.emoji import Concept
+from visual_ground.index.milvus.image_index import MilvusImageIndex
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
@@ -36,7 +38,7 @@ def test_what_the_demo_saves_is_loaded_with_pictures_and_credits(tmp_path, monke
     saved.record_results(model, results, 150, "test")
     saved.save_demo(model, index, [Concept("1f98a", "fox", (), "train", "animal")], tmp_path)
     monkeypatch.setattr(saved, "load_lm", lambda cache: (grounded().unground(), model.tokenizer))
-    monkeypatch.setattr(saved, "load_vision", lambda: model.vision)
+    monkeypatch.setattr(saved, "load_vision", lambda cache: model.vision)
     _, loaded = saved.load_demo(tmp_path, tmp_path / "cache")
     name, image, metadata = loaded.entry(0)
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -56,10 +58,12 @@ def test_several_indexes_and_adapters_by_name(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "birds")
     for name in ("photos", "more"):
         ImageIndex.build(model, [picture(0)]).save_pretrained(tmp_path / name)
+    MilvusImageIndex.create(tmp_path / "images.db", model.config.retrieval_dim).add(torch.eye(6)[:1], ["a"])
     monkeypatch.setattr(app, "load_model", lambda options: model)
     options = dict(lm="lm", adapter="a", another_adapter=[f"birds={tmp_path / 'birds'}"], title="T", system="S")
-    indexes = [f"mine={tmp_path / 'photos'}", str(tmp_path / "more")]
+    indexes = [f"mine={tmp_path / 'photos'}", str(tmp_path / "more"), f"stored={tmp_path / 'images.db'}"]
     given = Namespace(**options, index=indexes, images=[], host=[], example=["Hi?"], demo=tmp_path)
     loaded, albums, settings = app.load(given)
-    assert list(albums) == ["mine", "more"] and list(loaded.adapters) == ["default", "birds"]
+    assert list(albums) == ["mine", "more", "stored"] and list(loaded.adapters) == ["default", "birds"]
+    assert isinstance(albums["stored"], MilvusImageIndex)
     assert (settings.title, settings.system, tuple(settings.examples)) == ("T", "S", ("Hi?",))

@@ -5,6 +5,7 @@ import itertools
 import re
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from visual_ground.app.bubbles import Album, bubble
 from visual_ground.app.talk import Talk, Wishes
 from visual_ground.generation.growing import joined
 from visual_ground.generation.retrieval_token import RetrievalSettings
+from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.server.engine import Engine, EngineLimits
 from visual_ground.server.pictures import Pictures
@@ -65,6 +67,23 @@ def test_an_answer_is_that_of_generate(engine, album):
     expected = engine.model.generate(chat, album.index, **options, **cut)[0]
     assert said(talk) == [part if isinstance(part, str) else part.id for part in expected.parts]
     assert talk.shown[0] == {"role": "user", "content": "w4 w5"}
+
+
+def test_pictures_come_out_of_milvus_too(engine, tmp_path):
+    index = MilvusImageIndex.create(tmp_path / "images.db", engine.model.config.retrieval_dim)
+    index.add(torch.eye(6)[:1], ["a cat"], [picture(0)], [{"caption": "A cat"}])
+    pictures = Pictures(index)
+    talk = Talk()
+    list(talk.say("w4 w5", [], engine, wishes(Album(index, pictures, "images/0"))))
+    assert "a cat" in said(talk) and 'src="images/0/a%20cat"' in talk.shown[-1]["content"]
+    assert pictures.read("a cat")[0] and "image" in str(talk.turns[0].messages)
+
+
+def test_pictures_wait_for_the_end_of_a_sentence_where_that_is_asked_for(endless, album):
+    for waits in (False, True):
+        talk = Talk()
+        list(talk.say("w4 w5", [], endless, wishes(album, replace(SHOWS, only_after_sentences=waits))))
+        assert ("a/../b" in said(talk)) != waits, "no sentence ends among these words"
 
 
 def test_the_next_turn_hears_of_all_before_and_of_the_pictures_on_both_sides(engine, album, tmp_path):

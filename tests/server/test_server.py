@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import socket
 import struct
 import threading
@@ -16,13 +17,20 @@ import openai
 import pytest
 import torch
 import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
 from visual_ground.index.milvus.image_index import MilvusImageIndex
+from visual_ground.index.remote_images import LinkRules
 from visual_ground.server.engine import EngineLimits
+from visual_ground.server.failures import RequestFailure
 from visual_ground.server.http import ServerSettings, create_app
-from visual_ground.server.pictures import Pictures
+from visual_ground.server.jobs import StopText
+from visual_ground.server.pictures import Given, Pictures
+from visual_ground.server.restoring import own_pictures
 from visual_ground.server.sampling import RowSampling, Sampling
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -213,6 +221,9 @@ def test_embeddings_and_search(running):
     best = running.client.post("/images/search", body=body, cast_to=object)["data"]
     assert [one["id"] for one in best] == ["dog"] and best[0]["score"] == pytest.approx(1, abs=1e-3)
     assert [model.id for model in running.client.models.list()] == ["visual-ground"]
+    assert running.client.models.retrieve("visual-ground").id == "visual-ground"
+    with pytest.raises(openai.NotFoundError, match="There is no model 'other/x'"):
+        running.client.models.retrieve("other/x")
     assert json.loads(running.get("/health")[0])["status"] == "ok"
 
 
@@ -230,6 +241,9 @@ def as_png(data):
 
 def chat_body(**changes):
     return json.dumps({"messages": [{"role": "user", "content": "w4"}], **changes}).encode()
+
+
+SMALL = {"type": "image_url", "image_url": {"url": data_url(picture(0))}}
 
 
 def with_image(url):
@@ -251,6 +265,15 @@ def with_image(url):
         (chat_body(top_p=float("nan")), 400, "top_p"),
         (chat_body(max_tokens=True), 400, "max_tokens"),
         (chat_body(stop=[1]), 400, "stop"),
+        (chat_body(stop="w4" * 10**5), 400, "1000 characters"),
+        (chat_body(seed=10**400), 400, "seed must be"),
+        (chat_body(temperature=10**400), 400, "temperature must be"),
+        (chat_body(stream="yes"), 400, "stream must be true or false"),
+        (chat_body(see_images=1), 400, "see_images must be true or false"),
+        (chat_body(messages=[{"role": "user", "content": "w4 \ud800"}]), 400, "UTF-8"),
+        (chat_body().decode().replace("w4", "\ud800").encode(errors="surrogatepass"), 400, "UTF-8"),
+        (chat_body(messages=[{"role": "user", "content": [SMALL] * 129}]), 400, "128 pictures"),
+        (chat_body(messages=[{"role": "assistant", "content": "![x](/images/dog) " * 129}]), 400, "128 pictures"),
         (chat_body(messages=[]), 400, "messages"),
         (chat_body(messages=[{"role": "tool", "content": "x"}]), 400, "role"),
         (chat_body(messages=["x"]), 400, "role"),
@@ -364,6 +387,73 @@ def test_an_answer_that_takes_too_long_ends(tmp_path):
         assert late.value.status_code == 504
     finally:
         server.stop()
+
+
+def test_large_pictures_are_made_smaller_and_many_of_them_are_refused_before_they_are_decoded():
+    request = Given(LinkRules())
+    one = Image.new("RGB", (7000, 5000))
+    assert [request.read(data_url(one)).size for _ in range(4)] == [(1024, 731)] * 4
+    with pytest.raises(RequestFailure, match="at most 20000000 are read, as all of a request"):
+        request.read({"url": as_png(png_of_claimed_size(7000, 5000))})
+    own = picture(0).resize((2000, 10))
+    assert Given(LinkRules()).open(own).width == 1024 and own.width == 2000
+
+
+def test_an_answer_without_words_goes_back_in(running):
+    for answer in ("", "  ", "w6 ![gone](/images/none)"):
+        messages = [{"role": role, "content": text} for role, text in (("user", "w4"), ("assistant", answer))]
+        assert running.ask(messages=[*messages, {"role": "user", "content": "w5"}]).choices
+
+
+def test_pictures_that_have_gone_stay_text(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    pictures = Pictures(ImageIndex(torch.eye(2), ["a", "b"], [str(tmp_path / "a.png"), picture(1)]))
+    shown = "See ![a](/images/a) and ![b](x/images/b?signature=1)."
+    assert [type(part) for part in pictures.restore(shown, Given(LinkRules()))] == [str, Image.Image] * 2 + [str]
+    (tmp_path / "a.png").unlink()
+    texts = [part for part in pictures.restore(shown, Given(LinkRules())) if isinstance(part, str)]
+    assert texts == ["See ![a](/images/a) and ", "."]
+
+
+PIECES = ["![", "](", "]", ")", "\\", '"', " ", "a", "/images/", "/images/a", "?"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=40))
+def test_pictures_are_found_where_a_slow_pattern_finds_them(pieces):
+    text = "".join(pieces)
+    slow = r'!\[((?:\\.|[^\]\\])*)\]\([^()\s?]*/images/([^()\s?/]+)(?:\?[^()\s]*)?(?: "(?:\\.|[^"\\])*")?\)'
+    expected = [(one.start(), one.end(), one[2]) for one in re.finditer(slow, text)]
+    assert [one for one in own_pictures(text) if one in expected] == expected
+
+
+def test_a_stranger_cannot_make_the_search_for_pictures_slow():
+    for text in ("![" * 10**6, "![](" + "/images/" * 10**5, '![](x "' * 10**5, "![\\" * 10**5):
+        assert not list(own_pictures(text)), "a pattern that reads on to the end from each place takes hours here"
+    stop = StopText(["w" * 10**6])
+    assert stop.add("w" * 10) == ("", False) and stop.add("x") == ("w" * 10 + "x", False)
+
+
+def test_what_nobody_thought_of_is_answered_in_openais_form_too(running, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(Pictures, "find", lambda self, name: 1 / 0)
+        with pytest.raises(urllib.error.HTTPError, match="500") as failed:
+            running.get("/images/dog")
+    assert "log" in json.loads(failed.value.read())["error"]["message"]
+    assert running.get("/images/dog")
+
+
+def test_pictures_only_after_sentences(running):
+    given = {**SHOWS, "only_after_sentences": True}
+    chat = [{"role": "user", "content": "w4 w5"}]
+    expected = running.model.generate(chat, running.index, **given, max_new_tokens=6, do_sample=False)[0]
+    message = running.ask(extra_body=given).choices[0].message
+    assert "![" not in message.content and message.content == expected.text, "no sentence ends among these words"
+
+
+def test_pictures_of_one_answer_may_repeat_where_that_is_asked_for(running):
+    several = {"ret_bias": 1e3, "min_new_tokens_between_rets": 0, "max_images": 3, "allow_repeats": True}
+    shown = running.ask(max_tokens=3, extra_body=several).choices[0].message.parts
+    assert len(shown) == 3 and len({part["id"] for part in shown}) < 3
 
 
 def test_a_batch_that_fails_leaves_the_server_up(running, monkeypatch):

@@ -11,11 +11,11 @@ from typing import Any
 from visual_ground.generation.growing import GrowingAnswer
 from visual_ground.generation.options import silent_ids
 from visual_ground.generation.output import Part
-from visual_ground.index.image_index import ImageIndex
 from visual_ground.server.chats import encode
 from visual_ground.server.engine import Engine
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.jobs import Finished, Job, StopText
+from visual_ground.server.pictures import ShownIndex
 from visual_ground.server.requests import ChatRequest
 from visual_ground.server.sampling import Sampling
 
@@ -33,7 +33,7 @@ class Question:
     """
 
     messages: list[dict[str, Any]]
-    index: ImageIndex | None
+    index: ShownIndex | None
     adapter: str
     sampling: Sampling
     max_tokens: int

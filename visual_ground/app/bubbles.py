@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from visual_ground.generation import markdown
 from visual_ground.generation.output import Part, RetrievedImage
-from visual_ground.index.image_index import ImageIndex
 from visual_ground.index.remote_images import ImageLink
-from visual_ground.server.pictures import Pictures
+from visual_ground.server.pictures import Pictures, ShownIndex
 
 # Wide enough to see what a picture shows, also beside others on a telephone.
 STYLE = """
@@ -35,7 +34,7 @@ class Album:
         folder: the path under which the app has them.
     """
 
-    index: ImageIndex
+    index: ShownIndex
     pictures: Pictures
     folder: str
 

@@ -37,6 +37,7 @@ class PageSettings:
         examples: questions to begin with.
         max_tokens: the most tokens of an answer.
         max_images: the most places of an answer at which it shows pictures.
+        only_after_sentences: whether pictures come only where a sentence has just ended.
     """
 
     title: str = "visual_ground"
@@ -44,6 +45,7 @@ class PageSettings:
     examples: Sequence[str] = EXAMPLES
     max_tokens: int = 64
     max_images: int = 4
+    only_after_sentences: bool = False
 
 
 class Page:
@@ -120,21 +122,25 @@ class Page:
             gr.Slider(1, 1024, self.settings.max_tokens, step=1, label="Longest answer, in tokens"),
             gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest word"),
             gr.Slider(0.05, 1, 1, step=0.05, label="Only the likeliest words (top p)"),
+            gr.Checkbox(self.settings.only_after_sentences, label="Pictures only after whole sentences"),
             gr.Checkbox(False, label="The model sees the pictures that it shows"),
             gr.Textbox(self.settings.system, lines=4, label="System message"),
         ]
 
     def wishes(self, album: str, adapter: str, bias: float, most: int, at_once: int, *rest: Any) -> Wishes:
         """Return what the controls say."""
-        length, temperature, top_p, sees, system = rest
+        length, temperature, top_p, waits, sees, system = rest
         # Not `complete_sentences`, which would hold words back until their sentence ends; `Talk` cuts what ran out.
-        retrieval = RetrievalSettings(int(at_once), int(most), float(bias), see_images=bool(sees))
+        choices = {"only_after_sentences": bool(waits), "see_images": bool(sees)}
+        retrieval = RetrievalSettings(int(at_once), int(most), float(bias), **choices)
         sampling = Sampling(float(temperature), float(top_p), None, retrieval)
         return Wishes(self.albums.get(album), adapter, sampling, int(length), system or "")
 
     def submit(self, message: Mapping[str, Any], talk: Talk, *controls: Any) -> Iterator[list[Any]]:
         """Answer what was written."""
         text, files = message.get("text") or "", message.get("files") or []
+        # A browser may send half a character, which no tokenizer takes.
+        text = text.encode(errors="replace").decode()
         if text.strip() or files:
             yield from self._say(talk, text, files, controls)
 

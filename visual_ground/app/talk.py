@@ -17,11 +17,9 @@ from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.server.engine import Engine
 from visual_ground.server.failures import RequestFailure
-from visual_ground.server.pictures import decode_picture
+from visual_ground.server.pictures import decode_picture, kept
 from visual_ground.server.sampling import Sampling
 
-# Encoders see a few hundred pixels, and a conversation of many photos should not fill the memory.
-KEPT_PIXELS = 1024
 # Seconds. Each time, a browser is sent and draws the whole answer: one that shows every token falls behind the model.
 SHOWN_EVERY = 0.05
 
@@ -151,8 +149,7 @@ def read_picture(path: str) -> Any:
         picture = decode_picture(Path(path).read_bytes())
     except GroundingError as error:
         raise RequestFailure(400, f"The picture cannot be read: {error}") from error
-    picture.thumbnail((KEPT_PIXELS, KEPT_PIXELS))
-    return picture
+    return kept(picture)
 
 
 def _message(role: str, parts: Sequence[Any]) -> dict[str, Any]:

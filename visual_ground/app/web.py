@@ -11,17 +11,16 @@ from fastapi.responses import Response
 
 from visual_ground.app.bubbles import Album
 from visual_ground.app.page import Page, PageSettings
-from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
 from visual_ground.server.engine import Engine, EngineLimits
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.http import PICTURE_HEADERS
-from visual_ground.server.pictures import Pictures
+from visual_ground.server.pictures import Pictures, ShownIndex
 
 
 def create_page(
     model: GroundedModel,
-    indexes: Mapping[str, ImageIndex] | None = None,
+    indexes: Mapping[str, ShownIndex] | None = None,
     settings: PageSettings | None = None,
     limits: EngineLimits | None = None,
 ) -> FastAPI:

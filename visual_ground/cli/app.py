@@ -14,8 +14,8 @@ from visual_ground.errors import GroundingStateError, GroundingValueError
 if TYPE_CHECKING:
     from visual_ground.app.page import PageSettings
     from visual_ground.cli.arguments import Commands
-    from visual_ground.index.image_index import ImageIndex
     from visual_ground.model import GroundedModel
+    from visual_ground.server.pictures import ShownIndex
 
 DESCRIPTION = "A page to talk to. Without LM and ADAPTER, it has what `make demo` made."
 
@@ -31,10 +31,10 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--index",
-        metavar="NAME=DIR",
+        metavar="NAME=INDEX",
         action="append",
         default=[],
-        help="pictures to choose from; NAME= may be left out",
+        help="folder, Hub id, or images.db or http://HOST:19530#NAME in Milvus; NAME= may be left out",
     )
     parser.add_argument(
         "--images", metavar="DIR", action="append", default=[], help="folder that the indexes' paths may lead into"
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     uvicorn.run(page, host=options.address, port=options.port, log_level="warning", access_log=False)
 
 
-def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ImageIndex], PageSettings]:
+def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ShownIndex], PageSettings]:
     """Return what the options name, or what the demo made.
 
     Raises:
@@ -85,7 +85,7 @@ def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ImageInd
 
     given = {"title": options.title, "system": options.system, "examples": tuple(options.example) or None}
     given = {name: value for name, value in given.items() if value is not None}
-    indexes = {name: _saved_index(folder, options) for name, folder in map(_named, options.index)}
+    indexes = {name: open_index(place, options) for name, place in map(_named, options.index)}
     if options.lm is None:
         from visual_ground.demo.saved import load_demo
         from visual_ground.prompts.chat import ILLUSTRATED
@@ -93,7 +93,8 @@ def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ImageInd
         model, index = load_demo(options.demo, options.demo / "cache")
         indexes = {"OpenMoji": index, **indexes}
         # As in the demo's own conversations.
-        settings = PageSettings(**{"system": ILLUSTRATED, "max_tokens": 48, "max_images": 1, **given})
+        usual = {"system": ILLUSTRATED, "max_tokens": 48, "max_images": 1, "only_after_sentences": True}
+        settings = PageSettings(**{**usual, **given})
     elif options.adapter is None:
         raise GroundingValueError(f"{options.lm} needs an adapter: visual-ground app LM ADAPTER.")
     else:
@@ -101,15 +102,6 @@ def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ImageInd
     for name, folder in map(_named, options.another_adapter):
         model.load_adapter(folder, name)
     return model, indexes, settings
-
-
-def _saved_index(name: str, options: argparse.Namespace) -> ImageIndex:
-    from visual_ground.index.image_index import ImageIndex
-
-    index = open_index(name, options)
-    if not isinstance(index, ImageIndex):
-        raise GroundingValueError(f"The page shows saved indexes, folders or Hub ids, and {name} is in Milvus.")
-    return index
 
 
 def _named(given: str) -> tuple[str, str]:

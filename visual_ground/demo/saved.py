@@ -57,7 +57,7 @@ def load_demo(out: Path, cache: Path) -> tuple[GroundedModel, ImageIndex]:
 
     Args:
         out: where the demo wrote them.
-        cache: its folder for weights.
+        cache: its folder for the weights of both models.
 
     Raises:
         GroundingStateError: the demo has not run.
@@ -69,4 +69,4 @@ def load_demo(out: Path, cache: Path) -> tuple[GroundedModel, ImageIndex]:
         )
     index = ImageIndex.from_pretrained(out / INDEX)
     lm, tokenizer = load_lm(cache)
-    return GroundedModel.from_pretrained(lm, out / ADAPTER, load_vision(), tokenizer), index
+    return GroundedModel.from_pretrained(lm, out / ADAPTER, load_vision(cache), tokenizer), index

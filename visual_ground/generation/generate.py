@@ -12,7 +12,7 @@ from transformers import BatchFeature, StoppingCriteriaList
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.generation.forbidden import ForbiddenColumns
-from visual_ground.generation.listener import AnswerListener, OnToken
+from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import complete_options, end_ids, silent_ids
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
@@ -51,7 +51,7 @@ def generate(
     image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
     per_prompt = options.get("num_return_sequences") or 1
-    listener = listen(frozen_lm, attached, batch, image_tokens, per_prompt=per_prompt)
+    listener = AnswerListener(frozen_lm, attached, mask, per_prompt=per_prompt)
     with frozen_lm.bind():  # One block for both: if the adapter is disabled elsewhere meanwhile, neither is affected.
         sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
         vectors = listener.vectors_of(sequences)
@@ -96,24 +96,6 @@ def with_padding(
     count = 0 if image_tokens is None else len(image_tokens)
     tokens = filler if image_tokens is None else torch.cat([image_tokens, filler.to(image_tokens)])
     return tokens, {**options, "pad_token_id": processor.vocabulary.first_image_id + count}
-
-
-def listen(
-    frozen_lm: FrozenLM,
-    attached: AttachedAdapter,
-    batch: BatchFeature,
-    image_tokens: Tensor | None,
-    on_token: OnToken = lambda row, token, vector: True,
-    per_prompt: int = 1,
-    seen: SeenImages | None = None,
-) -> AnswerListener:
-    """Return a listener to a `generate` of this batch; see `AnswerListener`."""
-
-    def read_again(sequences: Tensor, mask: Tensor, start: int) -> list[Tensor]:
-        tokens = image_tokens if seen is None else seen.image_tokens
-        return ret_vectors(frozen_lm, attached, sequences, mask, start, tokens)
-
-    return AnswerListener(frozen_lm, attached, batch["attention_mask"], read_again, on_token, per_prompt, seen)
 
 
 def heard_by(listener: AnswerListener, options: Mapping[str, Any]) -> dict[str, Any]:

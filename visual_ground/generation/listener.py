@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,19 +10,14 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from visual_ground.adapter.attached import AttachedAdapter
-from visual_ground.generation.running_cache import copy_of_running_cache
+from visual_ground.generation.branches import BranchReader, branch_of
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.scoring.query_vectors import mean_vector, opening_contexts
+from visual_ground.lm.hook_context import context_of
+from visual_ground.scoring.query_vectors import mean_vector, opening_contexts, vectors_behind
 
 # Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
 OnToken = Callable[[int, int, Tensor | None], bool]
-# Reads the vectors of finished sequences by running them once more; see `query_vectors.ret_vectors`.
-ReadAgain = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
-
-
-# A row, and how many of its ids come before where it is read.
-Place = tuple[int, int]
 
 
 class AnswerListener(StoppingCriteria):
@@ -36,7 +31,6 @@ class AnswerListener(StoppingCriteria):
         frozen_lm: the LM.
         attached: the active adapter.
         mask: (b, s), of the prompts.
-        read_again: for LMs without plain keys and values.
         on_token: as `OnToken` says; not called again for a sequence once it has returned False for it.
         per_prompt: how many answers each prompt gets. If `generate` follows more sequences, it is a beam search.
         seen: puts images into the context; its tokens are not heard.
@@ -50,12 +44,11 @@ class AnswerListener(StoppingCriteria):
         frozen_lm: FrozenLM,
         attached: AttachedAdapter,
         mask: Tensor,
-        read_again: ReadAgain,
         on_token: OnToken = lambda row, token, vector: True,
         per_prompt: int = 1,
         seen: SeenImages | None = None,
     ) -> None:
-        self.frozen_lm, self.attached, self.mask, self.read_again = frozen_lm, attached, mask, read_again
+        self.frozen_lm, self.attached, self.mask = frozen_lm, attached, mask
         self.on_token, self.per_prompt, self.seen = on_token, per_prompt, seen
         self.start = mask.shape[1]
         self._heard: Tensor | None = None  # What had been said at the latest step.
@@ -89,83 +82,49 @@ class AnswerListener(StoppingCriteria):
         self._heard = ids
 
     def _read(self, ids: Tensor) -> dict[int, Tensor]:
-        """Return the vectors of the sequences that have just said `[RET]`, by row."""
-        said = ids[:, -1] == self.attached.processor.ret_token_id
-        rows = [row for row in said.nonzero()[:, 0].tolist() if row not in self._ended]
+        """Return the vectors of the sequences whose newest token is `[RET]`, by row."""
+        shows = ids[:, -1] == self.attached.processor.ret_token_id
+        rows = [row for row in shows.nonzero()[:, 0].tolist() if row not in self._ended]
         if not rows:
             return {}
-        end = ids.shape[1] - 1
-        asked = {row: self._openings(row, ids) for row in rows}
-        first = [row for row in rows if asked[row]]
-        read = self._read_behind([*((row, end) for row in rows), *((row, self.start) for row in first)], ids)
-        found = {row: read[row, end] for row in rows}
-        for row in first:
-            found[row] = mean_vector([found[row], read[row, self.start], *map(self._read_alone, asked[row][1:])])
-        self._vectors |= {(row, end): vector for row, vector in found.items()}
+        mask = self.mask.repeat_interleave(self.per_prompt, 0).to(ids.device)
+        mask = nn.functional.pad(mask, (0, ids.shape[1] - 1 - self.start), value=1)
+        sequences = {row: ids[row, :-1][mask[row].bool()].tolist() for row in rows}
+        contexts = {row: [sequence, *self._openings(row, sequence)] for row, sequence in sequences.items()}
+        read = iter(self._read_behind([(row, ids) for row in rows for ids in contexts[row]], sequences, mask))
+        found = {row: mean_vector([next(read) for _ in contexts[row]]) for row in rows}
+        self._vectors |= {(row, ids.shape[1] - 1): vector for row, vector in found.items()}
         return found
 
-    def _openings(self, row: int, ids: Tensor) -> list[Sequence[int]]:
+    def _openings(self, row: int, sequence: list[int]) -> list[Sequence[int]]:
         """Return the contexts that are read besides, if this is a row's first `[RET]`."""
         if any(known == row for known, _ in self._vectors):
             return []
-        prompt = ids[row, : self.start][self._mask_of(row).bool().to(ids.device)]
-        return opening_contexts(self.attached, prompt.tolist(), ids[row, self.start : -1].tolist())
+        count = int(self.mask[row // self.per_prompt].sum())
+        return opening_contexts(self.attached, sequence[:count], sequence[count:])
 
-    def _read_alone(self, context: Sequence[int]) -> Tensor:
-        """Return the vector (q,), on the CPU, read behind ids of which nothing is kept."""
-        sequence = torch.tensor([[*context, self.attached.processor.ret_token_id]], device=self.frozen_lm.device)
-        return self.read_again(sequence, torch.ones_like(sequence[:, :-1]), len(context))[0][0].cpu()
+    def _read_behind(
+        self, contexts: Sequence[tuple[int, Sequence[int]]], sequences: Mapping[int, list[int]], mask: Tensor
+    ) -> list[Tensor]:
+        """Return the vectors (q,), on the CPU, read behind contexts, which are given with the row that each is for.
 
-    def _read_behind(self, places: Sequence[Place], ids: Tensor) -> dict[Place, Tensor]:
-        """Return the vectors (q,), on the CPU, read behind so many of the ids of some rows of ids (b, s)."""
-        groups: dict[Any, list[Place]] = {}
-        suffixes = {(row, count): self._suffix(ids[row, :count]) for row, count in places}
-        for row, count in places:
-            # Rows of different lengths can be run together where an LM knows positions apart from padding.
-            width = 0 if self.frozen_lm.takes_positions else count
-            groups.setdefault((len(suffixes[row, count]), width), []).append((row, count))
-        found: dict[Place, Tensor] = {}
-        for group in groups.values():
-            vectors = self._read_on_copy(group, torch.tensor([suffixes[place] for place in group], device=ids.device))
-            if vectors is None:
-                vectors = torch.cat([self._read_anew(row, ids[row : row + 1, :count]) for row, count in group])
-            found |= dict(zip(group, vectors.cpu(), strict=True))
-        return found
-
-    def _suffix(self, said: Tensor) -> list[int]:
-        return self.attached.processor.retrieval_suffix(said.tolist())
-
-    def _mask_of(self, row: int) -> Tensor:
-        return self.mask[row // self.per_prompt]
-
-    def _read_anew(self, row: int, said: Tensor) -> Tensor:
-        """Return the vector (1, q) read behind said (1, s), of this row."""
-        ret = torch.full_like(said[:, :1], self.attached.processor.ret_token_id)
-        mask = nn.functional.pad(self._mask_of(row)[None], (0, said.shape[1] - self.start), value=1)
-        return torch.cat([*self.read_again(torch.cat([said, ret], 1), mask, said.shape[1])])
-
-    def _read_on_copy(self, places: Sequence[Place], suffixes: Tensor) -> Tensor | None:
-        """Run retrieval suffixes (r, n) on a copy of the cache; return vectors (r, q), or None if that cannot be done.
-
-        Rows that are read at an earlier position are moved to the right, as prompts are that are padded on the left.
+        Args:
+            contexts: the ids of each.
+            sequences: the ids of each row, without padding.
+            mask: (b, s), of all positions that were run.
         """
-        assert self._heard is not None, "it has heard the ids that it reads behind"
-        length = self._heard.shape[1] - 1
-        longest = self.frozen_lm.max_length
-        if longest is not None and length + suffixes.shape[1] > longest:
-            return None
-        cache = copy_of_running_cache(self.frozen_lm, length, places)
-        if cache is None:
-            return None
-        kept = max(count for _, count in places)
-        mask = torch.ones(len(places), kept + suffixes.shape[1], dtype=self.mask.dtype, device=suffixes.device)
-        for padded, (row, count) in zip(mask, places, strict=True):
-            padded[: kept - count] = 0
-            padded[kept - count : kept - count + self.start] = self._mask_of(row)
-        last = torch.arange(1, len(suffixes) + 1, device=suffixes.device) * suffixes.shape[1] - 1
-        layers = self.attached.config.text_layers
-        states = self.frozen_lm.hidden_states(suffixes, mask, last, layers, cache=cache, use_cache=True)
-        return self.attached.embed_states(states)
+        suffix, length = self.attached.processor.retrieval_suffix, mask.shape[1]
+        branches = [
+            branch_of(row, length - len(sequences[row]), sequences[row], [*context, *suffix(context)])
+            for row, context in contexts
+        ]
+        found = BranchReader(self.frozen_lm, self.attached, mask).read(branches)
+        if anew := [context for (_, context), one in zip(contexts, branches, strict=True) if one not in found]:
+            running = context_of(self.frozen_lm.virtual_tokens)
+            image_tokens = None if running is None else running.image_tokens
+            again = iter(vectors_behind(self.frozen_lm, self.attached, anew, image_tokens))
+            return [found[one] if one in found else next(again) for one in branches]
+        return [found[one] for one in branches]
 
     def vectors_of(self, sequences: Tensor) -> list[Tensor] | None:
         """Return the vectors (r, q) of each finished sequence (b, s), or None if the listener heard other ids."""

@@ -14,8 +14,9 @@ from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.generate import check_index, generate_ids, heard_by, listen, with_padding
+from visual_ground.generation.generate import check_index, generate_ids, heard_by, with_padding
 from visual_ground.generation.growing import GrowingAnswer, joined
+from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import end_ids, silent_ids
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.retrieval_token import RetrievalSettings
@@ -134,7 +135,7 @@ def hear(
         return closed is None or not closed.is_set()
 
     per_prompt = options.get("num_return_sequences") or 1
-    listener = listen(frozen_lm, attached, batch, image_tokens, take, per_prompt, seen)
+    listener = AnswerListener(frozen_lm, attached, batch["attention_mask"], take, per_prompt, seen)
     heard = heard_by(listener, options)
     sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard, seen)
     if listener.lost:

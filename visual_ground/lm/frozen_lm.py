@@ -38,6 +38,7 @@ class FrozenLM:
         vocabulary: which ids are the LM's own and which are virtual.
         virtual_tokens: the hooks.
         takes_positions: whether its forward takes position_ids.
+        reads_branches: whether it reads several branches in one pass, as found out by `generation.branches`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class FrozenLM:
             layer.set_adapter(layer.active_adapters)
         parameters = inspect.signature((core := base_model_of(lm)).forward).parameters
         self.takes_positions = "position_ids" in parameters
+        self.reads_branches: dict[tuple[str | None, int], bool] = {}
         # transformers 5.24 renamed the argument past_key_values.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, mask_spare_columns)
@@ -94,8 +96,6 @@ class FrozenLM:
         """Take the hooks off the LM and return it, bit for bit as it was."""
         self.virtual_tokens.detach()
         return self.lm
-
-    # Running it.
 
     def bind(
         self, image_tokens: Tensor | None = None, **settings: Any

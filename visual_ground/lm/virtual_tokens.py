@@ -233,7 +233,7 @@ class VirtualTokens:
 
     def _forbid_columns(self, output: Any, context: HookContext) -> Any:
         """Set columns of ids that must not be generated to -inf again, where the LM capped or scaled its logits."""
-        if not hasattr(output, "logits"):
+        if not hasattr(output, "logits") or not output.logits.shape[1]:
             return None
         # Looking has to wait for the GPU; so where the caller set `has_virtual` (training), the last result is reused.
         if self._keeps_infinity is None or context.has_virtual is None:

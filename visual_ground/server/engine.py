@@ -15,7 +15,8 @@ import torch
 
 from visual_ground.errors import GroundingStateError
 from visual_ground.generation.forbidden import ForbiddenColumns
-from visual_ground.generation.generate import generate_ids, heard_by, listen, with_padding
+from visual_ground.generation.generate import generate_ids, heard_by, with_padding
+from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import end_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.seeing import SeenImages
@@ -157,9 +158,10 @@ class Engine:
 
         count = 0 if image_tokens is None else len(image_tokens)
         forbidden = ForbiddenColumns(attached.processor.vocabulary, attached.config.mask_spare_columns, count)
-        listener = listen(model.frozen_lm, attached, batch, image_tokens, hear, seen=seen)
+        listener = AnswerListener(model.frozen_lm, attached, batch["attention_mask"], hear, seen=seen)
         places = () if seen is None else seen.places
-        rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], [job.sampling for job in jobs], places)
+        samplings, decode = [job.sampling for job in jobs], attached.processor.tokenizer.decode
+        rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], samplings, places, decode)
         options = {
             **{name: None for name in ("temperature", "top_p", "top_k")},
             "do_sample": False,

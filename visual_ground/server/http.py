@@ -12,8 +12,6 @@ from typing import Any
 
 from visual_ground.errors import GroundingError, GroundingStateError
 from visual_ground.generation.generate import check_index
-from visual_ground.index.image_index import ImageIndex
-from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.model import GroundedModel
 from visual_ground.server.chats import Chat, encode
@@ -21,7 +19,7 @@ from visual_ground.server.engine import Engine, EngineLimits
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.gate import Gate
 from visual_ground.server.metrics import Metrics
-from visual_ground.server.pictures import Pictures
+from visual_ground.server.pictures import Pictures, ShownIndex
 from visual_ground.server.requests import chat_request, number
 from visual_ground.server.vectors import embeddings, search
 
@@ -73,15 +71,14 @@ class Routes:
         GroundingValueError: an index that does not fit the model.
     """
 
-    def __init__(
-        self, model: GroundedModel, index: ImageIndex | MilvusImageIndex | None, settings: ServerSettings
-    ) -> None:
+    def __init__(self, model: GroundedModel, index: ShownIndex | None, settings: ServerSettings) -> None:
         check_index(index, model.active)
         self.model, self.settings = model, settings
         self.pictures, self.metrics = Pictures(index, settings.api_key), Metrics()
         self.engine = Engine(model, settings.limits)
         self._vectors = asyncio.Semaphore(1)
-        self.started = int(time.time())
+        created = int(time.time())
+        self._entry = {"id": settings.model_name, "object": "model", "created": created, "owned_by": "you"}
 
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
@@ -102,13 +99,16 @@ class Routes:
 
     async def _body(self, request: Request) -> Any:
         try:
-            body = json.loads(await request.body())
+            text = (await request.body()).decode()
+            body = json.loads(text)
+            if "\\ud" in text.lower():  # Half a character, which no tokenizer takes, can only come in this form.
+                json.dumps(body, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
-            raise RequestFailure(400, "The body is not valid JSON.", code="invalid_json") from error
+            message = "The body is not valid JSON in UTF-8."
+            raise RequestFailure(400, message, code="invalid_json") from error
         asked = body.get("model", self.settings.model_name) if isinstance(body, dict) else None
         if asked is not None and asked != self.settings.model_name:
-            message = f"There is no model {str(asked)[:80]!r}; this server has {self.settings.model_name!r}."
-            raise RequestFailure(404, message, code="model_not_found")
+            raise self._no_model(asked)
         return body
 
     async def embed(self, request: Request) -> Response:
@@ -128,8 +128,17 @@ class Routes:
 
     async def models(self) -> dict[str, Any]:
         """`/v1/models`."""
-        entry = {"id": self.settings.model_name, "object": "model", "created": self.started, "owned_by": "you"}
-        return {"object": "list", "data": [entry]}
+        return {"object": "list", "data": [self._entry]}
+
+    async def one_model(self, name: str) -> dict[str, Any]:
+        """`/v1/models/NAME`."""
+        if name != self.settings.model_name:
+            raise self._no_model(name)
+        return self._entry
+
+    def _no_model(self, name: Any) -> RequestFailure:
+        message = f"There is no model {str(name)[:80]!r}; this server has {self.settings.model_name!r}."
+        return RequestFailure(404, message, code="model_not_found")
 
     async def health(self) -> dict[str, Any]:
         """`/health`."""
@@ -153,7 +162,7 @@ class Routes:
 
 
 def create_app(
-    model: GroundedModel, index: ImageIndex | MilvusImageIndex | None = None, settings: ServerSettings | None = None
+    model: GroundedModel, index: ShownIndex | None = None, settings: ServerSettings | None = None
 ) -> FastAPI:
     """Return the server as an ASGI application.
 
@@ -175,11 +184,12 @@ def create_app(
     app.post("/v1/embeddings", response_model=None)(routes.embed)
     app.post("/v1/images/search", response_model=None)(routes.search)
     app.get("/v1/models")(routes.models)
+    app.get("/v1/models/{name:path}")(routes.one_model)
     app.get("/health")(routes.health)
     app.get("/metrics", response_model=None)(routes.numbers)
     app.get("/images/{name:path}", response_model=None)(routes.image)
     app.get("/thumbnails/{name:path}", response_model=None)(routes.thumbnail)
-    for kind in (RequestFailure, GroundingError, HTTPException):
+    for kind in (RequestFailure, GroundingError, HTTPException, Exception):
         app.add_exception_handler(kind, _refuse)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=[*settings.origins], allow_methods=["*"], allow_headers=["*"])
@@ -192,6 +202,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
         failure = RequestFailure(error.status_code, str(error.detail))
     elif isinstance(error, RequestFailure):
         failure = error
-    else:
+    elif isinstance(error, GroundingError):
         failure = RequestFailure(400, str(error))
+    else:  # A mistake of this server; whoever runs it finds it in the log.
+        failure = RequestFailure(500, "The request failed; the server's log says why.", "server_error")
     return JSONResponse(failure.body, failure.status, failure.headers)

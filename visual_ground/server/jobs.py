@@ -46,7 +46,8 @@ class StopText:
         if places:
             self._held = ""
             return text[: min(places)], True
-        held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        begun = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        held = max(begun, default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False
 

@@ -7,9 +7,10 @@ import binascii
 import hashlib
 import hmac
 import io
-import re
-from typing import Any
-from urllib.parse import quote, unquote
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, TypeAlias
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -19,29 +20,80 @@ from visual_ground.index.image_index import ImageIndex
 from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.server.failures import RequestFailure
+from visual_ground.server.restoring import own_pictures
 from visual_ground.vision.decoding import decode_file
 from visual_ground.vision.images import read_file, to_rgb
 
 MAX_PIXELS = 40_000_000
+# Together, of the pictures of one request: a few bytes can claim the most pixels.
+MAX_REQUEST_PIXELS = 4 * MAX_PIXELS
+MAX_REQUEST_PICTURES = 128
+# Encoders see a few hundred pixels, and a conversation of many photos should not fill the memory.
+KEPT_PIXELS = 1024
 THUMBNAIL = 256
 # Formats that browsers show; anything else leaves as PNG.
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
-_OWN = re.compile(r"!\[(?:\\.|[^\]\\])*\]\([^)\s]*/images/([^)\s?]+)(?:\?[^)\s]*)?(?: \"(?:\\.|[^\"\\])*\")?\)")
 
 
-def read_address(address: Any, rules: LinkRules) -> Image.Image:
+class Given:
+    """The pictures of one request, so many and so large that they fit into the memory.
+
+    Args:
+        rules: where they may be fetched from.
+    """
+
+    def __init__(self, rules: LinkRules) -> None:
+        self.rules, self._pixels, self._pictures = rules, MAX_REQUEST_PIXELS, MAX_REQUEST_PICTURES
+
+    def read(self, image_url: Any) -> Image.Image:
+        """Return the picture of an `image_url`, an address or `{"url": ...}`.
+
+        Raises:
+            RequestFailure: no picture that can be read, or too many.
+        """
+        address = image_url.get("url") if isinstance(image_url, Mapping) else image_url
+        picture = read_address(address, self.rules, self._pixels)
+        self._pixels -= picture.width * picture.height
+        return self._counted(picture)
+
+    def open(self, image: Any) -> Image.Image:
+        """Return a picture of the server's own index.
+
+        Raises:
+            RequestFailure: too many.
+            GroundingError: it cannot be read.
+        """
+        return self._counted(to_rgb(image))
+
+    def _counted(self, picture: Image.Image) -> Image.Image:
+        self._pictures -= 1
+        if self._pictures < 0:
+            raise RequestFailure(400, f"A request may have {MAX_REQUEST_PICTURES} pictures. Leave older ones out.")
+        return kept(picture)
+
+
+def kept(picture: Image.Image) -> Image.Image:
+    """Return a picture that is no larger than is needed."""
+    if max(picture.size) <= KEPT_PIXELS:
+        return picture
+    small = picture.copy()  # It may be the index's own.
+    small.thumbnail((KEPT_PIXELS, KEPT_PIXELS))
+    return small
+
+
+def read_address(address: Any, rules: LinkRules, pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the image of an `image_url`: a data URL, or an address of the web where the rules allow it.
 
     Raises:
-        RequestFailure: any other address, or no image that can be read.
+        RequestFailure: any other address, no image that can be read, or one of more pixels than are allowed.
     """
     if not isinstance(address, str):
         raise RequestFailure(400, 'image_url must be {"url": "data:image/...;base64,..."}.')
     try:
         if address.startswith("data:"):
-            return decode_picture(_data_of(address))
+            return decode_picture(_data_of(address), pixels)
         if rules.allow_host(address):
-            return decode_picture(rules.fetch(address))
+            return decode_picture(rules.fetch(address), pixels)
     except GroundingError as error:
         raise RequestFailure(400, f"The image cannot be read: {error}", code="invalid_image") from error
     message = "This server fetches no images from that address. Send the image itself as a data URL."
@@ -58,7 +110,7 @@ def _data_of(address: str) -> bytes:
         raise RequestFailure(400, "The data URL is not valid base64.", code="invalid_image_url") from error
 
 
-def decode_picture(data: bytes) -> Image.Image:
+def decode_picture(data: bytes, most: int = MAX_PIXELS) -> Image.Image:
     """Return the picture of a stranger's file as upright RGB.
 
     Raises:
@@ -72,11 +124,15 @@ def decode_picture(data: bytes) -> Image.Image:
         raise RequestFailure(
             400, "The image cannot be read; send PNG, JPEG, GIF or WebP.", code="invalid_image"
         ) from error
-    if pixels > MAX_PIXELS:
-        raise RequestFailure(
-            400, f"The image has {pixels} pixels; at most {MAX_PIXELS} are read.", code="invalid_image"
-        )
+    if pixels > (most := min(most, MAX_PIXELS)):
+        message = f"The image has {pixels} pixels; at most {most} are read"
+        message += "." if most == MAX_PIXELS else f", as all of a request may have {MAX_REQUEST_PIXELS} together."
+        raise RequestFailure(400, message, code="invalid_image")
     return decode_file(data, "the image")
+
+
+# The indexes whose pictures can be shown: they find entries by id.
+ShownIndex: TypeAlias = ImageIndex | MilvusImageIndex
 
 
 class Pictures:
@@ -87,7 +143,7 @@ class Pictures:
         secret: signs the addresses, so that only pictures of answers are shown; None shows all.
     """
 
-    def __init__(self, index: ImageIndex | MilvusImageIndex | None, secret: str | None = None) -> None:
+    def __init__(self, index: ShownIndex | None, secret: str | None = None) -> None:
         self.index, self._secret = index, secret
 
     def address(self, name: str | int, folder: str = "images") -> str:
@@ -157,16 +213,22 @@ class Pictures:
             raise RequestFailure(404, f"There is no picture {name!r}.", code="not_found")
         return image
 
-    def restore(self, text: str) -> list[Any]:
-        """Cut Markdown that this server has sent into texts and its pictures, so that a model sees them again."""
+    def restore(self, text: str, images: Given) -> list[Any]:
+        """Cut Markdown that this server has sent into texts and its pictures, so that a model sees them again.
+
+        Args:
+            text: an answer, which may be empty.
+            images: opens the pictures; the address of one that has gone since stays text.
+        """
         parts: list[Any] = []
         start = 0
-        for found in _OWN.finditer(text):
-            image = self.find(unquote(found[1]))
-            if image is not None:
-                parts += [text[start : found.start()], to_rgb(image)]
-                start = found.end()
-        return [part for part in (*parts, text[start:]) if not isinstance(part, str) or part.strip()]
+        for begin, end, name in own_pictures(text):
+            with suppress(GroundingError):
+                if (image := self.find(name)) is not None:
+                    parts += [text[start:begin], images.open(image)]
+                    start = end
+        parts = [part for part in (*parts, text[start:]) if not isinstance(part, str) or part.strip()]
+        return parts or [text]
 
 
 def _as_png(image: Image.Image) -> bytes:

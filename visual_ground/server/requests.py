@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.server.failures import RequestFailure
-from visual_ground.server.pictures import Pictures, read_address
+from visual_ground.server.pictures import Given, Pictures
 from visual_ground.server.sampling import Sampling
 
 MAX_CHOICES = 8
-MAX_STOPS = 4
+MAX_STOPS, MAX_STOP_LENGTH = 4, 1000
+# Settings of `RetrievalSettings` that are true or false.
+FLAGS = ("only_after_sentences", "allow_repeats", "complete_sentences", "see_images")
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -45,10 +46,19 @@ def number(body: Mapping[str, Any], name: str, default: Any, low: float, high: f
     if value is None:
         return default
     kind = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not low <= value <= high:
+    # Whole numbers of JSON may be too large for a float; NaN is in no range.
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         wanted = "a whole number" if whole else "a number"
         raise RequestFailure(400, f"{name} must be {wanted} from {low:g} to {high:g}, got {str(value)[:40]!r}.")
     return value
+
+
+def flag(body: Mapping[str, Any], name: str) -> bool:
+    """Return a yes or no of a request; no where it is left out or null."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RequestFailure(400, f"{name} must be true or false, got {str(value)[:40]!r}.")
+    return bool(value)
 
 
 def chat_request(body: Any, pictures: Pictures, rules: LinkRules, default_tokens: int) -> ChatRequest:
@@ -61,18 +71,20 @@ def chat_request(body: Any, pictures: Pictures, rules: LinkRules, default_tokens
         raise RequestFailure(400, "The body must be a JSON object.")
     stop = body.get("stop") or ()
     stop = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stop, (list, tuple)) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
-        raise RequestFailure(400, f"stop must be a string or a list of at most {MAX_STOPS} strings.")
+    is_list = isinstance(stop, (list, tuple)) and len(stop) <= MAX_STOPS
+    if not is_list or not all(isinstance(one, str) and len(one) <= MAX_STOP_LENGTH for one in stop):
+        allowed = f"at most {MAX_STOPS}, each of at most {MAX_STOP_LENGTH} characters"
+        raise RequestFailure(400, f"stop must be a string or a list of {allowed}.")
     tokens = number(body, "max_completion_tokens", None, 1, 1e6, whole=True)
     tokens = tokens or number(body, "max_tokens", default_tokens, 1, 1e6, whole=True)
-    options = body.get("stream_options")
+    options, given = body.get("stream_options"), Given(rules)
     return ChatRequest(
-        [_message(message, pictures, rules) for message in _list(body, "messages")],
+        [_message(message, pictures, given) for message in _list(body, "messages")],
         _samplings(body),
         tokens,
         tuple(stop),
-        body.get("stream") is True,
-        isinstance(options, Mapping) and options.get("include_usage") is True,
+        flag(body, "stream"),
+        isinstance(options, Mapping) and flag(options, "include_usage"),
     )
 
 
@@ -87,8 +99,7 @@ def _samplings(body: Mapping[str, Any]) -> list[Sampling]:
         min_new_tokens_between_rets=number(
             body, "min_new_tokens_between_rets", usual.min_new_tokens_between_rets, 0, 1e6, whole=True
         ),
-        see_images=body.get("see_images") is True,
-        complete_sentences=body.get("complete_sentences") is True,
+        **{name: flag(body, name) for name in FLAGS},
     )
     temperature, top_p = number(body, "temperature", 1.0, 0, 2), number(body, "top_p", 1.0, 0, 1)
     seeds = (None if seed is None else seed + i for i in range(number(body, "n", 1, 1, MAX_CHOICES, whole=True)))
@@ -102,7 +113,7 @@ def _list(body: Mapping[str, Any], name: str) -> Sequence[Any]:
     return value
 
 
-def _message(message: Any, pictures: Pictures, rules: LinkRules) -> dict[str, Any]:
+def _message(message: Any, pictures: Pictures, images: Given) -> dict[str, Any]:
     role = ROLES.get(str(message.get("role"))) if isinstance(message, Mapping) else None
     if role is None:
         raise RequestFailure(400, f"Each message must have a role, one of {', '.join(ROLES)}.")
@@ -113,10 +124,9 @@ def _message(message: Any, pictures: Pictures, rules: LinkRules) -> dict[str, An
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             # What this server has answered goes back in as it was: with the pictures.
-            parts += pictures.restore(part["text"]) if role == "assistant" else [part["text"]]
+            parts += pictures.restore(part["text"], images) if role == "assistant" else [part["text"]]
         elif kind == "image_url":
-            url = part.get("image_url")
-            parts.append(read_address(url.get("url") if isinstance(url, Mapping) else url, rules))
+            parts.append(images.read(part.get("image_url")))
         else:
             raise RequestFailure(400, 'A part of a message must be {"type": "text"} or {"type": "image_url"}.')
     if not parts:

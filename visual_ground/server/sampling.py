@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,19 @@ class RowSampling(LogitsProcessor):
         ret_token_id: the id of `[RET]`.
         prompt_length: ids before the first generated one.
         rows: the settings of each sequence.
-        places: as in `RetLogitsProcessor`.
+        places, decode: as in `RetLogitsProcessor`.
     """
 
     def __init__(
-        self, ret_token_id: int, prompt_length: int, rows: Sequence[Sampling], places: Collection[int] = ()
+        self,
+        ret_token_id: int,
+        prompt_length: int,
+        rows: Sequence[Sampling],
+        places: Collection[int] = (),
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.rows = rows
-        self._ret = [RetLogitsProcessor(ret_token_id, prompt_length, row.retrieval, places) for row in rows]
+        self._ret = [RetLogitsProcessor(ret_token_id, prompt_length, row.retrieval, places, decode) for row in rows]
         self._generators = [torch.Generator() for _ in rows]
         for generator, row in zip(self._generators, rows, strict=True):
             if row.seed is None:

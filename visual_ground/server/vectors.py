@@ -14,7 +14,7 @@ from visual_ground.generation.output import RetrievedImage
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.model import GroundedModel
 from visual_ground.server.failures import RequestFailure
-from visual_ground.server.pictures import Pictures, read_address
+from visual_ground.server.pictures import Given, Pictures
 
 MAX_INPUTS = 256
 
@@ -55,9 +55,7 @@ def _vector(model: GroundedModel, given: Any, rules: LinkRules) -> Tensor:
     if isinstance(given, str) and given.strip():
         return model.embed_text([given])[0].float().cpu()
     if isinstance(given, Mapping) and given.get("type") == "image_url":
-        url = given.get("image_url")
-        image = read_address(url.get("url") if isinstance(url, Mapping) else url, rules)
-        return model.embed_images([image])[0].float().cpu()
+        return model.embed_images([Given(rules).read(given.get("image_url"))])[0].float().cpu()
     raise RequestFailure(400, 'An input must be a text that is not empty, or {"type": "image_url", "image_url": ...}.')
 
 
