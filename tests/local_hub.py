@@ -6,7 +6,7 @@
   small server on loopback, so `push_to_hub` works too;
 - Hub names of datasets and of a LoRA are folders, which `datasets` and `peft` find before they ask the Hub;
 - the files that the pages speak of exist: `photos/` with 64 pictures and a table of captions, some pictures by
-  themselves, a GGUF file, an official FROMAGe checkpoint.
+  themselves, a GGUF file, an official FROMAGe checkpoint, and the adapter and the index that `make demo` leaves.
 
 `localise` changes two things in the code itself: the number of training steps, and the name of a pretrained open_clip
 tower, which becomes a file of random weights for a smaller one.
@@ -117,7 +117,10 @@ def _put_models(server, folder: Path) -> None:
     model.active.anchors = Anchors(captions, torch.randn(len(captions), model.vision.feature_dim))
     for name in ("me/adapter", "me/birds"):
         model.push_to_hub(name)
-    ImageIndex.build(model, [picture(i) for i in range(4)]).push_to_hub("me/index")
+    index = ImageIndex.build(model, [picture(i) for i in range(4)])
+    index.push_to_hub("me/index")
+    model.save_pretrained("demo/adapter")
+    index.save_pretrained("demo/index")
 
 
 def _write_pictures(folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import visual_ground
+from visual_ground.adapter.adapter import Adapter
 from visual_ground.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,15 @@ def test_one_address():
     assert citation["repository-code"] == citation["url"] == address
     assert f"repo_url: {address}\n" in (ROOT / "mkdocs.yml").read_text()
     assert f"{address}/security/advisories/new" in (ROOT / "SECURITY.md").read_text()
+
+
+def test_the_readme_counts_the_parameters_of_an_adapter():
+    # The widths of Qwen2.5-0.5B and of CLIP ViT-B/32, whose own parameters are the rest.
+    adapter = Adapter(visual_ground.GroundingConfig(), 896, 512, (896,), 896, tied=False)
+    count = sum(parameter.numel() for parameter in adapter.parameters())
+    total = count + 494_032_768 + 151_277_313
+    shown = f"trainable params: {count:,d} || all params: {total:,d} || trainable%: {100 * count / total:.4f}"
+    assert shown in (ROOT / "README.md").read_text()
 
 
 def test_ci_runs_every_python_that_the_package_names():

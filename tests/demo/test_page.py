@@ -7,7 +7,7 @@ from tests.tiny import picture
 from visual_ground.demo.conversations import CONVERSATIONS, SEEN, UNSEEN, Exchange, Request
 from visual_ground.demo.page import write_page
 from visual_ground.demo.run import counted
-from visual_ground.demo.sheet import WIDTH, write_contact_sheet
+from visual_ground.demo.sheet import OVERVIEW_WIDTHS, WIDTH, write_contact_sheet, write_overview
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 
 RECALLS = {way: {"r1": 1.0, "r5": 2.0, "r10": 3.0} for way in ("text_to_image", "image_to_text")}
@@ -41,3 +41,10 @@ def test_the_contact_sheet_is_one_picture(shown, tmp_path):
     write_contact_sheet(tmp_path / "sheet.png", *shown)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == WIDTH and 1000 < sheet.height < 4000
+
+
+def test_the_overview_is_wider_than_high(shown, tmp_path):
+    conversations, requests = shown
+    write_overview(tmp_path / "overview.png", conversations, 20 * requests)
+    with Image.open(tmp_path / "overview.png") as overview:
+        assert overview.width == sum(OVERVIEW_WIDTHS) > overview.height

@@ -24,7 +24,7 @@ from visual_ground.demo.page import as_text, request_summary, table, write_page
 from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.recalls import adapter_recalls, baseline_recalls
 from visual_ground.demo.saved import ADAPTER, record_results, save_demo
-from visual_ground.demo.sheet import write_contact_sheet
+from visual_ground.demo.sheet import write_contact_sheet, write_overview
 from visual_ground.demo.weights import load_lm, load_vision
 from visual_ground.evaluation import caption_pair_accuracy
 from visual_ground.fitting.fit import fit
@@ -181,11 +181,12 @@ def _version(name: str) -> str:
 def report(
     results: dict[str, Any], conversations: dict[str, list[Exchange]], requests: Sequence[Request], out: Path
 ) -> None:
-    """Print the results and write results.json, index.html and contact_sheet.png."""
+    """Print the results and write results.json, index.html, contact_sheet.png and overview.png."""
     results["versions"]["python"] = platform.python_version()
     write_json(out / "results.json", results)
     write_page(out / "index.html", conversations, requests, results)
     write_contact_sheet(out / "contact_sheet.png", conversations, requests)
+    write_overview(out / "overview.png", conversations, requests)
     print("\n" + as_text(table(results)))
     print(f"\na true image beats a wrong one for {results['caption_pair_accuracy']:.1f} % of the unseen captions")
     print(request_summary(results["requests"]))

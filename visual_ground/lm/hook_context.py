@@ -117,7 +117,7 @@ def context_of(owner: object) -> HookContext | None:
 
 
 class Switch:
-    """On, but for the time of the blocks that hold it off.
+    """A switch that is on, except while any block holds it off.
 
     A context variable would not do: threads that start inside the block do not see it, and a generator that holds the
     block open may be continued in another context. Each block is an object in a set, whose changes are atomic; so

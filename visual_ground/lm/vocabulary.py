@@ -55,7 +55,7 @@ class VirtualVocabulary:
         return (ids == self.ret_token_id) | (ids >= self.first_image_id)
 
     def refuse_virtual(self, ids: Tensor) -> None:
-        """Raise GroundingStateError where ids are virtual, which an LM whose hooks are off would read as its own."""
+        """Raise GroundingStateError where ids are virtual: with its hooks off, the LM would take them for its own."""
         if bool(self.is_virtual(ids).any()):
             raise GroundingStateError(
                 "The adapter is disabled here, so neither images nor [RET] can be read. Leave disable_adapter()."
@@ -91,7 +91,7 @@ class VirtualVocabulary:
         return [slice(start, self.ret_token_id), slice(max(start, self.ret_token_id + 1), None)]
 
     def forbids(self, logits: Tensor, mask_spare: bool) -> bool:
-        """Return whether the forbidden columns of logits (b, s, columns) are -inf, going by its first position."""
+        """Return whether the forbidden columns of logits (b, s, columns) are -inf, judged by its first position."""
         columns = (logits[0, 0, part] for part in self.forbidden_columns(mask_spare))
         return all(not column.numel() or bool(column[0] == float("-inf")) for column in columns)
 
