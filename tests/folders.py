@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "regression",
     "rows",
+    "progress",
     "shared_space",
     "storage",
     "config",
