@@ -18,6 +18,7 @@ ORDER = (
     "processes",
     "regression",
     "rows",
+    "progress",
     "shared_space",
     "storage",
     "config",

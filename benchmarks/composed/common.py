@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from visual_ground import GroundedModel, GroundingTrainer, GroundingTrainingArguments, fit, ground
-from visual_ground.demo.run import has_bf16_instructions
 from visual_ground.demo.weights import load_lm, load_vision
+from visual_ground.lm.loading import multiplies_bfloat16
 
 CACHE = Path(os.environ.get("DEMO_CACHE", "demo/cache"))
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +54,7 @@ def fitted(rows: Sequence[dict[str, Any]], out: Path, seed: int = 0) -> tuple[Gr
         max_caption_length=48,
         use_cpu=True,
         report_to="none",
-        bf16=has_bf16_instructions(),
+        bf16=multiplies_bfloat16(),
     )
     start = time.perf_counter()
     fit(model, rows, GroundingTrainingArguments(**settings))
@@ -83,7 +83,7 @@ def train(model: GroundedModel, rows: Sequence[dict[str, Any]], out: Path, steps
         train_sampling_strategy="sequential",
         max_caption_length=48,
         use_cpu=True,
-        bf16=has_bf16_instructions(),
+        bf16=multiplies_bfloat16(),
         save_strategy="no",
         report_to="none",
         seed=seed,

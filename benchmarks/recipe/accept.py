@@ -23,9 +23,9 @@ from lm import CACHE
 
 from visual_ground import GroundingTrainingArguments, fit, ground
 from visual_ground.demo import emoji
-from visual_ground.demo.run import has_bf16_instructions
 from visual_ground.demo.templates import REQUESTS
 from visual_ground.demo.weights import load_vision
+from visual_ground.lm.loading import multiplies_bfloat16
 
 
 def rows_of(data: Data, seed: int) -> list[dict]:
@@ -83,7 +83,7 @@ def main() -> None:
     model, data = ground(lm, load_vision(), tokenizer), Data(tokenizer)
     with tempfile.TemporaryDirectory() as out:
         args = GroundingTrainingArguments(
-            output_dir=out, use_cpu=True, prefix_cache_gb=2, disable_tqdm=True, bf16=has_bf16_instructions()
+            output_dir=out, use_cpu=True, prefix_cache_gb=2, disable_tqdm=True, bf16=multiplies_bfloat16()
         )
         start, wall = time.process_time(), time.perf_counter()
         fit(model, rows_of(data, seed), args)

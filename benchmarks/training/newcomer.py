@@ -1,6 +1,6 @@
 """How long a newcomer's first training takes: 200 pairs and 20 steps of a 135 M LM by `visual-ground train`.
 
-    python benchmarks/training/newcomer.py [--cache demo/cache] [--pairs 200] [--steps 20] [--bf16]
+    python benchmarks/training/newcomer.py [--cache demo/cache] [--pairs 200] [--steps 20] [--no-bf16]
 
 The pictures are the demo's emoji in new files, so that no feature of them is known. The command runs in a process of
 its own, on two cores, and starts from nothing; what it prints is kept with the time at which each stage began. Wall and
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from visual_ground.demo import emoji
 from visual_ground.demo.weights import LM_NAME, load_lm, load_vision
+from visual_ground.lm.loading import multiplies_bfloat16
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import write
@@ -44,12 +45,12 @@ def write_pairs(folder: Path, cache: Path, count: int) -> Path:
 
 
 def stages(lines: list[tuple[float, str]]) -> list[dict[str, float | str]]:
-    """Return when each progress bar was first seen, in seconds from the start."""
+    """Return when each stage began, in seconds from the start."""
     seen: dict[str, float] = {}
     for at, line in lines:
-        if found := re.match(r"\s*([^:|%]+):\s+\d+%\|", line):
-            seen.setdefault(found[1].strip(), round(at, 1))
-    return [{"stage": name, "seen_after_s": at} for name, at in seen.items()]
+        if found := re.match(r"(.+): (\d+ of \d+ .+ )?starts$", line):
+            seen.setdefault(found[1], round(at, 1))
+    return [{"stage": name, "began_after_s": at} for name, at in seen.items()]
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[int, list[tuple[float, str]]]:
@@ -59,7 +60,6 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[int, list[tupl
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
-        # Universal newlines: each state of a progress bar is a line.
         for line in process.stdout:
             lines.append((time.perf_counter() - start, line.rstrip()))
     return process.returncode, lines
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("demo/cache"))
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--bf16", action="store_true", help="load the LM in bfloat16, which is faster on newer CPUs")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="as the command's own")
     options = parser.parse_args()
     load_lm(options.cache)  # Writes the folder that the command is given.
     vision = load_vision(options.cache).name
@@ -81,7 +81,7 @@ def main() -> None:
         table = write_pairs(Path(folder), options.cache, options.pairs)
         command = [sys.executable, "-m", "visual_ground", "train", str(options.cache / LM_NAME), vision, str(table)]
         command += ["--output", f"{folder}/adapter", "--steps", str(options.steps)]
-        command += ["--bf16"] if options.bf16 else []
+        command += [] if options.bf16 is None else ["--bf16" if options.bf16 else "--no-bf16"]
         start = time.perf_counter()
         code, lines = run(command, environment)
         wall = time.perf_counter() - start
@@ -92,7 +92,7 @@ def main() -> None:
     pauses = [later - earlier for (earlier, _), (later, _) in zip([(0.0, ""), *lines], lines, strict=False)]
     processor = used.ru_utime + used.ru_stime
     result = {
-        "bf16": options.bf16,
+        "bf16": multiplies_bfloat16() if options.bf16 is None else options.bf16,
         "pairs": options.pairs,
         "steps": options.steps,
         "cores": CORES,

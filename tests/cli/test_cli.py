@@ -1,3 +1,4 @@
+import argparse
 import json
 import re
 import subprocess
@@ -11,8 +12,10 @@ from tests.golden_parts import saved_parts
 from tests.paths import ROOT
 from tests.storage.hub_client import hub  # noqa: F401
 from tests.tiny import grounded, picture
-from visual_ground import ImageIndex
+from visual_ground import GroundingConfig, ImageIndex
+from visual_ground.cli.arguments import ground_models
 from visual_ground.cli.main import COMMANDS, main
+from visual_ground.lm import loading
 from visual_ground.storage.tensors import WEIGHTS_FILE
 
 
@@ -22,10 +25,14 @@ def test_train_index_chat_eval(tmp_path, capsys):
     lm, vision, table = saved_parts(tmp_path)
     out = str(tmp_path / "adapter")
     assert main(["train", lm, vision, table, "--output", out, "--steps", "2", "--batch-size", "4"]) == 0
+    said = capsys.readouterr().err  # It is no terminal: each stage says in lines of its own what it does.
+    for stage in ("features", "start values: images", "start values: texts", "start values: image tokens"):
+        assert re.search(rf"^{stage}: 0 of \d+ \w+ starts$", said, re.MULTILINE), said
     assert main(["index", "build", lm, out, str(tmp_path), "--output", str(tmp_path / "index")]) == 0
     assert "8 images in" in capsys.readouterr().out
     fitted = str(tmp_path / "fitted")
     assert main(["fit", lm, vision, table, "--output", fitted]) == 0
+    assert "\nfit: captions and requests: 0 of" in capsys.readouterr().err
     assert main(["chat", lm, fitted, "--once", "look", "--max-new-tokens", "2"]) == 0
     capsys.readouterr()
     options = [
@@ -48,6 +55,34 @@ def test_train_index_chat_eval(tmp_path, capsys):
     assert 0 <= results["image_to_text_r1"] <= 100 and 0 <= results["caption_pair_accuracy"] <= 100
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "dataset_revision" not in card and "revision: abc" in card and "| some/pairs at `abc` | train | 8 |" in card
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("command", ["train", "fit"])
+def test_an_lm_is_read_in_bfloat16_where_fast_or_asked_for(command, asked, native, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "multiplies_bfloat16", lambda device: native)
+    lm, vision, table = saved_parts(tmp_path)
+    parser = argparse.ArgumentParser()
+    next(one for one in COMMANDS if one.__name__.endswith(f".{command}")).add_parser(parser.add_subparsers())
+    options = {None: [], True: ["--bf16"], False: ["--no-bf16"]}[asked]
+    model = ground_models(
+        parser.parse_args([command, lm, vision, table, "--output", str(tmp_path), *options]), GroundingConfig()
+    )
+    in_bfloat16 = native if asked is None else asked
+    assert model.lm.dtype == (torch.bfloat16 if in_bfloat16 else torch.float32)
+    assert all(parameter.dtype == torch.float32 for parameter in model.adapter.parameters())
+    # What nobody asked for is said.
+    assert ("--no-bf16" in capsys.readouterr().err) == (asked is None and native)
+
+
+@pytest.mark.parametrize("command", ["train", "fit"])
+def test_a_missing_lm_is_named_whatever_it_is_to_be_read_in(command, tmp_path, capsys):
+    _, vision, table = saved_parts(tmp_path)
+    for options in (["--bf16"], ["--no-bf16"]):
+        missing = str(tmp_path / "no lm")
+        assert main([command, missing, vision, table, "--output", str(tmp_path / "out"), *options]) == 2
+        assert f"There is no folder {missing!r}" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -169,6 +169,34 @@ def test_stop_strings_hold_wherever_they_are_said(prompt):
     assert stops[0] in words.decode(stopped) and stops[0] not in words.decode(stopped[:-1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["option", "config", "own"])
+def test_an_answer_that_a_stop_string_ended_is_whole(where):
+    words = byte_level()
+    lm = build("llama_untied", vocab_size=len(words), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    model = ground(lm, Eye(), words, image_processor)
+    free = ids_of(model, ["a red cat"], max_new_tokens=9)[0].tolist()
+    stop = next(text for text in (words.decode([i]) for i in free[2:]) if text.isascii())
+
+    def answers(**options):
+        if where == "own":
+            model.lm.generation_config = GenerationConfig(stop_strings=options.pop("stop_strings"))
+        elif where == "config":
+            config = GenerationConfig(stop_strings=options.pop("stop_strings"), max_new_tokens=9)
+            options = {**options, "generation_config": config}
+        options = {"max_images": 0, **({} if where == "config" else {"max_new_tokens": 9}), **options}
+        return [
+            model.generate(["a red cat"], **options)[0].text,
+            model.generate(["a red cat"], see_images=True, **options)[0].text,
+            "".join(map(str, model.stream(["a red cat"], **options))),
+        ]
+
+    plain = answers(stop_strings=[stop])
+    assert stop in plain[0] and answers(stop_strings=[stop], complete_sentences=True) == plain
+    # One that never comes ends nothing: what ran out of tokens is cut.
+    assert all(text not in plain for text in answers(stop_strings=["never said"], complete_sentences=True))
+
+
 def test_what_cannot_be_is_refused_by_name():
     model = MODELS["never ends"]
     for options, match in [

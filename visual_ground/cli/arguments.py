@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from visual_ground.errors import GroundingStateError
 
 if TYPE_CHECKING:
+    from visual_ground.config import GroundingConfig
     from visual_ground.index.image_index import ImageIndex
     from visual_ground.index.milvus.image_index import MilvusImageIndex
     from visual_ground.model import GroundedModel
@@ -19,6 +21,35 @@ if TYPE_CHECKING:
 
     # argparse gives the object that parsers of commands are added to no public type.
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_lm_options(parser: argparse.ArgumentParser) -> None:
+    """Add the positional arguments and the option with which `ground_models` loads what is to be grounded."""
+    parser.add_argument("lm", help="Hub id or folder of a causal LM")
+    parser.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="load the LM in bfloat16, or as it was saved; bfloat16 where the processor multiplies it by itself",
+    )
+
+
+def ground_models(options: argparse.Namespace, config: GroundingConfig) -> GroundedModel:
+    """Return a new adapter between the LM and the encoder that the options name."""
+    import torch
+
+    from visual_ground import ground
+    from visual_ground.lm.loading import load_lm, multiplies_bfloat16
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    in_bfloat16 = multiplies_bfloat16(device) if options.bf16 is None else options.bf16
+    lm, tokenizer = load_lm(options.lm, dtype=torch.bfloat16 if in_bfloat16 else None)
+    if in_bfloat16 and options.bf16 is None:
+        print(
+            "The language model is read in bfloat16, about twice as fast; --no-bf16 reads it as it was saved.",
+            file=sys.stderr,
+        )
+    return ground(lm, options.vision, tokenizer, config=config)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

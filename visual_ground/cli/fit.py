@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_column_options, add_dataset_argument, columns_of, number, whole
+from visual_ground.cli.arguments import (
+    add_column_options,
+    add_dataset_argument,
+    add_lm_options,
+    columns_of,
+    ground_models,
+    number,
+    whole,
+)
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -16,8 +24,7 @@ PREFIX_CACHE_GB = 1.0  # Each caption runs once where what is kept of it fits, a
 def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
     parser = commands.add_parser("fit", help="fit an adapter to image-caption pairs, without a training step")
-    parser.add_argument("lm", help="Hub id or folder of a causal LM")
-    parser.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
+    add_lm_options(parser)
     add_dataset_argument(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the adapter")
     parser.add_argument("--visual-tokens", metavar="N", type=whole(1), default=1, help="image tokens per image; 1")
@@ -30,7 +37,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Fit an adapter and save it."""
-    from visual_ground import GroundingConfig, GroundingTrainingArguments, fit, ground
+    from visual_ground import GroundingConfig, GroundingTrainingArguments, fit
     from visual_ground.training.data.loading import load_rows
 
     rows = load_rows(options.dataset, options.split)
@@ -42,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
         image_folder=columns.folder,
         prefix_cache_gb=PREFIX_CACHE_GB,
         max_skipped=options.max_skipped,
+        disable_tqdm=False,  # Else it follows the verbosity of transformers, whose warnings commands keep back.
     )
-    model = ground(options.lm, options.vision, config=GroundingConfig(num_visual_tokens=options.visual_tokens))
+    model = ground_models(options, GroundingConfig(num_visual_tokens=options.visual_tokens))
     fit(model, rows, arguments)
     model.save_pretrained(options.output)

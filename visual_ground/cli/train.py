@@ -6,7 +6,15 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import add_column_options, add_dataset_argument, columns_of, number, whole
+from visual_ground.cli.arguments import (
+    add_column_options,
+    add_dataset_argument,
+    add_lm_options,
+    columns_of,
+    ground_models,
+    number,
+    whole,
+)
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -20,8 +28,7 @@ CHECKPOINTS_KEPT = 2  # One to go on from, and the one before it.
 def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
     parser = commands.add_parser("train", help="train an adapter on image-caption pairs", description=DESCRIPTION)
-    parser.add_argument("lm", help="Hub id or folder of a causal LM")
-    parser.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
+    add_lm_options(parser)
     add_dataset_argument(parser)
     parser.add_argument("--output", metavar="DIR", default="grounded", help="folder for all that is written")
     parser.add_argument("--validation", metavar="DATASET", help="pairs to evaluate on at every checkpoint")
@@ -38,7 +45,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--max-skipped", metavar="X", type=number(0, 1), default=0.01, help="part that may be unreadable; 0.01"
     )
-    parser.add_argument("--bf16", action="store_true", help="load the LM in bfloat16")
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="of start values and order; 0")
     add_column_options(parser)
     parser.set_defaults(run=run)
@@ -48,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     """Train an adapter, or go on training it."""
     from transformers import set_seed
 
-    from visual_ground import GroundingConfig, GroundingTrainer, ground
+    from visual_ground import GroundingConfig, GroundingTrainer
     from visual_ground.training.data.loading import SHUFFLED, load_rows
 
     rows = load_rows(options.dataset, options.split, options.streaming)
@@ -57,8 +63,7 @@ def run(options: argparse.Namespace) -> None:
     rows = rows.shuffle(seed=options.seed, buffer_size=SHUFFLED) if options.streaming else rows
     # The adapter's start values must be the same when a killed run starts again.
     set_seed(options.seed)
-    config = GroundingConfig(num_visual_tokens=options.visual_tokens)
-    model = ground(_language_model(options), options.vision, config=config)
+    model = ground_models(options, GroundingConfig(num_visual_tokens=options.visual_tokens))
     trainer = GroundingTrainer(model, arguments, rows, validation)
     trainer.train(resume_from_checkpoint=True)
     if trainer.args.should_save:
@@ -89,13 +94,5 @@ def _training_arguments(options: argparse.Namespace, rows: Any) -> Any:
         image_folder=columns.folder,
         max_skipped=options.max_skipped,
         seed=options.seed,
+        disable_tqdm=False,  # Else it follows the verbosity of transformers, whose warnings commands keep back.
     )
-
-
-def _language_model(options: argparse.Namespace) -> Any:
-    if not options.bf16:
-        return options.lm
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(options.lm, dtype=torch.bfloat16)

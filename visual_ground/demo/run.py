@@ -30,6 +30,7 @@ from visual_ground.evaluation import caption_pair_accuracy
 from visual_ground.fitting.fit import fit
 from visual_ground.grounding import ground
 from visual_ground.index.image_index import ImageIndex
+from visual_ground.lm.loading import multiplies_bfloat16
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import write_json
 from visual_ground.training.arguments import GroundingTrainingArguments
@@ -67,15 +68,9 @@ def fit_arguments(out: Path, cache: Path) -> GroundingTrainingArguments:
         feature_cache=str(cache / "features"),
         prefix_cache_gb=4,
         use_cpu=True,
-        bf16=has_bf16_instructions(),
+        bf16=multiplies_bfloat16(),
+        disable_tqdm=False,
     )
-
-
-def has_bf16_instructions() -> bool:
-    """Return whether the CPU multiplies bfloat16 by itself, so that the LM reads twice as fast in mixed precision."""
-    # Older versions of torch do not say.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path) -> None:
@@ -158,7 +153,7 @@ def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) 
     shown = sum(any(exchange.answer.images for exchange in exchanges) for exchanges in conversations.values())
     results |= {"conversations_with_pictures": shown, "answers_identical_after_reload": same, "seconds": clock.seconds}
     results["requests"] = counted(requests, len(pairs.concepts))
-    settings = {"seed": SEED, "story_ret_bias": bias, "bf16": has_bf16_instructions()}
+    settings = {"seed": SEED, "story_ret_bias": bias, "bf16": multiplies_bfloat16()}
     results |= {"settings": settings, "versions": {name: _version(name) for name in PACKAGES}}
     report(results, conversations, requests, out)
     return 0 if same else 1

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from visual_ground.adapter.initialization import initialize_from_lm
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.fitting.autocast import autocast_lm
 from visual_ground.model import GroundedModel
+from visual_ground.progress import counted
 from visual_ground.training import setup
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.data.columns import is_stream
@@ -103,8 +103,7 @@ def _read(
     """Yield all examples in batches, twice: a row's several images and captions take turns."""
     count = 2 * len(examples)
     batches = batched(examples[i] for i in range(count))
-    total, hidden = -(-count // BATCH_SIZE), not args.shows_progress
-    yield from tqdm(batches, f"fit: {what}", total, unit="batch", disable=hidden)
+    yield from counted(batches, f"fit: {what}", "batches", args.shows_progress, -(-count // BATCH_SIZE))
 
 
 @torch.no_grad()

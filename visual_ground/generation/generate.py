@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener
-from visual_ground.generation.options import complete_options, end_ids, silent_ids
+from visual_ground.generation.options import complete_options, ended_by_itself, silent_ids
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.generation.seeing import SeenImages
@@ -63,16 +63,11 @@ def generate(
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
         return outputs
-    return _whole_sentences(outputs, sequences[:, start:].tolist(), end_ids(frozen_lm, attached, options))
-
-
-def _whole_sentences(
-    outputs: Sequence[InterleavedOutput], answers: Sequence[Sequence[int]], stops: set[int]
-) -> list[InterleavedOutput]:
-    """Cut each answer that the LM did not end itself, right after the answer's last whole sentence."""
+    is_whole = ended_by_itself(frozen_lm, attached, options)
+    # What ran out of tokens is cut right after its last whole sentence.
     return [
-        output if stops.intersection(ids) else InterleavedOutput(cut_to_sentences(output.parts))
-        for ids, output in zip(answers, outputs, strict=True)
+        output if is_whole(ids) else InterleavedOutput(cut_to_sentences(output.parts))
+        for ids, output in zip(sequences[:, start:].tolist(), outputs, strict=True)
     ]
 
 

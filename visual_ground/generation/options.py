@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -146,13 +146,40 @@ def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str
         attached: the active adapter, with the tokenizer.
         options: of the call to `generate`.
     """
-    options = options or {}
-    sources = [options, *(vars(one) for one in (options.get("generation_config"), _own_config(frozen_lm)) if one)]
-    ids = next((ids for source in sources if (ids := source.get("eos_token_id")) is not None), None)
+    ids = _asked(frozen_lm, options or {}, "eos_token_id")
     ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
     if isinstance(ids, Tensor):
         ids = ids.flatten().tolist()
     return {ids} if isinstance(ids, int) else set(ids or ())
+
+
+def ended_by_itself(
+    frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any]
+) -> Callable[[Sequence[int]], bool]:
+    """Return whether an answer's ids (s,) came to an end or to a stop string; else it ran out of tokens.
+
+    Args:
+        frozen_lm: the LM.
+        attached: the active adapter, with the tokenizer.
+        options: of the call to `generate`.
+    """
+    ends, stops = end_ids(frozen_lm, attached, options), _asked(frozen_lm, options, "stop_strings") or ()
+    stops, processor = (stops,) if isinstance(stops, str) else tuple(stops), attached.processor
+
+    def has_ended(ids: Sequence[int]) -> bool:
+        if ends.intersection(ids) or not stops:
+            return bool(ends.intersection(ids))
+        # transformers ends an answer with the token that completes one of these, so it can stand nowhere else.
+        text = processor.tokenizer.decode([i for i in ids if i < processor.vocabulary.num_tokens])
+        return any(stop in text for stop in stops)
+
+    return has_ended
+
+
+def _asked(frozen_lm: FrozenLM, options: Mapping[str, Any], name: str) -> Any:
+    """Return what the call says, else its generation config, else the LM's own."""
+    sources = [options, *(vars(one) for one in (options.get("generation_config"), _own_config(frozen_lm)) if one)]
+    return next((value for source in sources if (value := source.get(name)) is not None), None)
 
 
 def silent_ids(frozen_lm: FrozenLM, attached: AttachedAdapter) -> set[int]:

@@ -17,7 +17,7 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.generation.generate import check_index, generate_ids, heard_by, with_padding
 from visual_ground.generation.growing import GrowingAnswer, joined
 from visual_ground.generation.listener import AnswerListener
-from visual_ground.generation.options import end_ids, silent_ids
+from visual_ground.generation.options import ended_by_itself, silent_ids
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.seeing import SeenImages
@@ -47,12 +47,12 @@ def stream(
         )
     answer = GrowingAnswer(attached, index, settings, silent_ids(frozen_lm, attached))
 
-    ends, is_whole = end_ids(frozen_lm, attached, options), False
+    has_ended, is_whole = ended_by_itself(frozen_lm, attached, options), False
 
     def run(say: Callable[[Part], None], closed: threading.Event) -> None:
         nonlocal is_whole
         said = hear(frozen_lm, attached, batch, settings, options, [answer], lambda row, part: say(part), closed)
-        is_whole = bool(ends.intersection(said[0, batch["input_ids"].shape[1] :].tolist()))
+        is_whole = has_ended(said[0, batch["input_ids"].shape[1] :].tolist())
 
     yield from from_thread(run)
     yield from answer.end(is_whole)
@@ -94,7 +94,7 @@ def generate_seeing(
 ) -> list[InterleavedOutput]:
     """Answer a batch of prompts with `see_images`; the arguments and errors are those of `generate`."""
     check_index(index, attached)
-    ends, silent = end_ids(frozen_lm, attached, options), silent_ids(frozen_lm, attached)
+    has_ended, silent = ended_by_itself(frozen_lm, attached, options), silent_ids(frozen_lm, attached)
     count = len(batch["input_ids"]) * (options.get("num_return_sequences") or 1)
     answers = [GrowingAnswer(attached, index, settings, silent) for _ in range(count)]
     said: list[list[Part]] = [[] for _ in answers]
@@ -105,7 +105,7 @@ def generate_seeing(
     with frozen_lm.bind():  # As in `generate`.
         sequences = hear(frozen_lm, attached, batch, settings, options, answers, say)
     rows = zip(said, answers, sequences[:, batch["input_ids"].shape[1] :].tolist(), strict=True)
-    return [InterleavedOutput(joined([*parts, *one.end(bool(ends.intersection(ids)))])) for parts, one, ids in rows]
+    return [InterleavedOutput(joined([*parts, *one.end(has_ended(ids))])) for parts, one, ids in rows]
 
 
 def hear(

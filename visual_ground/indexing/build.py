@@ -12,14 +12,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar, cast
 
-from tqdm import tqdm
-
 from visual_ground.errors import GroundingError
 from visual_ground.indexing.decoding import Batch, read_batches
 from visual_ground.indexing.options import BuildOptions, BuildReport, PixelEmbedder
 from visual_ground.indexing.parts import PARTS_FOLDER, finish, open_parts, write_part
 from visual_ground.indexing.sources import SourceImage, read_source
 from visual_ground.processes import Processes
+from visual_ground.progress import progress_bar
 
 __all__ = ["BuildOptions", "BuildReport", "PixelEmbedder", "build_index"]
 
@@ -89,7 +88,7 @@ def _build_parts(model: PixelEmbedder, source: Any, parts: Path, options: BuildO
         items, model.vision.preprocessing, options.batch_size, options.workers, options.thumbnail_size
     )
     shown = options.progress and (options.shard is None or options.shard[0] == 0)
-    with tqdm(unit=" images", initial=consumed, disable=not shown, desc="index") as bar:
+    with progress_bar("index", " images", None, shown, initial=consumed) as bar:
         for group in _groups(batches, options.part_size // options.batch_size):
             done.append(write_part(parts, len(done), model, group, options, bar))
     return int(sum(part["consumed"] for part in done) - consumed)

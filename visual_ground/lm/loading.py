@@ -5,14 +5,24 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.storage.hub_names import check_name
 
 
+def multiplies_bfloat16(device: str = "cpu") -> bool:
+    """Return whether a device multiplies bfloat16 by itself, so that an LM in it reads about twice as fast."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Older versions of torch do not say.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def load_lm(
-    lm: str | nn.Module, tokenizer: Any = None, revision: str | None = None, **hub: Any
+    lm: str | nn.Module, tokenizer: Any = None, revision: str | None = None, dtype: Any = None, **hub: Any
 ) -> tuple[nn.Module, Any]:
     """Load a causal LM and its tokenizer, or check those given. Code that comes with a model is never run.
 
@@ -21,6 +31,7 @@ def load_lm(
             `PeftModel`).
         tokenizer: a tokenizer or its name; found by the LM's name where None.
         revision: of a Hub id.
+        dtype: of the weights of an LM that is loaded here; the one that they were saved in where None.
         hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
@@ -28,17 +39,12 @@ def load_lm(
         GroundingTypeError: not a causal LM.
         GroundingValueError: no tokenizer can be found.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     options = {"revision": revision, "trust_remote_code": False, **hub}
     if isinstance(lm, str):
         tokenizer = lm if tokenizer is None else tokenizer
-        folder, file = _gguf_file(lm)
-        check_name(folder, "language model")
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(folder, **options, **file)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise GroundingFileError(f"The language model {lm!r} cannot be loaded: {error}") from error
+        lm = _load(lm, options if dtype is None else {**options, "dtype": dtype})
     check_causal_lm(lm)
     source = tokenizer if tokenizer is not None else getattr(lm.config, "_name_or_path", "")
     if not source:
@@ -50,6 +56,18 @@ def load_lm(
         return lm, AutoTokenizer.from_pretrained(folder, **options, **file)
     except (OSError, ValueError) as error:
         raise GroundingValueError(f"No tokenizer was found at {source!r}; pass tokenizer=. ({error})") from error
+
+
+def _load(name: str, options: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    folder, file = _gguf_file(name)
+    check_name(folder, "language model")
+    try:
+        lm: nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options, **file)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise GroundingFileError(f"The language model {name!r} cannot be loaded: {error}") from error
+    return lm
 
 
 def _gguf_file(name: str) -> tuple[str, dict[str, str]]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.metrics import retrieval_recalls
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.model import GroundedModel
 from visual_ground.processes import Processes
+from visual_ground.progress import counted
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.data.prompts import PromptIds
@@ -58,7 +58,7 @@ class Validation:
         # The last batch is filled up from the start of the dataset, so that all processes gather equal shapes.
         shares = Processes.launched().share([[i % count for i in range(start, start + batch_size)] for start in starts])
         texts, images, predicts_ret, groups = [], [], [], []
-        for numbers in tqdm(shares, desc="evaluation: recall", unit="batch", disable=not self.progress, leave=False):
+        for numbers in counted(shares, "evaluation: recall", "batches", self.progress, leave=False):
             batch = [self.examples[i] for i in numbers]
             vectors, hits = embed_texts(self.model, batch)
             texts.append(vectors)
@@ -84,10 +84,7 @@ class Validation:
         """
         size, count = self.batch_size, max(1, len(self.examples) // self.batch_size)
         batches = [range(i * size, (i + 1) * size) for i in range(count)]
-        hidden = not self.progress
-        shares = tqdm(
-            Processes.launched().share(batches), desc="evaluation: loss", unit="batch", disable=hidden, leave=False
-        )
+        shares = counted(Processes.launched().share(batches), "evaluation: loss", "batches", self.progress, leave=False)
         values = [loss_of([self.examples[i] for i in numbers]).detach().float()[None] for numbers in shares]
         losses = self._gathered(values, count)
         if not bool(losses.isfinite().all()):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm import tqdm
 
 from visual_ground.errors import GroundingError, GroundingValueError
+from visual_ground.progress import counted
 from visual_ground.vision.decoding import decode_file
 from visual_ground.vision.encoder import VisionEncoder, evaluating
 from visual_ground.vision.feature_store import FEATURES_FILE, STORED, FeatureFile
@@ -109,7 +109,7 @@ class FeatureCache:
         """
         self.file.refresh()
         batch, rows, read_images = _Batch(), list[int](), self._read_images(images, workers)
-        for position, image in enumerate(tqdm(read_images, desc="features", unit="image", disable=not progress)):
+        for position, image in enumerate(counted(read_images, "features", "images", progress)):
             if image.error is not None:
                 if refuse is None:
                     raise type(image.error)(f"images[{position}]: {image.error}") from image.error

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from visual_ground.processes import Processes
+from visual_ground.progress import counted
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.feature_cache import FeatureCache
 
@@ -90,8 +90,7 @@ class ImageFeatures:
         return Images(readable, features, {ABSENT: absent, UNREADABLE: unreadable})
 
     def _shown(self, batches: list[list[str]]) -> Iterable[list[str]]:
-        bar: Iterable[list[str]] = tqdm(batches, desc="images", unit="batch", disable=not self._progress)
-        return bar
+        return counted(batches, "images", "batches", self._progress)
 
     def _place(self, images: Sequence[Any]) -> list[int]:
         # What cannot be read gets a row below 0.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.running import identity
@@ -20,6 +19,7 @@ from visual_ground.evaluation.running.records import Records
 from visual_ground.evaluation.running.report import EvaluationReport
 from visual_ground.model import GroundedModel
 from visual_ground.processes import Processes
+from visual_ground.progress import progress_bar
 
 
 class Task(Protocol):
@@ -131,7 +131,7 @@ class Evaluation:
         todo = [batch for batch in batches if not all(units[number] in known for number in batch)]
         share = processes.share(todo)
         total = sum(map(len, share))
-        with tqdm(desc=self.name, unit=self.task.unit, total=total, disable=not progress) as bar:
+        with progress_bar(self.name, self.task.unit, total, progress) as bar:
             for batch in share:
                 records.add([units[number] for number in batch], plan.measure(list(batch)))
                 bar.update(len(batch))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from visual_ground.errors import GroundingIndexError, GroundingValueError
 from visual_ground.index.base import SearchResult
@@ -21,6 +20,7 @@ from visual_ground.index.milvus.counter import COUNTER
 from visual_ground.index.milvus.expressions import listed
 from visual_ground.index.milvus.rows import Entry, columns_of, to_row
 from visual_ground.index.milvus.schema import MilvusSearch
+from visual_ground.progress import progress_bar
 
 MOST_FOUND = 16_000  # Entries for one query; servers give 16,384.
 QUERIES_AT_ONCE = 1024
@@ -77,7 +77,7 @@ class MilvusIndex:
         try:
             index = cls(made, search)
             given = repeat(None) if entries is None else iter(entries)
-            with tqdm(total=len(exact), unit=" vectors", desc=collection, disable=not progress) as bar:
+            with progress_bar(collection, " vectors", len(exact), progress) as bar:
                 for chunk in exact.chunks(ROWS_AT_ONCE):
                     index.add(chunk, [next(given) for _ in range(len(chunk))], bar.update)
             made.publish()

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from visual_ground.errors import GroundingError, GroundingValueError
 from visual_ground.processes import Processes
+from visual_ground.progress import counted
 from visual_ground.training.data.columns import Columns, open_rows, usable_rows, without_images
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.prompts import PROMPT
@@ -139,7 +139,7 @@ class Preparing:
     def _keys_of_images(self, rows: Any, numbers: Indices, skipped: Skipped) -> list[str]:
         """Return by what each row's first image is known again; nothing for an image that cannot be read."""
         keys = []
-        for i in tqdm(range(len(rows)), desc="images", unit="image", disable=not self.progress, leave=False):
+        for i in counted(range(len(rows)), "images", "images", self.progress, leave=False):
             try:
                 keys.append(first_image_key(rows[i], self.columns))
             except GroundingError as error:

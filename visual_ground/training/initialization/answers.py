@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import BatchFeature
 
 from visual_ground.errors import GroundingValueError
@@ -18,6 +17,7 @@ from visual_ground.generation.options import end_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.sentences import sentence_ends
 from visual_ground.model import GroundedModel
+from visual_ground.progress import counted
 from visual_ground.prompts.chat import ILLUSTRATED
 from visual_ground.storage.atomic import replacing
 
@@ -66,12 +66,7 @@ def answers_to(
     if said is None:
         # Prompts of a length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        starts = tqdm(
-            range(0, len(order), BATCH_SIZE),
-            desc="the LM's own answers",
-            unit="batch",
-            disable=not progress,
-        )
+        starts = counted(range(0, len(order), BATCH_SIZE), "the LM's own answers", "batches", progress)
         in_order = [one for i in starts for one in _generated(model, [prompts[j] for j in order[i : i + BATCH_SIZE]])]
         of = dict(zip(order, in_order, strict=True))
         said = [of[i] for i in range(len(prompts))]

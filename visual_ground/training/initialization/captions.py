@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from visual_ground.adapter.adapter import Adapter
+from visual_ground.progress import counted
 from visual_ground.training.data.reading import without_prompt
 from visual_ground.training.initialization.retrieval import Collate
 from visual_ground.training.losses.captioning import CaptioningLoss
@@ -53,7 +53,7 @@ def start_captions(
     optimizer = torch.optim.Adam(groups if len(read) else groups[:1], betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
     order = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(NUM_STEPS), desc="start values: captions", unit="step", disable=not progress):
+    for _ in counted(range(NUM_STEPS), "start values: captions", "steps", progress):
         chosen = torch.randint(len(examples), (min(BATCH_SIZE, len(examples)),), generator=order).tolist()
         # With their features, so that no image is encoded or preprocessed again.
         batch = collate([{**without_prompt(examples[i]), "image_features": features[i]} for i in chosen])

@@ -8,7 +8,7 @@ seconds, where the losses would take epochs to find as much.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.evaluation.pairs import image_features
 from visual_ground.lm.layers import find_layers, layer_states
 from visual_ground.model import GroundedModel
+from visual_ground.progress import counted
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.initialization.captions import start_captions
@@ -64,13 +64,14 @@ def initialize_from_data(
     sampled = evenly_sampled(examples)
     # First, because without a retrieval prompt states are read at `[RET]`, whose input embedding is chosen here.
     start_emission(objective.model, sampled, folder, progress)
-    batches = _shown(list(batched(sampled)), "start values: images", progress)
+    batches = counted(list(batched(sampled)), "start values: images", "batches", progress)
     features = torch.cat([image_features(objective.model, batch) for batch in batches])
     # With their features, so that neither the fit nor its batches encode or preprocess the images again.
     encoded = [{**example, "image_features": row} for example, row in zip(sampled, features, strict=True)]
     pairs = None
+    shown = counted(list(batched(encoded)), "start values: texts", "batches", progress)
     try:
-        pairs = fit_retrieval(objective, _shown(list(batched(encoded)), "start values: texts", progress), collate)
+        pairs = fit_retrieval(objective, shown, collate)
     except GroundingValueError as error:
         logger.warning("The retrieval layers start from random values. %s", error)
     start_image_tokens(objective.model, sampled, features, progress=progress)
@@ -84,12 +85,6 @@ def evenly_sampled(examples: ExampleDataset | ExampleStream) -> list[dict[str, A
         return examples.take(MAX_EXAMPLES)
     count = 2 * len(examples)
     return [examples[i] for i in range(0, count, -(-count // MAX_EXAMPLES))]
-
-
-def _shown(batches: Sequence[Any], name: str, progress: bool) -> Iterable[Any]:
-    """Return batches with a progress bar."""
-    shown: Iterable[Any] = tqdm(batches, desc=name, unit="batch", disable=not progress)
-    return shown
 
 
 def start_emission(
@@ -131,7 +126,7 @@ def start_image_tokens(
     optimizer = torch.optim.AdamW(model.adapter.projector_groups(rate), betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
     order = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(NUM_STEPS), desc="start values: image tokens", unit="step", disable=not progress):
+    for _ in counted(range(NUM_STEPS), "start values: image tokens", "steps", progress):
         chosen = torch.randint(len(examples), (min(BATCH_SIZE, len(examples)),), generator=order)
         loss = ((imitation.image_states(features[chosen]) - targets[chosen]) / std).square().mean()
         model.zero_grad()
@@ -157,8 +152,7 @@ def target_hidden_states(imitation: Imitation, examples: Sequence[Mapping[str, A
     weight = idf_weights(ids_of)
     texts = sorted(set(chain(*ids_of.values())), key=len)
     weights = [[weight[token] for token in text] for text in texts]
-    indices_of_first = range(0, len(texts), BATCH_SIZE)
-    starts = tqdm(indices_of_first, desc="start values: words", unit="batch", disable=not progress)
+    starts = counted(range(0, len(texts), BATCH_SIZE), "start values: words", "batches", progress)
     sums = torch.cat([imitation.text_states(texts[i : i + BATCH_SIZE], weights[i : i + BATCH_SIZE]) for i in starts])
     index = {text: i for i, text in enumerate(texts)}
     means = {}

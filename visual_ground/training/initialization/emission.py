@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from visual_ground.model import GroundedModel
+from visual_ground.progress import counted
 from visual_ground.storage.tensors import write_tensors
 from visual_ground.training.initialization.answers import BATCH_SIZE, Answer, answers_to, place_of_picture
 from visual_ground.training.initialization.dialogues import evenly, others_about, requests_of
@@ -174,7 +174,7 @@ def _read(
     """Return the states (n, h) and log normalisers (n,) of all places, sequence by sequence."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for start in tqdm(range(0, len(order), BATCH_SIZE), desc="start values: [RET]", unit="batch", disable=not progress):
+    for start in counted(range(0, len(order), BATCH_SIZE), "start values: [RET]", "batches", progress):
         some = order[start : start + BATCH_SIZE]
         states = _states(model, [sequences[i] for i in some], [places[i] for i in some])
         normaliser = torch.cat([_own_logits(model, part).logsumexp(-1) for part in torch.split(states, 256)])
