@@ -1,5 +1,8 @@
 """The page in a real browser: write, upload, see pictures in answers, go on; needs gradio, Playwright and Chromium."""
 
+import base64
+import io
+import json
 import re
 import shutil
 import socket
@@ -147,6 +150,57 @@ def test_a_picture_that_is_none_is_answered_in_plain_words(visitor):
     visitor.write("w4 " * 3000)
     assert "context" in visitor.answers(2)[1]
     assert not visitor.alerts
+
+
+def test_a_file_that_is_too_large_is_refused_in_plain_words_and_the_page_goes_on(visitor, tmp_path):
+    with open(tmp_path / "large.png", "wb") as large:
+        large.truncate(100_000_000)
+    visitor.page.set_input_files("#question input[type=file]", tmp_path / "large.png")
+    visitor.page.get_by_text("exceed the maximum allowed size").first.wait_for()
+    assert not visitor.page.locator("#question .thumbnail-item").count()
+    visitor.write("w4")
+    assert visitor.answers(1)[0].strip()
+
+
+def test_a_picture_is_pasted_from_the_clipboard(browser, address):
+    visitor = Visitor(browser, address, permissions=["clipboard-read", "clipboard-write"])
+    buffer = io.BytesIO()
+    picture(4).resize((64, 48)).save(buffer, "PNG")
+    copy = """async data => {
+        const bytes = Uint8Array.from(atob(data), one => one.charCodeAt(0));
+        const item = new ClipboardItem({"image/png": new Blob([bytes], {type: "image/png"})});
+        await navigator.clipboard.write([item]);
+    }"""
+    try:
+        visitor.page.evaluate(copy, base64.b64encode(buffer.getvalue()).decode())
+        visitor.page.locator("#question textarea").focus()
+        visitor.page.keyboard.press("Control+V")
+        visitor.page.locator("#question .thumbnail-item").first.wait_for()
+        visitor.write("w9")
+        assert "cannot be read" not in visitor.answers(1)[0]
+        shown = visitor.page.locator("#conversation [data-testid=user] img, #conversation .user img").first
+        assert shown.evaluate("img => img.decode().then(() => img.naturalWidth)") == 64
+    finally:
+        visitor.context.close()
+
+
+PNG = b"\x89PNG\r\n\x1a\n<script>alert(1)</script>"
+SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [("a.svg", SVG), ("a.html", SVG), ("a.png", SVG), ("a.png", PNG), ("a.gif", b"GIF89a/*<script>*/=1;alert(1)")],
+)
+def test_no_browser_takes_an_upload_for_a_page(address, name, data):
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
+    body = f"{head}Content-Type: text/html\r\n\r\n".encode() + data + b"\r\n--x--\r\n"
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    with urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/upload", body, form)) as answer:
+        path = json.loads(answer.read())[0]
+    with urllib.request.urlopen(f"{address}gradio_api/file={path}") as answer:
+        kind, disposition = answer.headers["Content-Type"], answer.headers["Content-Disposition"]
+    assert kind in ("image/png", "image/gif") or disposition.startswith("attachment")
 
 
 def test_two_visitors_do_not_hear_each_other(browser, address):
