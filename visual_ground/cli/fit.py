@@ -1,4 +1,4 @@
-"""`visual-ground fit`: a whole adapter without a training step."""
+"""`visual-ground fit`: a whole adapter in minutes, without a training run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PREFIX_CACHE_GB = 1.0  # Each caption runs once where what is kept of it fits, a
 
 def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
-    parser = commands.add_parser("fit", help="fit an adapter to image-caption pairs, without a training step")
+    parser = commands.add_parser("fit", help="fit an adapter to image-caption pairs in minutes")
     parser.add_argument("lm", help="Hub id or folder of a causal LM")
     parser.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
     add_dataset_argument(parser)
