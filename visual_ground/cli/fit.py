@@ -1,4 +1,4 @@
-"""`visual-ground fit`: a whole adapter without a training step."""
+"""`visual-ground fit`: a whole adapter in minutes, without a training run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PREFIX_CACHE_GB = 1.0  # Each caption runs once where what is kept of it fits, a
 
 def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
-    parser = commands.add_parser("fit", help="fit an adapter to image-caption pairs, without a training step")
+    parser = commands.add_parser("fit", help="fit an adapter to image-caption pairs in minutes")
     add_lm_options(parser)
     add_dataset_argument(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the adapter")

@@ -1,1 +1,1 @@
-"""A whole adapter from image-caption pairs without a training step."""
+"""A whole adapter from image-caption pairs in minutes: the start values of training, and no more."""

@@ -30,7 +30,7 @@ from visual_ground.training.losses.retrieval import CaptionLikelihoods
 
 
 def fit(model: GroundedModel, pairs: Any, args: GroundingTrainingArguments | None = None) -> None:
-    """Fit a whole adapter to image-caption pairs, without a training step; what it had learnt before is replaced.
+    """Fit a whole adapter to image-caption pairs in minutes; what it had learnt before is replaced.
 
     The retrieval layers are fitted to all pairs in closed form, from second moments, so that memory does not grow with
     their number; image tokens and `[RET]` to at most 6,144 pairs. `GroundingTrainer` may go on from there.
