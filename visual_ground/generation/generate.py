@@ -63,12 +63,13 @@ def generate(
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
         return outputs
-    is_whole = ended_by_itself(frozen_lm, attached, options)
-    # What ran out of tokens is cut right after its last whole sentence.
-    return [
-        output if is_whole(ids) else InterleavedOutput(cut_to_sentences(output.parts))
-        for ids, output in zip(sequences[:, start:].tolist(), outputs, strict=True)
-    ]
+    ended = map(ended_by_itself(frozen_lm, attached, options), sequences[:, start:].tolist())
+    return [output if whole else _cut(output) for output, whole in zip(outputs, ended, strict=True)]
+
+
+def _cut(output: InterleavedOutput) -> InterleavedOutput:
+    """Return an answer that ran out of tokens, up to the end of its last whole sentence."""
+    return InterleavedOutput(cut_to_sentences(output.parts))
 
 
 def with_padding(
