@@ -11,6 +11,7 @@ import torch
 from tests.paths import ROOT
 from tests.tiny import build, grounded, tokenizer
 from tests.training.killed import POINTS, train
+from tests.training.runs import ROWS, arguments
 from visual_ground import GroundedModel, GroundingTrainer
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.training.saving import checkpoints
@@ -62,6 +63,31 @@ def test_a_finished_run_is_not_trained_further(tmp_path):
     first = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert train(tmp_path, steps=2).state.global_step == 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("full"), KeyboardInterrupt()])
+def test_a_checkpoint_of_an_earlier_run_is_whole_until_the_new_one_is(error, tmp_path):
+    settings = dict(max_steps=1, data_dependent_init=False, save_strategy="steps", save_steps=1)
+    folder = tmp_path / "checkpoint-1"
+
+    def content():
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    class Failing(GroundingTrainer):
+        def _save_optimizer_and_scheduler(self, output_dir):
+            raise error
+
+    GroundingTrainer(grounded(), arguments(tmp_path, **settings), ROWS).train()
+    earlier = content()
+    with pytest.raises((GroundingFileError, KeyboardInterrupt)):
+        Failing(grounded(), arguments(tmp_path, **settings), ROWS).train()
+    assert checkpoints.is_complete(folder) and content() == earlier
+    # A process that was killed in between leaves the earlier one aside.
+    checkpoints.set_aside(folder)
+    GroundingTrainer(grounded(), arguments(tmp_path, learning_rate=1.0, **settings), ROWS).train()
+    name = "adapter_model.safetensors"
+    assert checkpoints.is_complete(folder) and content()[name] != earlier[name]
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-1"]
 
 
 def test_a_published_adapter_is_trained_further_without_its_optimizer(tmp_path):

@@ -84,7 +84,8 @@ class AdapterCheckpoints:
         folder = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         writes, limit = self.args.should_save, self.args.save_total_limit
         if writes:
-            checkpoints.remove(folder)
+            checkpoints.settle(folder)  # Of a process that was killed meanwhile.
+            checkpoints.set_aside(folder)
         wait_for_everyone()
         # Without a limit, Trainer removes no older checkpoint: that waits until the new one is sealed.
         self.args.save_total_limit = None
@@ -96,6 +97,8 @@ class AdapterCheckpoints:
                     checkpoints.seal(folder)
         finally:
             self.args.save_total_limit = limit
+            if writes:
+                checkpoints.settle(folder)
         if writes:
             checkpoints.remove_surplus(self.folder, limit, state.best_model_checkpoint)
 

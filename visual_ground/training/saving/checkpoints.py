@@ -20,6 +20,8 @@ from visual_ground.storage.atomic import sync
 from visual_ground.storage.tensors import write_json
 
 SEAL_FILE = "sealed.json"
+# What a checkpoint of the same step is called while another takes its place.
+REPLACED = ".replaced-"
 
 
 def seal(folder: str | os.PathLike[str]) -> None:
@@ -71,6 +73,28 @@ def remove(folder: str | os.PathLike[str]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def set_aside(folder: Path) -> None:
+    """Make room for a checkpoint; a complete one that is there, as of an earlier run, is kept until `settle`."""
+    aside = folder.with_name(REPLACED + folder.name)
+    if not is_complete(folder):
+        remove(folder)
+    else:
+        remove(aside)
+        folder.rename(aside)
+
+
+def settle(folder: Path) -> None:
+    """Remove what `set_aside` has kept where the new checkpoint is complete, and else put it back."""
+    aside = folder.with_name(REPLACED + folder.name)
+    if not aside.is_dir():
+        return
+    if is_complete(folder):
+        remove(aside)
+    else:
+        remove(folder)
+        aside.rename(folder)
+
+
 @contextlib.contextmanager
 def removed_unless_written(folder: Path, writes: bool) -> Iterator[None]:
     """Remove a checkpoint that cannot be written, which also frees the disk, and name the complete ones in the error.
@@ -87,6 +111,7 @@ def removed_unless_written(folder: Path, writes: bool) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if writes:
             remove(folder)
+            settle(folder)
         complete = [path.name for path in complete_checkpoints(folder.parent)]
         raise GroundingFileError(
             f"{folder} could not be written: {error}. The checkpoints {complete} are complete. Free some disk space, "
