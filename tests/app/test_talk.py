@@ -55,7 +55,7 @@ def wishes(album=None, retrieval=SHOWS, max_tokens=6, **changes):
 
 
 def said(talk):
-    return [(part if isinstance(part, str) else part.id) for turn in talk.turns for part in joined(turn.said)]
+    return [(part if isinstance(part, str) else part.id) for turn in talk.turns for part in joined(turn.answer)]
 
 
 def test_an_answer_is_that_of_generate(engine, album):
@@ -114,7 +114,7 @@ def test_a_picture_that_is_none_is_said_in_plain_words_and_forgotten(engine, alb
     list(talk.say("w4", [], engine, wishes(album)))
     fresh = Talk()
     list(fresh.say("w4", [], engine, wishes(album)))
-    assert talk.turns[1].said == fresh.turns[0].said, "what failed is not heard of again"
+    assert talk.turns[1].answer == fresh.turns[0].answer, "what failed is not heard of again"
 
 
 def test_a_conversation_that_is_too_long_says_so(engine):
@@ -149,7 +149,7 @@ SILENT = RetrievalSettings(max_images=0)
 def test_stopping_keeps_what_was_said(endless):
     talk = Talk()
     steps = talk.say("w4", [], endless, wishes(retrieval=SILENT, max_tokens=10**3))
-    lengths = [len(said(talk)[0]) for _ in itertools.islice(steps, 4) if talk.turns[0].said]
+    lengths = [len(said(talk)[0]) for _ in itertools.islice(steps, 4) if talk.turns[0].answer]
     talk.stop()
     list(steps)
     assert len(talk.turns[0].messages) == 2 and talk.turns[0].failure is None

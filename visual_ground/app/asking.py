@@ -77,7 +77,7 @@ class Asked:
         self._job.cancel()
 
     def parts(self) -> Iterator[list[Part]]:
-        """Yield all parts of the answer that were said since the last time; whoever leaves early ends it.
+        """Yield all parts of the answer that have come since the last time; whoever leaves early ends it.
 
         Raises:
             RequestFailure: an answer that failed or took too long.
@@ -85,9 +85,9 @@ class Asked:
         end: Finished | None = None
         try:
             while end is None:
-                said, end = self._said_by_now()
-                if said:
-                    yield said
+                parts, end = self._come_by_now()
+                if parts:
+                    yield parts
             self.is_cut = end.reason == "length"
             if end.reason == "timeout":
                 raise RequestFailure(504, "The answer took too long and was stopped.")
@@ -96,13 +96,13 @@ class Asked:
         finally:
             self.cancel()
 
-    def _said_by_now(self) -> tuple[list[Part], Finished | None]:
+    def _come_by_now(self) -> tuple[list[Part], Finished | None]:
         """Wait until there is something; return all parts that wait to be shown, and the end where it has come."""
-        said: list[Part] = []
+        parts: list[Part] = []
         event = self._events.get()
         while not isinstance(event, Finished):
-            said.append(event)
+            parts.append(event)
             if self._events.empty():  # Nobody else takes from it.
-                return said, None
+                return parts, None
             event = self._events.get()
-        return said, event
+        return parts, event

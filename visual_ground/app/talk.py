@@ -53,7 +53,7 @@ class Turn:
         text: what was asked.
         files: the pictures that were shown with it.
         album: where the answer's pictures are from.
-        said: the answer so far.
+        answer: its parts so far.
         failure: why there is no answer, in plain words.
         messages: what the model reads of it; nothing of a turn that failed.
     """
@@ -61,14 +61,14 @@ class Turn:
     text: str
     files: tuple[str, ...]
     album: Album | None
-    said: list[Part] = field(default_factory=list)
+    answer: list[Part] = field(default_factory=list)
     failure: str | None = None
     messages: Messages = field(default_factory=list)
 
-    def hear(self, said: Sequence[Part], question: dict[str, Any]) -> None:
-        """Take what has been said of the answer."""
-        self.said = list(said)
-        self.messages = [question, *InterleavedOutput(joined(said)).to_messages()]
+    def take(self, answer: Sequence[Part], question: dict[str, Any]) -> None:
+        """Take the answer as it is by now."""
+        self.answer = list(answer)
+        self.messages = [question, *InterleavedOutput(joined(answer)).to_messages()]
 
     @property
     def shown(self) -> Messages:
@@ -77,7 +77,7 @@ class Turn:
         shown += [{"role": "user", "content": made_harmless(self.text)}] if self.text else []
         if self.failure is not None:
             return [*shown, {"role": "assistant", "content": made_harmless(self.failure)}]
-        content = bubble(joined(self.said), self.album)
+        content = bubble(joined(self.answer), self.album)
         return [*shown, {"role": "assistant", "content": content}] if content else shown
 
 
@@ -98,7 +98,7 @@ class Talk:
         return [message for turn in self.turns for message in turn.shown]
 
     def stop(self) -> None:
-        """End the answer that is being said; what was said of it stays."""
+        """End the answer that is being generated; what has come of it stays."""
         self._is_stopped = True  # Also an answer that is only about to be asked for.
         if self._asked is not None:
             self._asked.cancel()
@@ -111,7 +111,7 @@ class Talk:
     def say(self, text: str, files: Sequence[str], engine: Engine, wishes: Wishes) -> Iterator[None]:
         """Ask; come back when there is more of the answer, as often as a page can show it.
 
-        What fails is said in plain words in the place of the answer, and the model does not hear of it afterwards.
+        What fails is told in plain words in the place of the answer, and the model does not read it afterwards.
         """
         turn = Turn(text.strip(), tuple(files), wishes.album)
         before = [message for past in self.turns for message in past.messages]
@@ -127,11 +127,11 @@ class Talk:
             if self._is_stopped:
                 self._asked.cancel()
             for parts in self._asked.parts():
-                turn.hear([*turn.said, *parts], question)
+                turn.take([*turn.answer, *parts], question)
                 yield
                 time.sleep(SHOWN_EVERY)
             if self._asked.is_cut:
-                turn.hear(cut_to_sentences(joined(turn.said)), question)
+                turn.take(cut_to_sentences(joined(turn.answer)), question)
         except RequestFailure as failure:
             turn.failure, turn.messages = failure.message, []
         except GroundingError as error:

@@ -53,7 +53,7 @@ def generate(
     per_prompt = options.get("num_return_sequences") or 1
     listener = AnswerListener(frozen_lm, attached, mask, per_prompt=per_prompt)
     with frozen_lm.bind():  # One block for both: if the adapter is disabled elsewhere meanwhile, neither is affected.
-        sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options))
+        sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, with_listener(listener, options))
         vectors = listener.vectors_of(sequences)
         if vectors is None:
             mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
@@ -94,7 +94,7 @@ def with_padding(
     return tokens, {**options, "pad_token_id": processor.vocabulary.first_image_id + count}
 
 
-def heard_by(listener: AnswerListener, options: Mapping[str, Any]) -> dict[str, Any]:
+def with_listener(listener: AnswerListener, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options of `generate` with a listener among the stopping criteria."""
     given = options.get("stopping_criteria") or []
     return {**options, "stopping_criteria": StoppingCriteriaList([*given, listener])}

@@ -51,7 +51,7 @@ class GrowingText:
 
 
 class GrowingAnswer:
-    """Turns what is said in one answer into texts and images.
+    """Turns the tokens of one answer into texts and images.
 
     Args:
         attached: the active adapter.
@@ -79,10 +79,10 @@ class GrowingAnswer:
 
     def add(self, token: int, vector: Tensor | None) -> list[Part]:
         """Return what a token adds; with `complete_sentences`, the sentences that it completes."""
-        parts = self._said(token, vector)
+        parts = self._parts_of(token, vector)
         return parts if self._sentences is None else self._sentences.add(parts)
 
-    def _said(self, token: int, vector: Tensor | None) -> list[Part]:
+    def _parts_of(self, token: int, vector: Tensor | None) -> list[Part]:
         if token != self.ret_token_id:
             # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
             is_text = token < self.vocabulary.num_tokens and token not in self.silent

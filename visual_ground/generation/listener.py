@@ -1,4 +1,4 @@
-"""Listening to transformers' `generate` while it runs: each token as it is said, each `[RET]` with its vector."""
+"""Listening to transformers' `generate` while it runs: each token as it is generated, each `[RET]` with its vector."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OnToken = Callable[[int, int, Tensor | None], bool]
 
 
 class AnswerListener(StoppingCriteria):
-    """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` at the moment it is said.
+    """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` at the moment it comes.
 
     The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
     an LM that holds something else is run once more up to the `[RET]`. For what is read besides at an answer's first
@@ -33,7 +33,7 @@ class AnswerListener(StoppingCriteria):
         mask: (b, s), of the prompts.
         on_token: as `OnToken` says; not called again for a sequence once it has returned False for it.
         per_prompt: how many answers each prompt gets. If `generate` follows more sequences, it is a beam search.
-        seen: puts images into the context; its tokens are not heard.
+        seen: puts images into the context; `on_token` is not called for its tokens.
 
     Attributes:
         lost: whether it cannot follow, because tokens were taken back or sequences swapped.
@@ -51,14 +51,14 @@ class AnswerListener(StoppingCriteria):
         self.frozen_lm, self.attached, self.mask = frozen_lm, attached, mask
         self.on_token, self.per_prompt, self.seen = on_token, per_prompt, seen
         self.start = mask.shape[1]
-        self._heard: Tensor | None = None  # What had been said at the latest step.
+        self._ids: Tensor | None = None  # As they were at the latest step.
         self._ended: set[int] = set()
         self._vectors: dict[tuple[int, int], Tensor] = {}
         self.lost = False
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Any = None, **options: Any) -> Tensor:
-        """Hear the newest tokens of ids (b, s); return which sequences are to end, (b,) bool."""
+        """Take the newest tokens of ids (b, s); return which sequences are to end, (b,) bool."""
         self._check_order(input_ids)
         if self.lost:  # Beams swap sequences and speculation takes back tokens; then there is nothing to follow.
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -74,12 +74,12 @@ class AnswerListener(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)
 
     def _check_order(self, ids: Tensor) -> None:
-        before = self._heard
+        before = self._ids
         if before is None:
             self.lost = ids.shape != (len(self.mask) * self.per_prompt, self.start + 1)
         elif not self.lost:
             self.lost = before.shape != ids[:, :-1].shape or not torch.equal(before, ids[:, :-1])
-        self._heard = ids
+        self._ids = ids
 
     def _read(self, ids: Tensor) -> dict[int, Tensor]:
         """Return the vectors of the sequences whose newest token is `[RET]`, by row."""
@@ -127,9 +127,9 @@ class AnswerListener(StoppingCriteria):
         return [found[one] for one in branches]
 
     def vectors_of(self, sequences: Tensor) -> list[Tensor] | None:
-        """Return the vectors (r, q) of each finished sequence (b, s), or None if the listener heard other ids."""
-        heard = self._heard
-        if self.lost or heard is None or heard.shape != sequences.shape or not torch.equal(heard, sequences):
+        """Return the vectors (r, q) of each finished sequence (b, s), or None if it followed other ids."""
+        ids = self._ids
+        if self.lost or ids is None or ids.shape != sequences.shape or not torch.equal(ids, sequences):
             return None
         found: list[list[Tensor]] = [[] for _ in sequences]
         for (row, _), vector in self._vectors.items():

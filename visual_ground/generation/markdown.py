@@ -77,7 +77,7 @@ def image(alt: str, address: str, title: str = "") -> str:
     """Return an image in Markdown.
 
     Args:
-        alt: what is said where it cannot be seen.
+        alt: the text in its place where it cannot be seen.
         address: as `image_address` returns it.
         title: what is shown beside it; none where empty.
     """

@@ -78,16 +78,16 @@ def _filled(config: GenerationConfig, length: int, pad_token_id: int) -> Generat
     They are put into the config because transformers objects to options passed beside one.
     """
     config = copy.deepcopy(config)
-    config.max_new_tokens, config.max_length = length, _unsaid_length()
+    config.max_new_tokens, config.max_length = length, _length_by_default()
     if config.pad_token_id is None:
         config.pad_token_id = pad_token_id
     return config
 
 
-def _unsaid_length() -> int | None:
+def _length_by_default() -> int | None:
     """Return the `max_length` of a config in which it was not set: None, or a number in older transformers."""
-    unsaid: int | None = GenerationConfig().max_length
-    return unsaid
+    length: int | None = GenerationConfig().max_length
+    return length
 
 
 def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
@@ -103,7 +103,7 @@ def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) ->
         if (most := source.get("max_new_tokens")) is not None:
             return int(most)
         whole = source.get("max_length")
-        if whole is not None and whole != _unsaid_length():
+        if whole is not None and whole != _length_by_default():
             if whole <= prompt_length:
                 raise GroundingValueError(
                     f"max_length={whole} counts the prompt too, which has {prompt_length} ids, and leaves no room for "
@@ -133,7 +133,7 @@ def _check(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
     guided = next((scale for source in sources if (scale := source.get("guidance_scale")) is not None), 1)
     if guided != 1 and any(source.get("prompt_lookup_num_tokens") for source in sources):
         raise GroundingValueError(
-            f"guidance_scale={guided} reads a second prompt token by token, and prompt_lookup_num_tokens says several "
+            f"guidance_scale={guided} reads a second prompt token by token, and prompt_lookup_num_tokens adds several "
             "at once. Leave one of them out."
         )
 

@@ -107,7 +107,7 @@ class RetrievedImage:
         score = "" if self.score is None else f"{self.score:.2f}"
         text = f"\\[{markdown.escape(name)}\\]" if found is None else markdown.image(name, found, score)
         page = markdown.web_address(self.source)
-        below = [markdown.escape(said) for said in (self.credit, self.licence) if said]
+        below = [markdown.escape(known) for known in (self.credit, self.licence) if known]
         below += [f"[source]({page})"] if page else [markdown.escape(self.source)] if self.source else []
         return f"{text}  \n*{', '.join(below)}*" if below else text
 

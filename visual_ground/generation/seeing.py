@@ -19,8 +19,8 @@ from visual_ground.vision.images import to_rgb
 class SeenImages(LogitsProcessor):
     """Puts images into the context of a running `generate`, each in the place of the `[RET]` that retrieved it.
 
-    The id that was said is replaced by that of the image's first token before the LM has read it, and the image's other
-    tokens are the only ones that can be said next. So a batch goes on as it is: nothing is run again, and the other
+    The id that was generated is replaced by that of the image's first token before the LM has read it, and the image's
+    other tokens are the only ones that can come next. So a batch goes on as it is: nothing is run again, and the other
     answers wait for nothing.
 
     Args:
@@ -30,7 +30,7 @@ class SeenImages(LogitsProcessor):
 
     Attributes:
         image_tokens: those of the prompts' images and of all that were shown since.
-        places: the ids that stand where a `[RET]` was said.
+        places: the ids that stand where a `[RET]` was generated.
     """
 
     def __init__(self, frozen_lm: FrozenLM, attached: AttachedAdapter, image_tokens: Tensor | None) -> None:
@@ -38,7 +38,7 @@ class SeenImages(LogitsProcessor):
         self.places: set[int] = set()
         self._first_id = self._next_id
         self._shown: dict[int, list[RetrievedImage]] = {}
-        self._to_say: dict[int, list[int]] = {}
+        self._due: dict[int, list[int]] = {}
 
     @property
     def _next_id(self) -> int:
@@ -61,7 +61,7 @@ class SeenImages(LogitsProcessor):
             self.image_tokens = tokens if self.image_tokens is None else torch.cat([self.image_tokens, tokens])
             self.places.add(first)
             ids[row, -1] = first
-            self._to_say[row] = list(range(first + 1, first + len(tokens)))
+            self._due[row] = list(range(first + 1, first + len(tokens)))
         if context := context_of(self.frozen_lm.virtual_tokens):
             context.image_tokens = self.image_tokens
 
@@ -81,15 +81,15 @@ class SeenImages(LogitsProcessor):
         return tokens if self.image_tokens is None else tokens.to(self.image_tokens)
 
     def passes(self, row: int, token: int) -> bool:
-        """Return whether a token that was said is an image's, and no part of the text."""
+        """Return whether a generated token is an image's, and no part of the text."""
         if token < self._first_id:
             return False
-        self._to_say[row] = self._to_say.get(row, [])[1:]
+        self._due[row] = self._due.get(row, [])[1:]
         return True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (b, columns) in which only an image's next token can win where one is due."""
-        due = {row: ids[0] for row, ids in self._to_say.items() if ids and ids[0] < scores.shape[-1]}
+        due = {row: ids[0] for row, ids in self._due.items() if ids and ids[0] < scores.shape[-1]}
         if not due:
             return scores
         scores = scores.clone()

@@ -32,14 +32,14 @@ def sentence_ends(text: str) -> list[int]:
     """
     ends: list[int] = []
     for match in _END.finditer(text):
-        said = text[: match.end()]
+        before = text[: match.end()]
         if match.group() == "\n":
-            said = said.rstrip()
+            before = before.rstrip()
             # An item that announces others, or has nothing but its mark, is no sentence.
-            if not _IS_ITEM.match(said.rpartition("\n")[2]) or ends[-1:] == [len(said)]:
+            if not _IS_ITEM.match(before.rpartition("\n")[2]) or ends[-1:] == [len(before)]:
                 continue
-        if not _GOES_ON.search(said):
-            ends.append(len(said))
+        if not _GOES_ON.search(before):
+            ends.append(len(before))
     return ends
 
 
@@ -122,6 +122,6 @@ class GrowingSentences:
             else:
                 new += [part] if images < 1 else []
                 images -= 1
-        said = sum(len(part) for part in parts if isinstance(part, str))
-        self._out = said, sum(not isinstance(part, str) for part in parts)
+        count = sum(len(part) for part in parts if isinstance(part, str))
+        self._out = count, sum(not isinstance(part, str) for part in parts)
         return new

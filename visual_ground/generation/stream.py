@@ -1,4 +1,4 @@
-"""Answers while they are being said: text as it grows, and each image at the moment its `[RET]` is said."""
+"""Answers while they are generated: text as it grows, and each image at the moment its `[RET]` comes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.generate import check_index, generate_ids, heard_by, with_padding
+from visual_ground.generation.generate import check_index, generate_ids, with_listener, with_padding
 from visual_ground.generation.growing import GrowingAnswer, joined
 from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import ended_by_itself, silent_ids
@@ -49,10 +49,12 @@ def stream(
 
     has_ended, is_whole = ended_by_itself(frozen_lm, attached, options), False
 
-    def run(say: Callable[[Part], None], closed: threading.Event) -> None:
+    def run(put: Callable[[Part], None], closed: threading.Event) -> None:
         nonlocal is_whole
-        said = hear(frozen_lm, attached, batch, settings, options, [answer], lambda row, part: say(part), closed)
-        is_whole = has_ended(said[0, batch["input_ids"].shape[1] :].tolist())
+        ids = generate_parts(
+            frozen_lm, attached, batch, settings, options, [answer], lambda row, part: put(part), closed
+        )
+        is_whole = has_ended(ids[0, batch["input_ids"].shape[1] :].tolist())
 
     yield from from_thread(run)
     yield from answer.end(is_whole)
@@ -97,28 +99,28 @@ def generate_seeing(
     has_ended, silent = ended_by_itself(frozen_lm, attached, options), silent_ids(frozen_lm, attached)
     count = len(batch["input_ids"]) * (options.get("num_return_sequences") or 1)
     answers = [GrowingAnswer(attached, index, settings, silent) for _ in range(count)]
-    said: list[list[Part]] = [[] for _ in answers]
+    parts: list[list[Part]] = [[] for _ in answers]
 
-    def say(row: int, part: Part) -> None:
-        said[row].append(part)
+    def put(row: int, part: Part) -> None:
+        parts[row].append(part)
 
     with frozen_lm.bind():  # As in `generate`.
-        sequences = hear(frozen_lm, attached, batch, settings, options, answers, say)
-    rows = zip(said, answers, sequences[:, batch["input_ids"].shape[1] :].tolist(), strict=True)
-    return [InterleavedOutput(joined([*parts, *one.end(has_ended(ids))])) for parts, one, ids in rows]
+        sequences = generate_parts(frozen_lm, attached, batch, settings, options, answers, put)
+    rows = zip(parts, answers, sequences[:, batch["input_ids"].shape[1] :].tolist(), strict=True)
+    return [InterleavedOutput(joined([*some, *one.end(has_ended(ids))])) for some, one, ids in rows]
 
 
-def hear(
+def generate_parts(
     frozen_lm: FrozenLM,
     attached: AttachedAdapter,
     batch: BatchFeature,
     settings: RetrievalSettings,
     options: Mapping[str, Any],
     answers: Sequence[GrowingAnswer],
-    say: Callable[[int, Part], None],
+    put: Callable[[int, Part], None],
     closed: threading.Event | None = None,
 ) -> Tensor:
-    """Run transformers' `generate` and say each part of each answer when it comes; return the ids as `generate_ids`.
+    """Run transformers' `generate`, put each part of each answer when it comes, and return the ids as `generate_ids`.
 
     Raises:
         GroundingValueError: beam search or speculative decoding, whose tokens may be taken back.
@@ -129,15 +131,15 @@ def hear(
     def take(row: int, token: int, vector: Tensor | None) -> bool:
         parts = answers[row].add(token, vector)
         for part in parts:
-            say(row, part)
+            put(row, part)
         if seen is not None and vector is not None:
             seen.take(row, answers[row].latest)
         return closed is None or not closed.is_set()
 
     per_prompt = options.get("num_return_sequences") or 1
     listener = AnswerListener(frozen_lm, attached, batch["attention_mask"], take, per_prompt, seen)
-    heard = heard_by(listener, options)
-    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, heard, seen)
+    options = with_listener(listener, options)
+    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options, seen)
     if listener.lost:
         raise _beams()
     return sequences
@@ -145,6 +147,6 @@ def hear(
 
 def _beams() -> GroundingValueError:
     return GroundingValueError(
-        "An answer can be streamed, and can see its images, where each token is final when it is said, not with beam "
+        "An answer can be streamed, and can see its images, where each token is final when it comes, not with beam "
         "search or speculative decoding. Leave out num_beams and the like, or call generate without see_images."
     )

@@ -102,7 +102,7 @@ def vectors_behind(
     return torch.cat([query_vectors(frozen_lm, attached, part, image_tokens).cpu() for part in parts])
 
 
-def opening_contexts(attached: AttachedAdapter, prompt: Sequence[int], said: Sequence[int]) -> list[Sequence[int]]:
+def opening_contexts(attached: AttachedAdapter, prompt: Sequence[int], answer: Sequence[int]) -> list[Sequence[int]]:
     """Return the contexts whose vectors are averaged into that of an answer's first `[RET]`.
 
     These are the prompt, and in a longer chat its last turn as if it were the first. There are none where the prompt
@@ -112,9 +112,9 @@ def opening_contexts(attached: AttachedAdapter, prompt: Sequence[int], said: Seq
     Args:
         attached: the active adapter.
         prompt: the prompt's ids.
-        said: the answer's ids before its first `[RET]`.
+        answer: its ids before its first `[RET]`.
     """
-    if not (attached.config.retrieval_prompt and said and attached.processor.opens_turn(prompt)):
+    if not (attached.config.retrieval_prompt and answer and attached.processor.opens_turn(prompt)):
         return []
     turn = last_turn(attached.processor, prompt)
     return [prompt] if turn is None else [prompt, turn]

@@ -82,18 +82,18 @@ class Chat:
                 request.max_tokens,
                 GrowingAnswer(engine.model.active, pictures.index, sampling.retrieval, silent),
                 StopText(request.stop),
-                partial(self._hear, i),
+                partial(self._take, i),
                 deadline,
             )
             for i, sampling in enumerate(request.samplings)
         ]
         engine.submit(self.jobs)
 
-    def _hear(self, choice: int, event: Part | Finished) -> None:
+    def _take(self, choice: int, event: Part | Finished) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield what is said in each answer, until all have ended; leaving early cancels them."""
+        """Yield the parts of each answer as they come, until all have ended; leaving early cancels them."""
         left = len(self.jobs)
         try:
             while left:
@@ -107,8 +107,8 @@ class Chat:
     @property
     def usage(self) -> dict[str, int]:
         """Token counts."""
-        said, read = sum(job.tokens for job in self.jobs), len(self.prompt.ids)
-        return {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+        written, read = sum(job.tokens for job in self.jobs), len(self.prompt.ids)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def _part(self, part: Part) -> dict[str, Any]:
         if isinstance(part, str):
@@ -128,18 +128,18 @@ class Chat:
         Raises:
             RequestFailure: an answer that failed or came too late.
         """
-        said: list[list[Part]] = [[] for _ in self.jobs]
+        answers: list[list[Part]] = [[] for _ in self.jobs]
         reasons = [""] * len(self.jobs)
         async for choice, event in self.events():
             if isinstance(event, Finished):
                 reasons[choice] = _reason(event)
-            elif isinstance(event, str) and said[choice] and isinstance(said[choice][-1], str):
-                said[choice][-1] = f"{said[choice][-1]}{event}"
+            elif isinstance(event, str) and answers[choice] and isinstance(answers[choice][-1], str):
+                answers[choice][-1] = f"{answers[choice][-1]}{event}"
             else:
-                said[choice].append(event)
+                answers[choice].append(event)
         choices = [
             {"index": i, "finish_reason": reason, "logprobs": None, "message": self._message(parts)}
-            for i, (parts, reason) in enumerate(zip(said, reasons, strict=True))
+            for i, (parts, reason) in enumerate(zip(answers, reasons, strict=True))
         ]
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage}
 

@@ -15,7 +15,7 @@ import torch
 
 from visual_ground.errors import GroundingStateError
 from visual_ground.generation.forbidden import ForbiddenColumns
-from visual_ground.generation.generate import generate_ids, heard_by, with_padding
+from visual_ground.generation.generate import generate_ids, with_listener, with_padding
 from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import end_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
@@ -150,15 +150,15 @@ class Engine:
         sees = [job.sampling.retrieval.see_images for job in jobs]
         seen = SeenImages(model.frozen_lm, attached, image_tokens) if any(sees) else None
 
-        def hear(row: int, token: int, vector: Any) -> bool:
-            goes_on = jobs[row].hear(token, vector, token in ends)
+        def take(row: int, token: int, vector: Any) -> bool:
+            goes_on = jobs[row].take(token, vector, token in ends)
             if seen is not None and sees[row] and vector is not None:
                 seen.take(row, jobs[row].answer.latest)
             return goes_on
 
         count = 0 if image_tokens is None else len(image_tokens)
         forbidden = ForbiddenColumns(attached.processor.vocabulary, attached.config.mask_spare_columns, count)
-        listener = AnswerListener(model.frozen_lm, attached, batch["attention_mask"], hear, seen=seen)
+        listener = AnswerListener(model.frozen_lm, attached, batch["attention_mask"], take, seen=seen)
         places = () if seen is None else seen.places
         samplings, decode = [job.sampling for job in jobs], attached.processor.tokenizer.decode
         rows = RowSampling(model.ret_token_id, batch["input_ids"].shape[1], samplings, places, decode)
@@ -173,7 +173,7 @@ class Engine:
         }
         # Each job has its own, which `RowSampling` applies.
         settings = RetrievalSettings(max_images=None, min_new_tokens_between_rets=0)
-        generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, heard_by(listener, options), seen)
+        generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, with_listener(listener, options), seen)
 
     def _sight(self, jobs: list[Job]) -> int:
         """Return the most tokens that the images at one `[RET]` have."""

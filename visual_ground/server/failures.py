@@ -34,6 +34,6 @@ class RequestFailure(Exception):
 
 
 def busy(seconds: int) -> RequestFailure:
-    """Return what is said when the queue is full."""
+    """Return the refusal of a request when the queue is full."""
     message = "Too many requests are waiting. Try again later."
     return RequestFailure(429, message, "rate_limit_error", "queue_full", {"Retry-After": str(seconds)})

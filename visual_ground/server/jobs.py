@@ -40,7 +40,7 @@ class StopText:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """Return what may be said of the text so far, and whether one of the strings has come."""
+        """Return what may be sent of the text so far, and whether one of the strings has come."""
         text = self._held + text
         places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         if places:
@@ -93,7 +93,7 @@ class Job:
         """Whether somebody still waits for it, in time."""
         return not self._cancelled.is_set() and time.monotonic() < self.deadline
 
-    def hear(self, token: int, vector: Tensor | None, is_end: bool) -> bool:
+    def take(self, token: int, vector: Tensor | None, is_end: bool) -> bool:
         """Take a token; return whether the answer goes on."""
         if not self.is_wanted:
             return self.drop()
@@ -101,11 +101,11 @@ class Job:
         if is_end:
             return self._end("stop")
         for part in self.answer.add(token, vector):
-            if self._say(part):
+            if self._send(part):
                 return self.finish("stop")
         return True if self.tokens < self.max_tokens else self._end("length")
 
-    def _say(self, part: Part) -> bool:
+    def _send(self, part: Part) -> bool:
         """Emit a part; return whether the text has come to a stop."""
         if not isinstance(part, str):
             if held := self.stop.flush():
@@ -118,8 +118,8 @@ class Job:
         return stopped
 
     def _end(self, reason: str) -> bool:
-        """Say what was held back, and end."""
-        stopped = any(self._say(part) for part in self.answer.end(is_whole=reason == "stop"))
+        """Send what was held back, and end."""
+        stopped = any(self._send(part) for part in self.answer.end(is_whole=reason == "stop"))
         if not stopped and (held := self.stop.flush()):
             self.emit(held)
         return self.finish("stop" if stopped else reason)

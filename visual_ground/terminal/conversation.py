@@ -59,7 +59,7 @@ class Conversation:
         self._waiting.append(path)
 
     def answer(self, line: str) -> Iterator[Part]:
-        """Yield the parts of the answer when they are said; what was said before an error or a stop is kept or not.
+        """Yield the parts of the answer when they come; what came before an error or a stop is kept or not.
 
         An answer that is stopped by the reader stays as far as it went; after an error the line is forgotten.
         """
@@ -67,17 +67,17 @@ class Conversation:
         question = chat_message("user", parts)
         # An LM without a chat template answers each line by itself.
         prompt: Any = [*self._messages, question] if self.model.tokenizer.chat_template else [parts]
-        said: list[Part] = []
+        answered: list[Part] = []
         try:
             for part in self.model.stream(prompt, self.index, **self.options):
-                said.append(part)
+                answered.append(part)
                 yield part
         except Exception:
-            said = []
+            answered = []
             raise
         finally:
-            if said:
-                answer = InterleavedOutput(joined(said))
+            if answered:
+                answer = InterleavedOutput(joined(answered))
                 self._messages += [question, *answer.to_messages()]
                 shown = (RetrievedImage(part, None, part) if is_image_file(part) else part for part in parts)
                 self.turns += [("user", InterleavedOutput(tuple(shown))), ("assistant", answer)]
