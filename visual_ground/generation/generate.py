@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,11 +63,16 @@ def generate(
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
         return outputs
-    is_whole = ended_by_itself(frozen_lm, attached, options)
-    # What ran out of tokens is cut right after its last whole sentence.
+    return _whole_sentences(outputs, sequences[:, start:].tolist(), ended_by_itself(frozen_lm, attached, options))
+
+
+def _whole_sentences(
+    outputs: Sequence[InterleavedOutput], answers: Sequence[Sequence[int]], is_whole: Callable[[Sequence[int]], bool]
+) -> list[InterleavedOutput]:
+    """Cut each answer that ran out of tokens right after its last whole sentence."""
     return [
         output if is_whole(ids) else InterleavedOutput(cut_to_sentences(output.parts))
-        for ids, output in zip(sequences[:, start:].tolist(), outputs, strict=True)
+        for ids, output in zip(answers, outputs, strict=True)
     ]
 
 
