@@ -66,6 +66,8 @@ def test_a_checkpoint_of_open_clip_by_path_gives_its_own_features(tmp_path):
         (f"timm:{NAME}/{__file__}", GroundingFileError, "cannot be loaded"),
         (f"timm:{NAME}", GroundingFileError, "on disk"),
         ("timm:no/such/folder", GroundingValueError, "no folder"),
+        ("timm:/no/such/folder", GroundingFileError, "no folder '/no/such/folder'"),
+        (__file__, GroundingFileError, "timm:ARCHITECTURE/FILE"),
         ("open_clip:ViT-B-32/none.pt", GroundingFileError, "no file 'none.pt'"),
         (f"open_clip:ViT-B-32/{__file__}", GroundingFileError, "cannot be loaded"),
         ("/no/such/folder", GroundingFileError, "no folder"),
@@ -76,6 +78,15 @@ def test_what_cannot_be_loaded_is_one_error_that_says_how_weights_are_given(name
     with pytest.raises(GroundingError, match=words) as raised:
         load_vision(name)
     assert isinstance(raised.value, error) and "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_without_its_library_is_told_how_it_is_named(saved, tmp_path):
+    folder = tmp_path / "my encoder"
+    (tmp_path / "empty").mkdir()
+    for name in (folder, folder / "model.safetensors", folder / "model.pth", tmp_path / "empty"):
+        with pytest.raises(GroundingFileError, match="timm:FOLDER, timm:ARCHITECTURE/FILE") as raised:
+            load_vision(str(name))
+        assert "\n" not in str(raised.value)
 
 
 def test_a_name_given_when_loading_is_kept_when_saving(saved, tmp_path):

@@ -40,6 +40,8 @@ def load_timm(name: str) -> nn.Module:
     options: dict[str, Any] = {"pretrained": True, "num_classes": 0}
     if os.path.isdir(name):
         name = f"local-dir:{name}"
+    if os.path.isabs(name):
+        raise GroundingFileError(f"There is no folder {name!r} to load the vision encoder from. Has it moved?")
     architecture, _, file = name.partition("/")
     if ":" not in architecture:
         if not timm.is_model(architecture):

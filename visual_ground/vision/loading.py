@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.storage.hub_names import check_name, rooted
 from visual_ground.vision.checkpoints import load_open_clip, load_timm
 from visual_ground.vision.encoder import VisionEncoder
@@ -36,6 +36,7 @@ def load_vision(
         hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:
+        GroundingFileError: nothing can be loaded by that name.
         GroundingTypeError: neither a name nor a module, or no image encoder.
         GroundingValueError: no preprocessing can be found, or no features of a fixed width.
     """
@@ -69,7 +70,15 @@ def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple
 
     name, _, part = name.partition("#")
     check_name(name, "vision encoder")
-    model, loading = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **hub)
+    try:
+        model, loading = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **hub)
+    # A folder or file that is not of transformers is also a TypeError, or damaged JSON to it.
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        why = " ".join(str(error).split())
+        raise GroundingFileError(
+            f"The vision encoder {name!r} cannot be loaded: {why}. Those of other libraries are named timm:FOLDER, "
+            "timm:ARCHITECTURE/FILE, open_clip:FOLDER or open_clip:ARCHITECTURE/FILE."
+        ) from error
     missing = sorted(loading["missing_keys"])
     has_pooler = not any("pooler" in key for key in missing)
     if not has_pooler:
