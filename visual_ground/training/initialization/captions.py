@@ -49,8 +49,9 @@ def start_captions(
     projection, captioning = adapter.image_projection, CaptioningLoss(objective.model, objective.plan)
     read, start = _retrieval_map(adapter, features), projection.weight.detach().clone()
     correction = torch.zeros(len(start), len(read), device=start.device)
-    groups = [{"params": [projection.bias], "lr": BIAS_STEP}, {"params": [correction], "lr": WEIGHT_STEP / len(read)}]
-    optimizer = torch.optim.Adam(groups if len(read) else groups[:1], betas=(0.9, 0.95))
+    groups: list[dict[str, Any]] = [{"params": [projection.bias], "lr": BIAS_STEP}]
+    groups += [{"params": [correction], "lr": WEIGHT_STEP / len(read)}] if len(read) else []
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
     order = torch.Generator().manual_seed(seed)
     for _ in counted(range(NUM_STEPS), "start values: captions", "steps", progress):
@@ -63,9 +64,8 @@ def start_captions(
             correction.grad = projection.weight.grad @ read.T
         optimizer.step()
         schedule.step()
-        if len(read):
-            with torch.no_grad():
-                projection.weight.copy_(start + correction @ read)
+        with torch.no_grad():
+            projection.weight.copy_(start + correction @ read)
     model.zero_grad()
 
 
