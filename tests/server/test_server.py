@@ -326,6 +326,18 @@ def test_a_key_and_signed_pictures(tmp_path):
         server.stop()
 
 
+def test_a_server_says_how_many_pictures_an_answer_has_and_a_request_may_say_otherwise(tmp_path):
+    server = Running(tmp_path, ServerSettings(max_images=0))
+    try:
+        counts = [
+            sum(part["type"] != "text" for part in server.ask(extra_body=body).choices[0].message.parts)
+            for body in ({"ret_bias": 1e3}, {"ret_bias": 1e3, "max_images": 1})
+        ]
+        assert counts == [0, 1]
+    finally:
+        server.stop()
+
+
 def test_a_full_queue_says_when_to_come_back_and_leaving_frees_it(tmp_path):
     limits = EngineLimits(max_batch=1, max_waiting=2)
     server = Running(tmp_path, ServerSettings(limits=limits))

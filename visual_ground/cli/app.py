@@ -6,9 +6,9 @@ import argparse
 import threading
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import add_vision_option, check_address, load_model, open_index, whole
+from visual_ground.cli.arguments import add_max_images, add_vision_option, check_address, load_model, open_index, whole
 from visual_ground.errors import GroundingStateError, GroundingValueError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--demo", metavar="DIR", type=Path, default=Path("demo"), help="where `make demo` wrote; demo")
     parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", metavar="N", type=whole(0, 65535), default=7860, help="7860 where not given")
+    add_max_images(parser)
     parser.add_argument("--max-batch", type=whole(1), default=8, help="answers that are generated together")
     parser.add_argument("--max-waiting", type=whole(1), default=64, help="questions that may wait; more are refused")
     parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
@@ -83,7 +84,8 @@ def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ShownInd
     """
     from visual_ground.app.page import PageSettings
 
-    given = {"title": options.title, "system": options.system, "examples": tuple(options.example) or None}
+    given: dict[str, Any] = {"title": options.title, "system": options.system}
+    given |= {"examples": tuple(options.example) or None, "max_images": options.max_images}
     given = {name: value for name, value in given.items() if value is not None}
     indexes = {name: open_index(place, options) for name, place in map(_named, options.index)}
     if options.lm is None:

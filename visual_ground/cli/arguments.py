@@ -110,10 +110,15 @@ def check_address(address: str, port: int) -> None:
         ) from error
 
 
+def add_max_images(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how many images an answer has at most."""
+    parser.add_argument("--max-images", metavar="N", type=whole(0), help="images of an answer; a few where not given")
+
+
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how long answers are and how many images they have; see `answer_options`."""
     parser.add_argument("--max-new-tokens", metavar="N", type=whole(1), help="length of an answer; 64 or the LM's own")
-    parser.add_argument("--max-images", metavar="N", type=whole(0), help="images of an answer; a few where not given")
+    add_max_images(parser)
     parser.add_argument("--ret-bias", metavar="X", type=number(), help="added to the logit of [RET]; 0")
     parser.add_argument(
         "--complete-sentences", action="store_true", default=None, help="end answers with their last whole sentence"

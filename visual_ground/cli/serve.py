@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from visual_ground.cli.arguments import (
     add_index_options,
+    add_max_images,
     add_model_arguments,
     check_address,
     load_index,
@@ -33,6 +35,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--port", metavar="N", type=whole(0, 65535), default=8000, help="8000 where not given")
     parser.add_argument("--name", default="visual-ground", help="what clients call the model")
     parser.add_argument("--origin", action="append", default=[], help="web page that may call the server")
+    add_max_images(parser)
     parser.add_argument(
         "--max-batch", metavar="N", type=whole(1), default=8, help="answers that are generated together"
     )
@@ -59,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
     settings = ServerSettings(
         options.name, os.environ.get(KEY) or None, LinkRules(options.host), origins=options.origin, limits=limits
     )
+    if options.max_images is not None:
+        settings = replace(settings, max_images=options.max_images)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     app = create_app(load_model(options), load_index(options), settings)
     uvicorn.run(app, host=options.address, port=options.port, log_level="warning", access_log=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 from visual_ground.errors import GroundingError, GroundingStateError
 from visual_ground.generation.generate import check_index
+from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.model import GroundedModel
 from visual_ground.server.chats import Chat, encode
@@ -46,6 +47,7 @@ class ServerSettings:
         rules: where images of requests may be fetched from; nowhere by default.
         max_bytes: the largest body of a request.
         max_tokens: the length of answers where a request gives none.
+        max_images: the most places of an answer at which it shows pictures, where a request gives none.
         origins: of web pages that may call the server; none by default.
         limits: the engine's.
     """
@@ -55,6 +57,7 @@ class ServerSettings:
     rules: LinkRules = LinkRules()
     max_bytes: int = 20_000_000
     max_tokens: int = 64
+    max_images: int | None = RetrievalSettings().max_images
     origins: Sequence[str] = ()
     limits: EngineLimits = EngineLimits()
 
@@ -85,7 +88,8 @@ class Routes:
         body = await self._body(request)
         settings = self.settings
         with self.engine.expecting():
-            asked = await asyncio.to_thread(chat_request, body, self.pictures, settings.rules, settings.max_tokens)
+            usual = settings.max_tokens, settings.max_images
+            asked = await asyncio.to_thread(chat_request, body, self.pictures, settings.rules, *usual)
             prompt = await asyncio.to_thread(encode, self.engine, asked)
             chat = Chat(self.engine, self.pictures, asked, prompt, settings.model_name)
         if asked.stream:

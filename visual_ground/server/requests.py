@@ -61,8 +61,17 @@ def flag(body: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def chat_request(body: Any, pictures: Pictures, rules: LinkRules, default_tokens: int) -> ChatRequest:
+def chat_request(
+    body: Any, pictures: Pictures, rules: LinkRules, default_tokens: int, default_images: int | None
+) -> ChatRequest:
     """Return a checked request.
+
+    Args:
+        body: the request's JSON.
+        pictures: the index's.
+        rules: where its images may be fetched from.
+        default_tokens: the length of an answer, where the request gives none.
+        default_images: the most places of an answer with pictures, where the request gives none; None for any number.
 
     Raises:
         RequestFailure: a field that is missing or out of its range.
@@ -80,7 +89,7 @@ def chat_request(body: Any, pictures: Pictures, rules: LinkRules, default_tokens
     options, given = body.get("stream_options"), Given(rules)
     return ChatRequest(
         [_message(message, pictures, given) for message in _list(body, "messages")],
-        _samplings(body),
+        _samplings(body, default_images),
         tokens,
         tuple(stop),
         flag(body, "stream"),
@@ -88,12 +97,12 @@ def chat_request(body: Any, pictures: Pictures, rules: LinkRules, default_tokens
     )
 
 
-def _samplings(body: Mapping[str, Any]) -> list[Sampling]:
+def _samplings(body: Mapping[str, Any], default_images: int | None) -> list[Sampling]:
     seed = number(body, "seed", None, -(2**63), 2**63 - 1, whole=True)
     usual = RetrievalSettings()
     retrieval = RetrievalSettings(
         images_per_ret=number(body, "images_per_ret", usual.images_per_ret, 1, 16, whole=True),
-        max_images=number(body, "max_images", usual.max_images, 0, 1000, whole=True),
+        max_images=number(body, "max_images", default_images, 0, 1000, whole=True),
         ret_bias=number(body, "ret_bias", usual.ret_bias, -1e6, 1e6),
         min_new_tokens_before_ret=number(body, "min_new_tokens_before_ret", 0, 0, 1e6, whole=True),
         min_new_tokens_between_rets=number(
