@@ -60,9 +60,9 @@ def test_several_indexes_and_adapters_by_name(tmp_path, monkeypatch):
         ImageIndex.build(model, [picture(0)]).save_pretrained(tmp_path / name)
     MilvusImageIndex.create(tmp_path / "images.db", model.config.retrieval_dim).add(torch.eye(6)[:1], ["a"])
     monkeypatch.setattr(app, "load_model", lambda options: model)
-    options = dict(lm="lm", adapter="a", another_adapter=[f"birds={tmp_path / 'birds'}"], title="T", system="S", max_images=2)
+    options = dict(lm="lm", adapter="a", another_adapter=[f"birds={tmp_path / 'birds'}"], title="T", system="S")
     indexes = [f"mine={tmp_path / 'photos'}", str(tmp_path / "more"), f"stored={tmp_path / 'images.db'}"]
-    given = Namespace(**options, index=indexes, images=[], host=[], example=["Hi?"], demo=tmp_path)
+    given = Namespace(**options, max_images=2, index=indexes, images=[], host=[], example=["Hi?"], demo=tmp_path)
     loaded, albums, settings = app.load(given)
     assert list(albums) == ["mine", "more", "stored"] and list(loaded.adapters) == ["default", "birds"]
     assert isinstance(albums["stored"], MilvusImageIndex)
