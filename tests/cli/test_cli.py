@@ -12,7 +12,7 @@ from tests.golden_parts import saved_parts
 from tests.paths import ROOT
 from tests.storage.hub_client import hub  # noqa: F401
 from tests.tiny import grounded, picture
-from visual_ground import GroundingConfig, ImageIndex
+from visual_ground import ImageIndex
 from visual_ground.cli.arguments import ground_models
 from visual_ground.cli.main import COMMANDS, main
 from visual_ground.lm import loading
@@ -66,9 +66,7 @@ def test_an_lm_is_read_in_bfloat16_where_fast_or_asked_for(command, asked, nativ
     parser = argparse.ArgumentParser()
     next(one for one in COMMANDS if one.__name__.endswith(f".{command}")).add_parser(parser.add_subparsers())
     options = {None: [], True: ["--bf16"], False: ["--no-bf16"]}[asked]
-    model = ground_models(
-        parser.parse_args([command, lm, vision, table, "--output", str(tmp_path), *options]), GroundingConfig()
-    )
+    model = ground_models(parser.parse_args([command, lm, vision, table, "--output", str(tmp_path), *options]))
     in_bfloat16 = native if asked is None else asked
     assert model.lm.dtype == (torch.bfloat16 if in_bfloat16 else torch.float32)
     assert all(parameter.dtype == torch.float32 for parameter in model.adapter.parameters())

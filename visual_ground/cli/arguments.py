@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from visual_ground.errors import GroundingStateError
 
 if TYPE_CHECKING:
-    from visual_ground.config import GroundingConfig
     from visual_ground.index.image_index import ImageIndex
     from visual_ground.index.milvus.image_index import MilvusImageIndex
     from visual_ground.model import GroundedModel
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add_lm_options(parser: argparse.ArgumentParser) -> None:
-    """Add the positional arguments and the option with which `ground_models` loads what is to be grounded."""
+    """Add the positional arguments and the options with which `ground_models` makes a new adapter."""
     parser.add_argument("lm", help="Hub id or folder of a causal LM")
     parser.add_argument("vision", help='Hub id or folder of an encoder, "open_clip:..." or "timm:..."')
     parser.add_argument(
@@ -32,13 +31,14 @@ def add_lm_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="load the LM in bfloat16, or as it was saved; bfloat16 where the processor multiplies it by itself",
     )
+    parser.add_argument("--visual-tokens", metavar="N", type=whole(1), default=1, help="image tokens per image; 1")
 
 
-def ground_models(options: argparse.Namespace, config: GroundingConfig) -> GroundedModel:
+def ground_models(options: argparse.Namespace) -> GroundedModel:
     """Return a new adapter between the LM and the encoder that the options name."""
     import torch
 
-    from visual_ground import ground
+    from visual_ground import GroundingConfig, ground
     from visual_ground.lm.loading import load_lm, multiplies_bfloat16
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +49,7 @@ def ground_models(options: argparse.Namespace, config: GroundingConfig) -> Groun
             "The language model is read in bfloat16, about twice as fast; --no-bf16 reads it as it was saved.",
             file=sys.stderr,
         )
-    return ground(lm, options.vision, tokenizer, config=config)
+    return ground(lm, options.vision, tokenizer, config=GroundingConfig(num_visual_tokens=options.visual_tokens))
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,3 +198,15 @@ def columns_of(options: argparse.Namespace, rows: Any) -> Columns:
 
     columns = find_columns(list(column_names(rows)), options.image_column, options.caption_column)
     return replace(columns, folder=options.image_folder or folder_of(options.dataset))
+
+
+def pair_settings(options: argparse.Namespace, rows: Any) -> dict[str, Any]:
+    """Return what `fit` and `train` tell `GroundingTrainingArguments` alike: which pairs are read, and bars."""
+    columns = columns_of(options, rows)
+    return {
+        "image_column": columns.image,
+        "caption_column": columns.caption,
+        "image_folder": columns.folder,
+        "max_skipped": options.max_skipped,
+        "disable_tqdm": False,  # Else it follows the verbosity of transformers, whose warnings commands keep back.
+    }

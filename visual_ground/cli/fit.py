@@ -9,10 +9,9 @@ from visual_ground.cli.arguments import (
     add_column_options,
     add_dataset_argument,
     add_lm_options,
-    columns_of,
     ground_models,
     number,
-    whole,
+    pair_settings,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ def add_parser(commands: Commands) -> None:
     add_lm_options(parser)
     add_dataset_argument(parser)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the adapter")
-    parser.add_argument("--visual-tokens", metavar="N", type=whole(1), default=1, help="image tokens per image; 1")
     parser.add_argument(
         "--max-skipped", metavar="X", type=number(0, 1), default=0.01, help="part that may be unreadable; 0.01"
     )
@@ -37,20 +35,12 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Fit an adapter and save it."""
-    from visual_ground import GroundingConfig, GroundingTrainingArguments, fit
+    from visual_ground import GroundingTrainingArguments, fit
     from visual_ground.training.data.loading import load_rows
 
     rows = load_rows(options.dataset, options.split)
-    columns = columns_of(options, rows)
-    arguments = GroundingTrainingArguments(
-        output_dir=options.output,
-        image_column=columns.image,
-        caption_column=columns.caption,
-        image_folder=columns.folder,
-        prefix_cache_gb=PREFIX_CACHE_GB,
-        max_skipped=options.max_skipped,
-        disable_tqdm=False,  # Else it follows the verbosity of transformers, whose warnings commands keep back.
-    )
-    model = ground_models(options, GroundingConfig(num_visual_tokens=options.visual_tokens))
+    settings = pair_settings(options, rows)
+    arguments = GroundingTrainingArguments(output_dir=options.output, prefix_cache_gb=PREFIX_CACHE_GB, **settings)
+    model = ground_models(options)
     fit(model, rows, arguments)
     model.save_pretrained(options.output)

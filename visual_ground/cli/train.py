@@ -10,9 +10,9 @@ from visual_ground.cli.arguments import (
     add_column_options,
     add_dataset_argument,
     add_lm_options,
-    columns_of,
     ground_models,
     number,
+    pair_settings,
     whole,
 )
 
@@ -37,7 +37,6 @@ def add_parser(commands: Commands) -> None:
         "--batch-size", metavar="N", type=whole(1), help="pairs per step and process; 64, or all there are"
     )
     parser.add_argument("--learning-rate", metavar="X", type=number(0), default=1e-3, help="0.001 where not given")
-    parser.add_argument("--visual-tokens", metavar="N", type=whole(1), default=1, help="image tokens per image; 1")
     parser.add_argument("--save-steps", metavar="N", type=whole(1), default=200, help="steps between checkpoints; 200")
     parser.add_argument("--workers", metavar="N", type=whole(0), default=0, help="processes that read and decode; none")
     parser.add_argument("--streaming", action="store_true", help="read row by row, without a copy on the disk")
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     """Train an adapter, or go on training it."""
     from transformers import set_seed
 
-    from visual_ground import GroundingConfig, GroundingTrainer
+    from visual_ground import GroundingTrainer
     from visual_ground.training.data.loading import SHUFFLED, load_rows
 
     rows = load_rows(options.dataset, options.split, options.streaming)
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     rows = rows.shuffle(seed=options.seed, buffer_size=SHUFFLED) if options.streaming else rows
     # The adapter's start values must be the same when a killed run starts again.
     set_seed(options.seed)
-    model = ground_models(options, GroundingConfig(num_visual_tokens=options.visual_tokens))
+    model = ground_models(options)
     trainer = GroundingTrainer(model, arguments, rows, validation)
     trainer.train(resume_from_checkpoint=True)
     if trainer.args.should_save:
@@ -73,7 +72,6 @@ def run(options: argparse.Namespace) -> None:
 def _training_arguments(options: argparse.Namespace, rows: Any) -> Any:
     from visual_ground import GroundingTrainingArguments
 
-    columns = columns_of(options, rows)
     batch_size = BATCH_SIZE
     if not options.streaming:  # A small dataset is one batch, shared by the processes; contrast needs two pairs.
         batch_size = max(2, min(BATCH_SIZE, len(rows) // int(os.environ.get("WORLD_SIZE", 1))))
@@ -89,10 +87,6 @@ def _training_arguments(options: argparse.Namespace, rows: Any) -> Any:
         logging_steps=min(10, options.steps),
         dataloader_num_workers=options.workers,
         cache_features=not options.no_cache,
-        image_column=columns.image,
-        caption_column=columns.caption,
-        image_folder=columns.folder,
-        max_skipped=options.max_skipped,
         seed=options.seed,
-        disable_tqdm=False,  # Else it follows the verbosity of transformers, whose warnings commands keep back.
+        **pair_settings(options, rows),
     )

@@ -78,6 +78,6 @@ def _retrieval_map(adapter: Adapter, features: Tensor) -> Tensor:
     """
     layer = adapter.image_retrieval_projection
     if adapter.config.num_patch_tokens or not isinstance(layer, nn.Linear):
-        return torch.zeros(0, adapter.image_projection.in_features)
+        return layer.weight.new_zeros(0, adapter.image_projection.in_features)
     vectors = F.linear(adapter.standardize(features.to(layer.weight.device)), layer.weight)
     return layer.weight.detach() / vectors.square().mean().sqrt().clamp_min(1e-12)

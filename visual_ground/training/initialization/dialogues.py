@@ -132,8 +132,8 @@ def others_about(captions: Sequence[str]) -> list[str]:
     things = sorted({without_sentence_marks(caption) for caption in captions}, key=lambda text: (len(text), text))
     things = things[: max(1, len(things) // 2)] or ["it"]
     step = max(1, len(things) // len(OTHERS))
-    chosen = [[things[(i * step + turn) % len(things)] for turn in (0, 1)] for i in range(len(OTHERS))]
-    return list(dict.fromkeys(o.replace("{it}", it) for o, of in zip(OTHERS, chosen, strict=True) for it in of))
+    turns = ((other, i * step + turn) for i, other in enumerate(OTHERS) for turn in (0, 1))
+    return list(dict.fromkeys(other.replace("{it}", things[n % len(things)]) for other, n in turns))
 
 
 def evenly(texts: Sequence[str], count: int) -> list[str]:
