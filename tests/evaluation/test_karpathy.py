@@ -75,7 +75,7 @@ def test_recalls_are_those_of_every_pair_alone(folder, dataset):
 def test_folds_are_measured_apart(folder):
     model = grounded()
     metrics = evaluate(model, "karpathy", data=folder, fold_size=4, progress=False).metrics
-    fold = means(expected(model, folder, range(4)))  # The two images behind it fill no second fold.
+    fold = means(expected(model, folder, range(4)))  # The two images after it fill no second fold.
     assert metrics == pytest.approx(
         {**means(expected(model, folder, range(6))), **{f"fold_{name}": value for name, value in fold.items()}}
     )

@@ -49,7 +49,7 @@ def test_a_streamed_answer_is_that_of_generate(family, images_per_ret):
 @pytest.mark.parametrize("layers, prompt", [((-1,), ""), ((1, -1), ""), ((-1,), "w40 w41")])
 def test_vectors_read_while_generating_are_those_of_a_second_run(family, layers, prompt, monkeypatch):
     model = grounded(family, text_layers=layers, retrieval_prompt=prompt)
-    # The first two prompts open a turn, behind which what was asked is read as well.
+    # The first two prompts open a turn, after which what was asked is read as well.
     monkeypatch.setattr(type(model.processor), "opens_turn", lambda self, ids: ids[-1] in (6, 9))
     prompts = [*PROMPT, "w9", "w4 w5 w6 w7 w8 w9 w10"]
     options = dict(GREEDY, **MIXED, num_return_sequences=2)

@@ -111,7 +111,10 @@ class AttachedAdapter(nn.Module):
         return ImageSpace.of(vectors, self.vision.name, self.source)
 
     def embed_states(self, states: list[Tensor]) -> Tensor:
-        """Map the hidden states at `[RET]`, one (r, width) per text layer, to unit vectors (r, q)."""
+        """Map hidden states that were read for retrieval, one (r, width) per text layer, to unit vectors (r, q).
+
+        They are read at the last word of the retrieval prompt, or at `[RET]` if that prompt is empty.
+        """
         return self.adapter.embed_states([state.to(self.device) for state in states])
 
     @property

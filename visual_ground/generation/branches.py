@@ -1,4 +1,4 @@
-"""Branches of a running `generate`: ids that the LM reads behind its sequences, and that are not in its answer."""
+"""Branches of a running `generate`: ids that the LM reads after its sequences, and that are not in its answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Branch:
-    """Ids that are read behind the beginning of a sequence.
+    """Ids that the LM reads after the first `kept` positions of a sequence.
 
     Args:
         row: the sequence in the batch.
@@ -38,7 +38,9 @@ class Branch:
 
 
 def branch_of(row: int, padding: int, sequence: Sequence[int], ids: Sequence[int]) -> Branch:
-    """Return ids as a branch of the sequence that begins as they do; at least the last of them is read.
+    """Return `ids` as a branch of `sequence`: what both begin with is not read again, only the rest.
+
+    At least the last id is read.
 
     Args:
         row: the sequence's row.
@@ -55,8 +57,9 @@ class BranchReader:
     """Reads branches on copies of the keys and values of the LM's running `generate`, which it leaves as they are.
 
     Branches of different places are read in one pass, each seeing only what comes before it. Whether an LM can do that
-    depends on how it makes its attention masks. So the first time, and again when the sequences are twice as long,
-    they are also read one by one; an LM for which the two differ is read one by one from then on.
+    depends on how it makes its attention masks. The first time in each range of lengths (powers of two) and for each
+    attention implementation, branches are also read one by one. If the results differ, they are read one by one in
+    that range from then on.
 
     Args:
         frozen_lm: the LM, inside its `generate`.
@@ -75,8 +78,8 @@ class BranchReader:
     def read(self, branches: Sequence[Branch]) -> dict[Branch, Tensor]:
         """Return the vector (q,), on the CPU, read at the last id of each branch.
 
-        Those are missing that cannot be read here: of an LM that keeps anything but plain keys and values, such as a
-        state space; before the place from which on a sliding window is kept; and longer than the LM's context.
+        A branch is missing if the LM keeps anything but plain keys and values (such as a state space), if a sliding
+        window has dropped keys and values that it needs, or if it is longer than the LM's context.
         """
         longest = self.frozen_lm.max_length
         if self._layers is None:
@@ -110,21 +113,24 @@ class BranchReader:
         return all(bool((found[one] - vector).norm() <= tolerance) for one, vector in expected.items())
 
     def _shows_all(self, branches: list[Branch]) -> bool:
-        """Return whether no sliding window ends among these positions, which a mask for all layers cannot say."""
+        """Return whether every layer may see all of these positions.
+
+        A layer with a shorter sliding window needs a mask of its own, and only one mask is passed for all layers.
+        """
         assert self._layers is not None, "there are plain keys and values"
         length = self.mask.shape[1] + max(map(_width, _by_row(branches)))
         windows = [getattr(layer, "sliding_window", None) for layer in self._layers]
         return all(window is None or window >= length for window in windows)
 
     def _together(self, branches: list[Branch]) -> dict[Branch, Tensor]:
-        """Read the branches of each row behind each other; a mask hides from each what it does not go on from."""
+        """Put the branches of a row one after another; each sees only its own ids and the positions it continues."""
         rows, length = _by_row(branches), self.mask.shape[1]
         width = max(map(_width, rows))
         device, shape = self.mask.device, (len(rows), width)
         ids = torch.full(shape, self.frozen_lm.vocabulary.safe_id, device=device)
         positions = torch.zeros(shape, dtype=torch.long, device=device)
         sees = torch.zeros(*shape, length + width, dtype=torch.bool, device=device)
-        sees[..., length:] = torch.eye(width, dtype=torch.bool, device=device)  # What fills up a row sees itself.
+        sees[..., length:] = torch.eye(width, dtype=torch.bool, device=device)  # Padding sees only itself.
         causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
         last: dict[Branch, int] = {}
         for i, row in enumerate(rows):
@@ -139,7 +145,7 @@ class BranchReader:
                 last[branch] = i * width + end - 1
         hidden = torch.zeros(sees.shape, dtype=self.frozen_lm.dtype, device=device)
         hidden = hidden.masked_fill(~sees, torch.finfo(hidden.dtype).min)[:, None]
-        # Nothing of the vocabulary is asked for, so the output head runs nowhere.
+        # No logits are needed.
         options = {"position_ids": positions, "max_logits": 0}
         return self._run([row[0].row for row in rows], length, ids, hidden, last, **options)
 
@@ -150,7 +156,7 @@ class BranchReader:
         assert self._layers is not None, "there are plain keys and values"
         for group in _alike(branches):
             kept, count = group[0].kept, len(group[0].ids)
-            # A sliding window that has moved on has dropped what the last of the kept positions see.
+            # A sliding window that has moved has dropped keys and values that this branch needs.
             if kept < length and any(layer.keys.shape[-2] != length for layer in self._layers):
                 continue
             rows = [branch.row for branch in group]
@@ -163,7 +169,7 @@ class BranchReader:
     def _run(
         self, rows: list[int], kept: int, ids: Tensor, mask: Tensor, last: dict[Branch, int], **options: Any
     ) -> dict[Branch, Tensor]:
-        """Run ids (r, n) behind the first `kept` positions of some rows; return vectors (q,) of flat positions."""
+        """Run ids (r, n) after the first `kept` positions of some rows; return vectors (q,) of flat positions."""
         chosen = torch.tensor(rows, device=self.mask.device)
         is_all = rows == list(range(len(self.mask)))
         cache = copy_of(self._cache, lambda kv: kv if is_all else kv[chosen.to(kv.device)])

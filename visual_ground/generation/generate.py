@@ -83,7 +83,7 @@ def with_padding(
     Args:
         attached: the active adapter.
         image_tokens: (n * k, d), of the prompts' images.
-        options: for transformers' `generate`; a `pad_token_id` in them holds.
+        options: for transformers' `generate`; a `pad_token_id` in them takes precedence.
     """
     processor = attached.processor
     if processor.names_padding or options.get("pad_token_id") is not None:
@@ -126,7 +126,7 @@ def generate_ids(
         ),
         ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
     )
-    if seen is not None:  # After all others: what comes next in an image is certain.
+    if seen is not None:  # The ids of one image follow each other in a fixed order, which no other may change.
         options["logits_processor"].append(seen)
     return frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
 

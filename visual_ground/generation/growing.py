@@ -96,7 +96,7 @@ class GrowingAnswer:
         """Return what was held back.
 
         Args:
-            is_whole: whether the LM ended the answer itself; else it may be cut behind its last whole sentence.
+            is_whole: whether the LM ended the answer itself; else it may be cut after its last whole sentence.
         """
         held = self._held()
         return held if self._sentences is None else [*self._sentences.add(held), *self._sentences.end(is_whole)]

@@ -14,9 +14,9 @@ from visual_ground.generation.branches import BranchReader, branch_of
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.lm.hook_context import context_of
-from visual_ground.scoring.query_vectors import mean_vector, opening_contexts, vectors_behind
+from visual_ground.scoring.query_vectors import mean_vector, opening_contexts, vectors_after
 
-# Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
+# Called with the sequence, the token and, if it is `[RET]`, its retrieval vector (q,); returns whether to continue.
 OnToken = Callable[[int, int, Tensor | None], bool]
 
 
@@ -24,7 +24,7 @@ class AnswerListener(StoppingCriteria):
     """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` at the moment it comes.
 
     The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
-    an LM that holds something else is run once more up to the `[RET]`. For what is read besides at an answer's first
+    an LM that holds something else is run once more up to the `[RET]`. For what is also read at an answer's first
     `[RET]`, see `query_vectors.opening_contexts`.
 
     Args:
@@ -69,7 +69,7 @@ class AnswerListener(StoppingCriteria):
             if not self.on_token(row, token, vectors.get(row)):
                 self._ended.add(row)
         if self.seen is not None:
-            self.seen.write(input_ids)  # In place: what `generate` goes on with.
+            self.seen.write(input_ids)  # In place, because `generate` continues with this tensor.
         ended = [row in self._ended for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)
 
@@ -91,25 +91,25 @@ class AnswerListener(StoppingCriteria):
         mask = nn.functional.pad(mask, (0, ids.shape[1] - 1 - self.start), value=1)
         sequences = {row: ids[row, :-1][mask[row].bool()].tolist() for row in rows}
         contexts = {row: [sequence, *self._openings(row, sequence)] for row, sequence in sequences.items()}
-        read = iter(self._read_behind([(row, ids) for row in rows for ids in contexts[row]], sequences, mask))
+        read = iter(self._read_after([(row, ids) for row in rows for ids in contexts[row]], sequences, mask))
         found = {row: mean_vector([next(read) for _ in contexts[row]]) for row in rows}
         self._vectors |= {(row, ids.shape[1] - 1): vector for row, vector in found.items()}
         return found
 
     def _openings(self, row: int, sequence: list[int]) -> list[Sequence[int]]:
-        """Return the contexts that are read besides, if this is a row's first `[RET]`."""
+        """Return the contexts that are also read, if this is a row's first `[RET]`."""
         if any(known == row for known, _ in self._vectors):
             return []
         count = int(self.mask[row // self.per_prompt].sum())
         return opening_contexts(self.attached, sequence[:count], sequence[count:])
 
-    def _read_behind(
+    def _read_after(
         self, contexts: Sequence[tuple[int, Sequence[int]]], sequences: Mapping[int, list[int]], mask: Tensor
     ) -> list[Tensor]:
-        """Return the vectors (q,), on the CPU, read behind contexts, which are given with the row that each is for.
+        """Return the vectors (q,), on the CPU, read after each context.
 
         Args:
-            contexts: the ids of each.
+            contexts: (row, ids) of each.
             sequences: the ids of each row, without padding.
             mask: (b, s), of all positions that were run.
         """
@@ -122,7 +122,7 @@ class AnswerListener(StoppingCriteria):
         if anew := [context for (_, context), one in zip(contexts, branches, strict=True) if one not in found]:
             running = context_of(self.frozen_lm.virtual_tokens)
             image_tokens = None if running is None else running.image_tokens
-            again = iter(vectors_behind(self.frozen_lm, self.attached, anew, image_tokens))
+            again = iter(vectors_after(self.frozen_lm, self.attached, anew, image_tokens))
             return [found[one] if one in found else next(again) for one in branches]
         return [found[one] for one in branches]
 

@@ -25,7 +25,7 @@ def escape(text: str) -> str:
 
 
 def made_harmless(text: str) -> str:
-    """Return Markdown that a model wrote, without HTML, images and links to anything but the web.
+    """Return Markdown that a model wrote, with HTML, images, and links to anything but the web turned into plain text.
 
     An image that the model writes by itself would be fetched by whoever reads the answer. What is not of these kinds,
     such as lists and emphasis, stays.
@@ -51,7 +51,7 @@ def web_address(address: object) -> str | None:
 
 
 def escaped_address(address: str) -> str | None:
-    """Return an address, web or relative, that is percent-encoded already; None if it has another scheme."""
+    """Return a web or relative address, given percent-encoded, as Markdown takes it; None if it has another scheme."""
     if re.match(r"\s*[a-z][a-z0-9+.-]*:", address, re.IGNORECASE) and not web_address(address):
         return None
     return quote(address.strip(), safe=_ADDRESS)

@@ -93,7 +93,7 @@ def _length_by_default() -> int | None:
 def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
     """Return the most tokens that an answer may have, from the first source that sets a limit of either kind.
 
-    Where none does, but one asks for a length at least, the default comes on top of that.
+    If none does, but one sets a minimum length, the default is added to it.
 
     Args:
         sources: the caller's options, the caller's generation config, the LM's own.
@@ -156,7 +156,9 @@ def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str
 def ended_by_itself(
     frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any]
 ) -> Callable[[Sequence[int]], bool]:
-    """Return whether an answer's ids (s,) came to an end or to a stop string; else it ran out of tokens.
+    """Return a function that tells whether an answer's ids (s,) have reached an end id or a stop string.
+
+    Otherwise the answer ran out of tokens.
 
     Args:
         frozen_lm: the LM.

@@ -131,7 +131,7 @@ class FaissIndex:
         write_json(f"{path}.faiss.json", whole.about(""))
 
     def whole(self) -> FaissIndex:
-        """Return the index without removed vectors, built again where there are any; those behind them move up."""
+        """Return the index without removed vectors, built again where there are any; those after them move up."""
         if self.exact.end == len(self):
             return self
         too_few = self.kind == "ivfpq" and len(self) < FEWEST_TO_LEARN

@@ -1,4 +1,4 @@
-"""The parts of an index's build: each is written when it is done, so that a build goes on behind the last of them."""
+"""The parts of an index's build: each is written when it is done, so that a build goes on after the last of them."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""`FrozenLM`: a causal language model run with virtual tokens; the only place that touches the hooks."""
+"""`FrozenLM`: a causal language model run with virtual tokens."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class FrozenLM:
         vocabulary: which ids are the LM's own and which are virtual.
         virtual_tokens: the hooks.
         takes_positions: whether its forward takes position_ids.
-        reads_branches: whether it reads several branches in one pass, as found out by `generation.branches`.
+        reads_branches: by attention implementation and range of lengths, whether it reads several branches in one pass;
+            see `generation.branches.BranchReader`, which finds out.
     """
 
     def __init__(
@@ -84,12 +85,12 @@ class FrozenLM:
         limit = getattr(self.lm.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
-    def disabled(self) -> contextlib.AbstractContextManager[None]:
-        """Return a block in which the LM behaves as if nothing were attached, in all threads until it ends."""
+    def disabled(self) -> AbstractContextManager[None]:
+        """Return a context manager, inside which the LM behaves as if nothing were attached, in all threads."""
         return self.virtual_tokens.off()
 
-    def bare(self) -> contextlib.AbstractContextManager[HookContext]:
-        """Return a block in which this thread's calls run without the hooks; other threads' calls keep them."""
+    def bare(self) -> AbstractContextManager[HookContext]:
+        """Return a context manager, inside which this thread's calls run without the hooks; other threads keep them."""
         return self.virtual_tokens.bind(enabled=False)
 
     def release(self) -> nn.Module:
@@ -97,10 +98,8 @@ class FrozenLM:
         self.virtual_tokens.detach()
         return self.lm
 
-    def bind(
-        self, image_tokens: Tensor | None = None, **settings: Any
-    ) -> contextlib.AbstractContextManager[HookContext]:
-        """Return a context in which any forward of the LM reads these images.
+    def bind(self, image_tokens: Tensor | None = None, **settings: Any) -> AbstractContextManager[HookContext]:
+        """Return a context manager, inside which any forward of the LM reads these images.
 
         Args:
             image_tokens: (n * k, d), or None.
@@ -194,7 +193,7 @@ class FrozenLM:
         image_tokens: Tensor | None = None,
         **options: Any,
     ) -> list[Tensor]:
-        """Run the LM; return its states at `positions`, one (r, width) for each layer. As `read`, without logits."""
+        """As `read`, with the logits of one position only; return the states, one (r, width) for each layer."""
         return self.read(input_ids, attention_mask, positions, image_tokens, layers, 1, **options).states
 
     def log_likelihood(
@@ -230,8 +229,9 @@ class FrozenLM:
 
     def head_logits(self, states: Tensor) -> Tensor:
         """Run the output head, with `[RET]`'s column, on states (r, h); return logits (r, columns) in float32."""
-        with self.bind():  # In mixed precision, states come in another type than the head's.
-            logits: Tensor = self.lm.get_output_embeddings()(states.to(self.dtype).unsqueeze(0))
+        states = states.to(self.dtype)  # In mixed precision, they come in another type than the head's.
+        with self.bind():
+            logits: Tensor = self.lm.get_output_embeddings()(states.unsqueeze(0))
         return logits[0].float()
 
     @torch.no_grad()

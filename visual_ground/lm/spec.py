@@ -38,7 +38,7 @@ class LMSpec:
 
 @torch.no_grad()
 def read_spec(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> LMSpec:
-    """Read a language model's widths, ties, ids and fingerprint, by running two tokens through it.
+    """Read a language model's widths, whether its embeddings are tied, ids and fingerprint, by running two tokens.
 
     Args:
         lm: a causal LM.

@@ -1,6 +1,7 @@
 """Virtual tokens: vocabulary entries that a frozen language model gets from hooks at its two ends.
 
-Ids that the frozen embedding does not have travel through the LM's own forward and `generate`:
+Ids that are not tokens of the LM (`[RET]` may take one of its unused rows) travel through its own forward and
+`generate`:
 
     id                               enters as                          leaves as
     ret_token_id                     the adapter's [RET] embedding      one logit, head input . [RET] output embedding
@@ -78,10 +79,7 @@ class VirtualTokens:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "holder": None,
-        }  # The copy's own `FrozenLM` sets it.
+        return {**self.__dict__, "holder": None}  # The copy's own `FrozenLM` sets it.
 
     def detach(self) -> None:
         """Take the hooks off; the LM is as it was."""
@@ -103,7 +101,7 @@ class VirtualTokens:
         return self._switch.is_off if context is None else not context.active
 
     def off(self) -> contextlib.AbstractContextManager[None]:
-        """Return a block in which the LM behaves as if nothing were attached, in all threads; see `Switch`."""
+        """Return a context manager, inside which the LM behaves as if nothing were attached, in all threads."""
         return self._switch.off(context_of(self))
 
     @contextlib.contextmanager

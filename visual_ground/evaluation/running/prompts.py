@@ -64,7 +64,7 @@ def batch_of(
 
 @torch.no_grad()
 def embed_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt]) -> Tensor:
-    """Return unit vectors (n, q), read behind each prompt as by `GroundedModel.embed_text`.
+    """Return unit vectors (n, q), read after each prompt as by `GroundedModel.embed_text`.
 
     Args:
         model: the grounded model.
@@ -78,7 +78,7 @@ def embed_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt]) -> Ten
 
 @torch.no_grad()
 def answer_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt], **options: Any) -> list[str]:
-    """Return the text that the LM writes behind each prompt, greedily where the options say nothing else.
+    """Return the text that the LM writes after each prompt, greedily where the options say nothing else.
 
     Args:
         model: the grounded model.
@@ -94,7 +94,7 @@ def answer_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt], **opt
 def answer_encoded(
     model: GroundedModel, encoded: Sequence[EncodedPrompt], features: Sequence[Tensor], **options: Any
 ) -> list[str]:
-    """Return the text that the LM writes behind each prompt; see `answer_prompts`, and `batch_of` for the arguments."""
+    """Return the text that the LM writes after each prompt; see `answer_prompts`, and `batch_of` for the arguments."""
     batch, tokens = batch_of(model, encoded, features)
     tokens, padded = with_padding(model.active, tokens, {"do_sample": False, **options})
     parts = model.frozen_lm, model.active

@@ -30,7 +30,7 @@ WAYS = ("dialog_to_image", "image_to_dialog")
 class VisDial(Task):
     """VisDial 1.0 val: `ndcg`, `mrr`, `answer_r<k>` in percent and `mean_rank` of the answers; recalls both ways.
 
-    Answers: behind the image and the dialogue up to a question, each candidate's log-likelihood is summed over its
+    Answers: after the image and the dialogue up to a question, each candidate's log-likelihood is summed over its
     tokens. `ndcg` is that of the rounds with dense annotations, the others are over all rounds. Retrieval:
     `dialog_to_image_r<k>` and `image_to_dialog_r<k>`, with all ten rounds and without the caption.
 
@@ -180,7 +180,7 @@ def _published_scores(
 
 
 def _published_vectors(model: GroundedModel, texts: Sequence[str]) -> Tensor:
-    """Return the vectors behind texts that begin with the opening ids only, without the captions' prompt."""
+    """Return the vectors after texts that begin with the opening ids only, without the captions' prompt."""
     processor = model.processor
     opened = [(*processor.sink, *processor.encode_text(text)) for text in texts]
     encoded = [EncodedPrompt((*ids, *processor.retrieval_suffix(ids)), ()) for ids in opened]
