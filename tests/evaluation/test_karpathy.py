@@ -12,7 +12,7 @@ from tests.tiny import grounded
 from visual_ground import evaluate
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.evaluation.metrics import RANKS, ranks_of
-from visual_ground.evaluation.tasks.karpathy import Karpathy
+from visual_ground.evaluation.tasks.retrieval.karpathy import Karpathy
 
 CAPTIONS = [["w10 w11", "w12"], ["w13 w14 w15"], ["w16", "w17 w5", "w18"], ["w19"], ["w20 w6", "w21"], ["w22"]]
 NAMES = [f"COCO_val2014_{i:012d}.png" for i in range(len(CAPTIONS))]

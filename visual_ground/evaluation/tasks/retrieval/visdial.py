@@ -16,7 +16,7 @@ from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import batch_of, embed_prompts, without_features
 from visual_ground.evaluation.running.task import Task
 from visual_ground.evaluation.running.vectors import pack, unpack
-from visual_ground.evaluation.tasks.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
+from visual_ground.evaluation.tasks.retrieval.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.scoring.candidates import CandidateScorer
