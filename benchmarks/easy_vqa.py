@@ -31,7 +31,7 @@ from visual_ground.evaluation.running.questions import Question
 from visual_ground.evaluation.tasks.answers.easy_vqa import COLOURS, SHAPES, EasyVQA
 from visual_ground.regression import ridge
 from visual_ground.training.speedups.kv_cache import SharedPrefixCache, fixed_cache
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 NUM_TOKENS = 4
 BATCH = 64

@@ -11,9 +11,9 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.adapter.files import AdapterFiles
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingStateError, GroundingValueError
-from visual_ground.lm.fingerprint import warn_of_differences
-from visual_ground.lm.freezing import FreezeGuard
-from visual_ground.lm.spec import LMSpec
+from visual_ground.lm.base.fingerprint import warn_of_differences
+from visual_ground.lm.base.freezing import FreezeGuard
+from visual_ground.lm.base.spec import LMSpec
 from visual_ground.vision.encoder import VisionEncoder
 
 DEFAULT = "default"  # PEFT's name for the first adapter.

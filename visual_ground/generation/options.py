@@ -11,8 +11,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.lm.base.peft import base_model_of
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.peft import base_model_of
 from visual_ground.prompts.processor import GroundingProcessor
 
 MAX_NEW_TOKENS = 64  # Where neither the caller nor the LM's own generation config says anything of the length.

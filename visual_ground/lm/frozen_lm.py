@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from visual_ground.errors import GroundingStateError
-from visual_ground.lm.freezing import FreezeGuard
+from visual_ground.lm.base.freezing import FreezeGuard
+from visual_ground.lm.base.peft import base_model_of, tuner_layers
+from visual_ground.lm.base.spec import LMSpec
+from visual_ground.lm.base.weights import EmbeddingStatistics, embedding_device, embedding_vectors, head_vectors
 from visual_ground.lm.hook_context import HookContext
-from visual_ground.lm.peft import base_model_of, tuner_layers
 from visual_ground.lm.reading import LMReading, states_at
-from visual_ground.lm.spec import LMSpec
 from visual_ground.lm.virtual_tokens import VirtualTokens
-from visual_ground.lm.weights import EmbeddingStatistics, embedding_device, embedding_vectors, head_vectors
 
 LAST = (-1,)  # As in `GroundingConfig.text_layers`: what the output head reads.
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError
-from visual_ground.lm.freezing import FreezeGuard
+from visual_ground.lm.base.freezing import FreezeGuard
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.weights import LMEnds
 from visual_ground.lm.hook_context import HookContext, Switch, context_of, current
-from visual_ground.lm.vocabulary import VirtualVocabulary
-from visual_ground.lm.weights import LMEnds
 
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]

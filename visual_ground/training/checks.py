@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.lm.peft import trained_parameters
+from visual_ground.lm.base.peft import trained_parameters
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
 

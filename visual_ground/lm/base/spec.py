@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.lm.fingerprint import SAMPLED_ROWS, Fingerprint, spread
-from visual_ground.lm.freezing import FreezeGuard
-from visual_ground.lm.vocabulary import VirtualVocabulary
-from visual_ground.lm.weights import check_head, embedding_device, ends_are_tied
+from visual_ground.lm.base.fingerprint import SAMPLED_ROWS, Fingerprint, spread
+from visual_ground.lm.base.freezing import FreezeGuard
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.weights import check_head, embedding_device, ends_are_tied
 
 
 @dataclass(frozen=True)
