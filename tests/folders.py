@@ -29,6 +29,7 @@ ORDER = (
     "prompts",
     "adapter",
     "index/table",
+    "index/engines",
     "index",
     "index/milvus",
     "indexing",
