@@ -16,9 +16,9 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.index.table.rows import COLUMN_TYPES
-from visual_ground.prompts.types import IMAGE_SUFFIXES
 from visual_ground.rows import picture_of, rows_by_number
 from visual_ground.storage.shards import read_shard
+from visual_ground.vision.formats import IMAGE_SUFFIXES
 from visual_ground.vision.images import ImageLike
 from visual_ground.vision.link_rules import is_url
 
