@@ -5,7 +5,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tests.tiny import FAMILIES, build, grounded, picture
-from visual_ground.generation.branches import BranchReader, branch_of
+from visual_ground.generation.branches import BranchReader
+from visual_ground.generation.layout import branch_of
 from visual_ground.scoring.query_vectors import vectors_after
 
 PROMPTS = [["w4 w5", picture(0), "w6 w7"], ["w9"], ["w4 w5 w8 w10 w11 w12 w13"]]

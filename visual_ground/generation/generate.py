@@ -16,7 +16,6 @@ from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import complete_options, ended_by_itself, silent_ids
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
-from visual_ground.generation.seeing import SeenImages
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
 from visual_ground.index.image_index import ImageIndex
@@ -53,7 +52,7 @@ def generate(
     per_prompt = options.get("num_return_sequences") or 1
     listener = AnswerListener(frozen_lm, attached, mask, per_prompt=per_prompt)
     with frozen_lm.bind():  # One block for both: if the adapter is disabled elsewhere meanwhile, neither is affected.
-        sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, with_listener(listener, options))
+        sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options, listener)
         vectors = listener.vectors_of(sequences)
         if vectors is None:
             mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
@@ -94,12 +93,6 @@ def with_padding(
     return tokens, {**options, "pad_token_id": processor.vocabulary.first_image_id + count}
 
 
-def with_listener(listener: AnswerListener, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of `generate` with a listener among the stopping criteria."""
-    given = options.get("stopping_criteria") or []
-    return {**options, "stopping_criteria": StoppingCriteriaList([*given, listener])}
-
-
 def generate_ids(
     frozen_lm: FrozenLM,
     attached: AttachedAdapter,
@@ -107,10 +100,11 @@ def generate_ids(
     image_tokens: Tensor | None,
     settings: RetrievalSettings,
     options: Mapping[str, Any],
-    seen: SeenImages | None = None,
+    listener: AnswerListener | None = None,
 ) -> Tensor:
     """Run transformers' `generate`; return ids (b * num_return_sequences, s), which begin with the prompts'."""
     processor, ids = attached.processor, batch["input_ids"]
+    seen = None if listener is None else listener.seen
     count = 0 if image_tokens is None else len(image_tokens)
     options = complete_options(
         frozen_lm,
@@ -128,7 +122,12 @@ def generate_ids(
     )
     if seen is not None:  # The ids of one image follow each other in a fixed order, which no other may change.
         options["logits_processor"].append(seen)
-    return frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
+    if listener is not None:
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), listener])
+    sequences = frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
+    if listener is not None:
+        listener.finish()
+    return sequences
 
 
 def check_index(index: Any, attached: AttachedAdapter) -> None:

@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.generate import check_index, generate_ids, with_listener, with_padding
+from visual_ground.generation.generate import check_index, generate_ids, with_padding
 from visual_ground.generation.growing import GrowingAnswer, joined
 from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import ended_by_itself, silent_ids
@@ -138,8 +138,7 @@ def generate_parts(
 
     per_prompt = options.get("num_return_sequences") or 1
     listener = AnswerListener(frozen_lm, attached, batch["attention_mask"], take, per_prompt, seen)
-    options = with_listener(listener, options)
-    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options, seen)
+    sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options, listener)
     if listener.lost:
         raise _beams()
     return sequences

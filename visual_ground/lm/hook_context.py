@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from visual_ground.lm.key_values import cache_of
+from visual_ground.lm.reading import ExtraIds
 
 
 @dataclass(eq=False)
@@ -40,6 +42,8 @@ class HookContext:
         selected: whether the head ran at the positions only.
         cache: what the LM kept of the latest forward, such as keys and values.
         packed: extra logit rows that hold `[RET]`'s column, for an LM that trims its logits to its own vocabulary.
+        extra: ids that the next step of this call's `generate` reads together with its own.
+        joined: those that the latest forward has read.
     """
 
     owner: object
@@ -60,20 +64,32 @@ class HookContext:
     selected: bool = False
     cache: object = None
     packed: int = 0
+    extra: ExtraIds | None = None
+    joined: ExtraIds | None = None
 
     @property
     def active(self) -> bool:
         """Whether the hooks do anything in this context."""
         return self.enabled and not self.suspending
 
-    def start_forward(self) -> None:
-        """Clear what the previous forward left."""
+    def start_forward(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Clear what the previous forward left; return the arguments of this one, with `extra` in them."""
         self.virtual, self.embedded, self.head_input, self.packed = None, False, None, 0
+        if self.joined is not None:
+            self.joined, self.positions, self.max_logits = None, None, None
+        extra, self.extra = self.extra, None
+        if extra is None or (longer := extra.join(options)) is None:
+            return options
+        # The head runs at the step's own id only.
+        self.joined, self.positions, self.max_logits = extra, torch.arange(extra.ids.shape[1]), 1
+        return longer
 
     def end_forward(self, output: object) -> None:
         """Note what the LM kept, and forget which ids were virtual."""
         self.cache = cache_of(output)
         self.virtual = None
+        if self.joined is not None and output is not None:
+            self.joined.part(self.head_input)
 
     def locate(self, seen: Tensor) -> tuple[Tensor, Tensor] | None:
         """Find the virtual ids in what the embedding was given: the same ids, transposed, cut short, or extended.

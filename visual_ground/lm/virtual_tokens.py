@@ -124,7 +124,7 @@ class VirtualTokens:
         self._ends.check(self.lm)
         bound = context_of(self)
         context = bound or HookContext(self, unbound=True, outer=current.get())
-        context.start_forward()
+        kwargs = context.start_forward(kwargs)
         if context.unbound:
             current.set(context)
         slot = self._parameters.index("input_ids") if "input_ids" in self._parameters else 0
@@ -133,7 +133,7 @@ class VirtualTokens:
             return None
         context.shape = ids.shape
         if not self._find_virtual(context, ids):
-            return None
+            return args, kwargs
         if len(args) > slot:
             return (*args[:slot], context.safe_ids, *args[slot + 1 :]), kwargs
         return args, {**kwargs, "input_ids": context.safe_ids}
@@ -225,7 +225,7 @@ class VirtualTokens:
             logits, column = output.logits[:, : -context.packed], output.logits[:, -context.packed :].flatten(1)
             output.logits = self._widen(logits, column[:, : logits.shape[1]], context)
         if context.positions is not None and not context.selected and context.head_input is not None:
-            output.logits = _at(output.logits, context.positions)
+            output.logits = _at(output.logits, context.positions)[:, : context.max_logits]
             context.head_input = _at(context.head_input, context.positions)
         return self._forbid_columns(output, context)
 
