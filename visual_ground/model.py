@@ -55,8 +55,8 @@ class GroundedModel(nn.Module):
         super().__init__()
         self.lm, self.tokenizer, spec = components.lm, components.tokenizer, components.spec
         self.ret_token_id, self.adapters = spec.vocabulary.ret_token_id, AdapterSet()
-        options = config.mask_spare_columns, config.train_lm_adapter
-        self.frozen_lm = FrozenLM(self.lm, spec, self.adapters.ret_embeddings, *options)
+        active = self.adapters.ret_embeddings, self.adapters.masks_spare_columns
+        self.frozen_lm = FrozenLM(self.lm, spec, *active, config.train_lm_adapter)
         self._attach(self.adapters.active_name, config, components)
 
     def _attach(self, name: str, config: GroundingConfig, parts: Components) -> AttachedAdapter:
@@ -170,7 +170,6 @@ class GroundedModel(nn.Module):
     def set_adapter(self, adapter_name: str) -> None:
         """Use, train and save this adapter from now on; the others stay loaded."""
         self.adapters.set(adapter_name)
-        self.frozen_lm.virtual_tokens.mask_spare_columns = self.config.mask_spare_columns
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, which must not be the active one."""

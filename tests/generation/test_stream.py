@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.tiny import FAMILIES, grounded, picture
 from visual_ground import GroundingError, ImageIndex, RetrievedImage
@@ -127,6 +128,7 @@ def test_a_stream_that_is_left_ends_its_thread():
         (["w4", "w5"], {}, "2 prompts"),
         ("w4", dict(num_beams=2), "beam search"),
         ("w4", dict(num_return_sequences=2, do_sample=True), "one answer"),
+        ("w4", dict(generation_config=GenerationConfig(num_return_sequences=2, do_sample=True)), "2 answers each"),
         ("w4", dict(temperature="hot", do_sample=True), "hot"),
         ("w4", dict(index=3), "ImageIndex"),
     ],

@@ -66,6 +66,10 @@ class AdapterSet(nn.Module):
         """Return the active adapter's `[RET]` embeddings, (d,) and (h,)."""
         return self.active.adapter.ret_embeddings()
 
+    def masks_spare_columns(self) -> bool:
+        """Return whether the active adapter sets the logits of ids that no token has to -inf."""
+        return self.active.config.mask_spare_columns
+
     def check_new(self, name: str, config: GroundingConfig) -> None:
         """Raise GroundingValueError where an adapter of this name and these settings cannot be added."""
         if not name or "." in name or name in self.attached:

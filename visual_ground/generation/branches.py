@@ -13,7 +13,6 @@ from torch import Tensor
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.generation.layout import Branch, Layout, alike, by_row, laid_out, of_similar_length, width_of
 from visual_ground.lm.frozen_lm import LAST, FrozenLM
-from visual_ground.lm.hook_context import context_of
 from visual_ground.lm.key_values import copy_of, plain_layers, shortened
 from visual_ground.lm.reading import ExtraIds
 
@@ -42,7 +41,7 @@ class BranchReader:
 
     def __init__(self, frozen_lm: FrozenLM, attached: AttachedAdapter, mask: Tensor) -> None:
         self.frozen_lm, self.attached, self.mask = frozen_lm, attached, mask
-        context = context_of(frozen_lm.virtual_tokens)
+        context = frozen_lm.virtual_tokens.context
         self._cache: Any = None if context is None else context.cache
         self._layers = plain_layers(self._cache, mask.shape[1])
         self.image_tokens = None if context is None else context.image_tokens
@@ -71,7 +70,7 @@ class BranchReader:
             branches: of the one sequence.
             token: the step's own id, a virtual one.
         """
-        context = context_of(self.frozen_lm.virtual_tokens)
+        context = self.frozen_lm.virtual_tokens.context
         own = Branch(0, self.mask.shape[1], (token,))
         if context is None or self._layers is None or len(self.mask) > 1 or not all(map(self._fits, branches)):
             return None

@@ -140,8 +140,7 @@ class GrowingAnswer:
 
     def _parts_of(self, token: int, vector: Tensor | None) -> list[Part]:
         if token != self.ret_token_id:
-            # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
-            is_text = token < self.vocabulary.num_tokens and token not in self.silent
+            is_text = self.vocabulary.is_token(token) and token not in self.silent
             text = self._text.add(token) if is_text else ""
             return [text] if text else []
         assert vector is not None, "the listener reads one at each [RET]"

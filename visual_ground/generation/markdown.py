@@ -10,6 +10,7 @@ _PUNCTUATION = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&$:@\"'=^])")
 # Links lead to the web or nowhere: an address of another scheme, also one in disguise, stays text.
 _LINK = re.compile(r"\]\((?!https?://)", re.IGNORECASE)
 _DEFINITION = re.compile(r"\]:(?!\s*https?://)", re.IGNORECASE)
+_SCHEME = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 # Characters that are safe in an address in Markdown; the percent sign is, because it starts an escape already made.
 _ADDRESS = "/:?#@,;=&%~+-._$"
 
@@ -52,7 +53,7 @@ def web_address(address: object) -> str | None:
 
 def escaped_address(address: str) -> str | None:
     """Return a web or relative address, given percent-encoded, as Markdown takes it; None if it has another scheme."""
-    if re.match(r"\s*[a-z][a-z0-9+.-]*:", address, re.IGNORECASE) and not web_address(address):
+    if _SCHEME.match(address) and not web_address(address):
         return None
     return quote(address.strip(), safe=_ADDRESS)
 
@@ -68,7 +69,7 @@ def image_address(address: str) -> str | None:
         return address
     if web := web_address(address):
         return web
-    if re.match(r"\s*[a-z][a-z0-9+.-]*:", address, re.IGNORECASE):
+    if _SCHEME.match(address):
         return None
     return quote(address, safe="/-._~")
 

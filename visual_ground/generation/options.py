@@ -146,7 +146,7 @@ def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str
         attached: the active adapter, with the tokenizer.
         options: of the call to `generate`.
     """
-    ids = _asked(frozen_lm, options or {}, "eos_token_id")
+    ids = option_of(frozen_lm, options or {}, "eos_token_id")
     ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
     if isinstance(ids, Tensor):
         ids = ids.flatten().tolist()
@@ -165,22 +165,23 @@ def ended_by_itself(
         attached: the active adapter, with the tokenizer.
         options: of the call to `generate`.
     """
-    ends, stops = end_ids(frozen_lm, attached, options), _asked(frozen_lm, options, "stop_strings") or ()
+    ends, stops = end_ids(frozen_lm, attached, options), option_of(frozen_lm, options, "stop_strings") or ()
     stops, processor = (stops,) if isinstance(stops, str) else tuple(stops), attached.processor
 
     def has_ended(ids: Sequence[int]) -> bool:
         if ends.intersection(ids) or not stops:
             return bool(ends.intersection(ids))
         # transformers ends an answer with the token that completes one of these, so it can stand nowhere else.
-        text = processor.tokenizer.decode([i for i in ids if i < processor.vocabulary.num_tokens])
+        text = processor.tokenizer.decode([i for i in ids if processor.vocabulary.is_token(i)])
         return any(stop in text for stop in stops)
 
     return has_ended
 
 
-def _asked(frozen_lm: FrozenLM, options: Mapping[str, Any], name: str) -> Any:
-    """Return what the call says, else its generation config, else the LM's own."""
-    sources = [options, *(vars(one) for one in (options.get("generation_config"), _own_config(frozen_lm)) if one)]
+def option_of(frozen_lm: FrozenLM, options: Mapping[str, Any], name: str) -> Any:
+    """Return the value of an option of `generate`: the call's own, else its generation config's, else the LM's."""
+    configs = options.get("generation_config"), _own_config(frozen_lm)
+    sources = [options, *(vars(config) for config in configs if isinstance(config, GenerationConfig))]
     return next((value for source in sources if (value := source.get(name)) is not None), None)
 
 

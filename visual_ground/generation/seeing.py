@@ -12,7 +12,6 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingError
 from visual_ground.generation.output import Part, RetrievedImage
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.hook_context import context_of
 from visual_ground.vision.images import to_rgb
 
 
@@ -62,7 +61,7 @@ class SeenImages(LogitsProcessor):
             self.places.add(first)
             ids[row, -1] = first
             self._due[row] = list(range(first + 1, first + len(tokens)))
-        if context := context_of(self.frozen_lm.virtual_tokens):
+        if context := self.frozen_lm.virtual_tokens.context:
             context.image_tokens = self.image_tokens
 
     def _tokens(self, images: list[RetrievedImage]) -> Tensor | None:

@@ -30,7 +30,7 @@ class FrozenLM:
         lm: a causal LM; may be a `PeftModel`.
         spec: its widths and ids, as `read_spec` returns them.
         ret_embeddings: returns `[RET]`'s input (d,) and output embedding (h,), read anew in each forward.
-        mask_spare_columns: as in `GroundingConfig`.
+        masks_spare_columns: returns `mask_spare_columns` of `GroundingConfig`, read anew in each forward.
         train_lm_adapter: leave the PEFT adapter in the LM trainable, and nothing else.
 
     Attributes:
@@ -47,7 +47,7 @@ class FrozenLM:
         lm: nn.Module,
         spec: LMSpec,
         ret_embeddings: Callable[[], tuple[Tensor, Tensor]],
-        mask_spare_columns: bool = False,
+        masks_spare_columns: Callable[[], bool],
         train_lm_adapter: bool = False,
     ) -> None:
         self.lm, self.spec, self.vocabulary = lm, spec, spec.vocabulary
@@ -60,7 +60,7 @@ class FrozenLM:
         self.reads_branches: dict[tuple[str | None, int], bool] = {}
         # transformers 5.24 renamed the argument past_key_values.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, mask_spare_columns)
+        self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, masks_spare_columns)
         self.virtual_tokens.attach(frozen)
         self.virtual_tokens.holder = weakref.ref(self)
 
@@ -87,7 +87,7 @@ class FrozenLM:
 
     def disabled(self) -> AbstractContextManager[None]:
         """Return a context manager, inside which the LM behaves as if nothing were attached, in all threads."""
-        return self.virtual_tokens.off()
+        return self.virtual_tokens.switch.off(self.virtual_tokens.context)
 
     def bare(self) -> AbstractContextManager[HookContext]:
         """Return a context manager, inside which this thread's calls run without the hooks; other threads keep them."""

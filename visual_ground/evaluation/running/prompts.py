@@ -101,5 +101,5 @@ def answer_encoded(
     sequences = generate_ids(*parts, batch, tokens, RetrievalSettings(max_images=0), padded)
     silent, vocabulary = silent_ids(*parts), model.processor.vocabulary
     answers = sequences[:, batch["input_ids"].shape[1] :].tolist()
-    kept = [[i for i in ids if i not in silent and i < vocabulary.num_tokens] for ids in answers]
+    kept = [[i for i in ids if i not in silent and vocabulary.is_token(i)] for ids in answers]
     return [str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in kept]
