@@ -22,6 +22,7 @@ from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.restoring import own_pictures
 from visual_ground.vision.decoding import decode_file
+from visual_ground.vision.formats import open_image
 from visual_ground.vision.images import read_file, to_rgb
 
 MAX_PIXELS = 40_000_000
@@ -118,7 +119,7 @@ def decode_picture(data: bytes, most: int = MAX_PIXELS) -> Image.Image:
         GroundingValueError: a damaged one.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:  # Reads the head only.
+        with open_image(data) as opened:
             pixels = opened.width * opened.height
     except Exception as error:  # Whatever a decoder says of bytes from a stranger.
         raise RequestFailure(
@@ -191,7 +192,7 @@ class Pictures:
         try:
             if not isinstance(image, Image.Image):
                 data = read_file(image)
-                with Image.open(io.BytesIO(data)) as opened:
+                with open_image(data) as opened:
                     if media_type := MEDIA_TYPES.get(opened.format or ""):
                         return data, media_type
             return _as_png(to_rgb(image)), "image/png"
