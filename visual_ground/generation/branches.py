@@ -51,13 +51,17 @@ class BranchReader:
         """Return the vector (q,), on the CPU, read at the last id of each branch.
 
         Those are missing that cannot be read here: of an LM that keeps anything but plain keys and values, such as a
-        state space; before the place from which on a sliding window is kept; and longer than the LM's context.
+        state space, or that takes one id at a time; before the place from which on a sliding window is kept; and longer
+        than the LM's context.
         """
         if self._layers is None:
             return {}
         vectors: dict[Branch, Tensor] = {}
         for part in of_similar_length(filter(self._fits, branches)):
-            vectors |= self._read_part(part)
+            try:
+                vectors |= self._read_part(part)
+            except Exception as error:  # Whatever an LM says of several ids behind what it has read.
+                logger.debug("this LM reads no branches: %s", error)
         return {branch: vector.cpu() for branch, vector in vectors.items()}
 
     def join(self, branches: Sequence[Branch], token: int) -> JoinedBranches | None:
