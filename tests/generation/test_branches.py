@@ -113,9 +113,9 @@ def test_an_lm_that_reads_them_differently_together_reads_them_one_by_one(monkey
 
 @torch.no_grad()
 def test_an_lm_that_takes_one_id_at_a_time_behind_what_it_has_read_is_run_anew():
-    model = grounded(retrieval_prompt="w40 w41")
     options = dict(ret_bias=1e3, max_images=1, max_new_tokens=5, min_new_tokens=5, do_sample=False)
-    expected = model.generate(PROMPTS[1], **options)[0]
+    expected = grounded(retrieval_prompt="w40 w41").generate(PROMPTS[1], **options)[0]
+    model = grounded(retrieval_prompt="w40 w41")
     refused = []
 
     def one_at_a_time(module, given, options):
