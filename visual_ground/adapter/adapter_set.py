@@ -107,14 +107,7 @@ class AdapterSet(nn.Module):
         return attached
 
     def load(self, name: str, files: AdapterFiles, is_trainable: bool, lm: nn.Module) -> None:
-        """Load a saved adapter's tensors, or remove the adapter where that fails.
-
-        Args:
-            name: an adapter that was added with the saved one's settings.
-            files: the saved adapter.
-            is_trainable: whether it is trained while it is active.
-            lm: the LM.
-        """
+        """Load a saved adapter's tensors into one that was added with its settings, or remove that where it fails."""
         attached = self[name]
         try:
             attached.load_weights(files.folder, lm)
@@ -132,11 +125,7 @@ class AdapterSet(nn.Module):
             lm.requires_grad_(False)
 
     def set(self, name: str) -> None:
-        """Make an adapter the active one.
-
-        Raises:
-            GroundingValueError: no adapter has this name.
-        """
+        """Make an adapter the active one; raise GroundingValueError where none has this name."""
         attached = self[name]
         for other in self:
             self[other].adapter.set_trainable(False)
@@ -144,12 +133,7 @@ class AdapterSet(nn.Module):
         self.active_name = name
 
     def delete(self, name: str) -> None:
-        """Remove an adapter.
-
-        Raises:
-            GroundingValueError: no adapter has this name.
-            GroundingStateError: it is the active one.
-        """
+        """Remove an adapter; raise GroundingValueError where there is none, GroundingStateError where it is active."""
         self[name]  # Raises where there is none.
         if name == self.active_name:
             raise GroundingStateError(f"{name!r} is the active adapter. Call set_adapter with another name first.")

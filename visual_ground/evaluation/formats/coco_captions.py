@@ -25,11 +25,7 @@ class CaptionedImage:
 
 
 def captions_file(folder: Path, split: str) -> Path:
-    """Return the path of a split's captions.
-
-    Raises:
-        GroundingFileError: the file is missing.
-    """
+    """Return the path of a split's captions."""
     return files.find_file(folder, f"captions_{split}.json")
 
 

@@ -34,10 +34,6 @@ class Captions(Task):
         split: such as "val2017".
         max_new_tokens: the most tokens of a caption.
         tokenizer: "python", or "stanford", which the published numbers were computed with and which needs Java.
-
-    Raises:
-        GroundingFileError: the file is missing or no JSON.
-        GroundingValueError: a key that is missing, ids that come twice, images without captions.
     """
 
     name, primary_metric, unit, dataset = "captions", "cider", "image", "COCO captions"

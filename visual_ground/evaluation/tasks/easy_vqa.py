@@ -35,10 +35,6 @@ class EasyVQA(Task):
         prompt: how a question is put, see `QuestionPrompt`.
         images: measure only so many pictures, drawn at random, with all their questions; None: all.
         seed: of the draw.
-
-    Raises:
-        GroundingValueError: images below 1.
-        GroundingStateError: the package is not installed.
     """
 
     name, primary_metric, unit = "easy-vqa", "accuracy", "image"
@@ -60,11 +56,7 @@ class EasyVQA(Task):
         self.files = [Path(_package().__file__).parent / "data" / split / "questions.json"]
 
     def read(self, split: str) -> list[tuple[str, str, int]]:
-        """Return the questions of a split, each with its answer and its image's number.
-
-        Raises:
-            GroundingValueError: an answer that is not among those of the package.
-        """
+        """Return the questions of a split, each with its answer and its image's number."""
         package = _package()
         read = package.get_train_questions if split == "train" else package.get_test_questions
         questions = list(zip(*read(), strict=True))
