@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.lm.fingerprint import warn_of_differences
 from visual_ground.lm.freezing import FreezeGuard
-from visual_ground.lm.spec import LMSpec
-from visual_ground.vision.encoder import VisionEncoder
 
 DEFAULT = "default"  # PEFT's name for the first adapter.
 T = TypeVar("T")
@@ -78,30 +76,10 @@ class AdapterSet(nn.Module):
                 "switched here. Load it alone, with GroundedModel.from_pretrained."
             )
 
-    def add(
-        self,
-        name: str,
-        config: GroundingConfig,
-        spec: LMSpec,
-        vision: VisionEncoder,
-        tokenizer: Any,
-        max_length: int | None,
-        provenance: Mapping[str, str | None],
-    ) -> AttachedAdapter:
-        """Add a new adapter, frozen unless it is the first; its encoder is frozen in any case.
-
-        Args:
-            name: a new name.
-            config: as in `AttachedAdapter`, likewise the others.
-            spec: see there.
-            vision: see there.
-            tokenizer: see there.
-            max_length: see there.
-            provenance: see there.
-        """
-        if not any(vision is self[other].vision for other in self):
-            self._freeze_guard.add(vision)
-        attached = AttachedAdapter(config, spec, vision, tokenizer, max_length, provenance)
+    def add(self, name: str, attached: AttachedAdapter) -> AttachedAdapter:
+        """Add an adapter by a new name, frozen unless it is the first; its encoder is frozen in any case."""
+        if not any(attached.vision is self[other].vision for other in self):
+            self._freeze_guard.add(attached.vision)
         self.attached[name] = attached
         attached.adapter.set_trainable(name == self.active_name)
         return attached
