@@ -26,11 +26,7 @@ def kind_for(count: int) -> str:
 
 
 def factory_of(kind: str, count: int, dim: int) -> str:
-    """Return faiss's name for an index of a kind.
-
-    Raises:
-        GroundingValueError: another kind, or too few vectors to learn IVF-PQ from.
-    """
+    """Return faiss's name for an index of a kind; GroundingValueError for another, or too few vectors for IVF-PQ."""
     if kind not in EFFORTS:
         raise GroundingValueError(f"kind must be one of {sorted(EFFORTS)}, got {kind!r}.")
     if kind != "ivfpq":

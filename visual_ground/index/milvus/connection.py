@@ -93,9 +93,6 @@ def lite_file(path: str | os.PathLike[str]) -> str:
 class Connection:
     """Calls of a Milvus server, each tried again where the server was away.
 
-    Args:
-        server: where it is.
-
     Raises:
         GroundingStateError: pymilvus is not installed, or Milvus cannot be reached.
     """
@@ -111,9 +108,6 @@ class Connection:
         Args:
             use: what to do. It must do no harm twice, unless there is `again`.
             again: what to do from the second time on; a call that was lost may have been carried out.
-
-        Raises:
-            GroundingStateError: Milvus was away every time, or refused the call.
         """
         for number in range(self.server.tries):
             if number:
