@@ -47,10 +47,6 @@ NOT_ASKED = ("", "0", "false", "no", "off", "none")
 def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingArguments:
     """Return the settings of a run; the default ones where None.
 
-    Args:
-        args: as given to `GroundingTrainer`.
-        options: the further arguments, which go to `Trainer`.
-
     Raises:
         GroundingTypeError: another class of settings, or an argument of `Trainer` that has no meaning here.
     """
@@ -67,11 +63,7 @@ def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingA
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise GroundingValueError where a callback would upload the LM, or the evaluation pictures of the output folder.
-
-    Args:
-        callbacks: of the run, those of `report_to` among them.
-    """
+    """Raise GroundingValueError where a callback uploads the LM, or the evaluation pictures of the output folder."""
     for callback in callbacks:
         for name in {base.__name__ for base in type(callback).__mro__} & set(WHOLE_UPLOADS):
             variable, what = WHOLE_UPLOADS[name]
@@ -85,12 +77,7 @@ def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise where a model cannot be trained.
-
-    Raises:
-        GroundingTypeError: not a `GroundedModel`.
-        GroundingStateError: its adapter is frozen.
-    """
+    """Raise where a model cannot be trained: it is not a `GroundedModel`, or its adapter is frozen."""
     if not isinstance(model, GroundedModel):
         raise GroundingTypeError(f"GroundingTrainer trains a GroundedModel, got {type(model).__name__}.")
     if not any(parameter.requires_grad for parameter in model.adapter.parameters()):
@@ -106,11 +93,7 @@ def no_predictions(trainer: Any, *args: Any, **options: Any) -> NoReturn:
 
 
 def freeze_others(model: GroundedModel) -> None:
-    """Freeze whatever is trainable and not saved with the active adapter: what no checkpoint holds is not trained.
-
-    Args:
-        model: the grounded model; its adapter's own tensors stay as they are, so that a part of it may be frozen.
-    """
+    """Freeze whatever is trainable and not saved with the active adapter: what no checkpoint holds is not trained."""
     kept = {id(parameter) for parameter in _saved_parameters(model)}
     foreign = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if not foreign:

@@ -98,11 +98,7 @@ class FromageLoss:
     retrieval_loss_scale: float = 1.0
 
     def __call__(self, objective: GroundingObjective, batch: PreparedBatch) -> GroundingLoss:
-        """Return the weighted sum and its parts; a part without weight is not computed, and is None.
-
-        Raises:
-            GroundingValueError: both weights are 0.
-        """
+        """Return the weighted sum and its parts; a part without weight is not computed, and is None."""
         found: dict[str, Tensor] = {}
         terms: list[Tensor] = []
         if self.caption_loss_scale:
@@ -165,11 +161,7 @@ class GroundingObjective(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **_: object
     ) -> None:
-        """Compute the LM's layers again in the backward pass instead of keeping their activations.
-
-        Args:
-            activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
-        """
+        """Compute the LM's layers again in the backward pass instead of keeping their activations."""
         self._checkpoints.enable(activation_checkpointing_kwargs)
 
     # `Trainer` calls the one or the other, depending on the version of transformers.

@@ -31,13 +31,7 @@ RECORDED_ARGUMENTS = (
 
 
 def record_settings(model: GroundedModel, args: TrainingArguments, examples: Any) -> None:
-    """Note on the adapter's card that it is trained here, and how.
-
-    Args:
-        model: the grounded model.
-        args: the settings.
-        examples: the training examples; a stream has no length, and its pairs are not counted.
-    """
+    """Note on the adapter's card that it is trained here, and how; pairs of a stream are not counted."""
     pairs = {"pairs": len(examples)} if hasattr(examples, "__len__") else {}
     settings = {name: _recorded(getattr(args, name)) for name in RECORDED_ARGUMENTS}
     model.active.record_training({**pairs, "library_version": version("visual-ground"), **settings})

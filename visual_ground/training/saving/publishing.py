@@ -59,11 +59,7 @@ class Publisher:
             )
 
     def open(self, token: str | None = None, private: bool | None = None) -> str:
-        """Return the repository's full name; it is made where it does not exist.
-
-        Raises:
-            GroundingFileError: the Hub did not take it.
-        """
+        """Return the repository's full name; it is made where it is new. GroundingFileError where the Hub refuses."""
         if self.repo_id is None:
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
             self.repo_id = make_repository(name, self._options(token, private))
@@ -127,9 +123,6 @@ class Publisher:
 
 def card_values(given: dict[str, Any]) -> dict[str, Any]:
     """Return a card's metadata from arguments of `Trainer.create_model_card`; `dataset_args` have no place in it.
-
-    Raises:
-        GroundingTypeError: no such argument.
 
     Example:
         >>> card_values({"tags": "cats", "dataset": None})
