@@ -140,13 +140,7 @@ def converse(
 
 
 def request_all(model: GroundedModel, index: ImageIndex, concepts: Sequence[Concept]) -> list[Request]:
-    """Ask for each concept in words that were not fitted on.
-
-    Args:
-        model: the grounded model.
-        index: the pictures that it can show, by name.
-        concepts: what is asked for.
-    """
+    """Ask for each concept in words that were not fitted on."""
     texts = [c.fill(UNFITTED_REQUESTS[stable_number(c.code) % len(UNFITTED_REQUESTS)]) for c in concepts]
     chats = [[SYSTEM, {"role": "user", "content": text}] for text in texts]
     answers = []
