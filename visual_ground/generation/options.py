@@ -139,13 +139,7 @@ def _check(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
 
 
 def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any] | None = None) -> set[int]:
-    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS.
-
-    Args:
-        frozen_lm: the LM.
-        attached: the active adapter, with the tokenizer.
-        options: of the call to `generate`.
-    """
+    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS."""
     ids = _asked(frozen_lm, options or {}, "eos_token_id")
     ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
     if isinstance(ids, Tensor):
@@ -156,13 +150,7 @@ def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str
 def ended_by_itself(
     frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any]
 ) -> Callable[[Sequence[int]], bool]:
-    """Return whether an answer's ids (s,) came to an end or to a stop string; else it ran out of tokens.
-
-    Args:
-        frozen_lm: the LM.
-        attached: the active adapter, with the tokenizer.
-        options: of the call to `generate`.
-    """
+    """Return whether an answer's ids (s,) came to an end or to a stop string; else it ran out of tokens."""
     ends, stops = end_ids(frozen_lm, attached, options), _asked(frozen_lm, options, "stop_strings") or ()
     stops, processor = (stops,) if isinstance(stops, str) else tuple(stops), attached.processor
 
