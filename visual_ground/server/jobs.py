@@ -29,11 +29,7 @@ class Finished:
 
 
 class StopText:
-    """Cuts an answer before the first of some strings, and holds back what may become one.
-
-    Args:
-        stops: the strings.
-    """
+    """Cuts an answer before the first of some strings, and holds back what may become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [stop for stop in stops if stop]

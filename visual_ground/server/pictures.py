@@ -36,33 +36,20 @@ MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WE
 
 
 class Given:
-    """The pictures of one request, so many and so large that they fit into the memory.
-
-    Args:
-        rules: where they may be fetched from.
-    """
+    """The pictures of one request, so many and so large that they fit into the memory."""
 
     def __init__(self, rules: LinkRules) -> None:
         self.rules, self._pixels, self._pictures = rules, MAX_REQUEST_PIXELS, MAX_REQUEST_PICTURES
 
     def read(self, image_url: Any) -> Image.Image:
-        """Return the picture of an `image_url`, an address or `{"url": ...}`.
-
-        Raises:
-            RequestFailure: no picture that can be read, or too many.
-        """
+        """Return the picture of an `image_url`, an address or `{"url": ...}`; RequestFailure for none, or too many."""
         address = image_url.get("url") if isinstance(image_url, Mapping) else image_url
         picture = read_address(address, self.rules, self._pixels)
         self._pixels -= picture.width * picture.height
         return self._counted(picture)
 
     def open(self, image: Any) -> Image.Image:
-        """Return a picture of the server's own index.
-
-        Raises:
-            RequestFailure: too many.
-            GroundingError: it cannot be read.
-        """
+        """Return a picture of the server's own index; RequestFailure for one too many."""
         return self._counted(to_rgb(image))
 
     def _counted(self, picture: Image.Image) -> Image.Image:
@@ -182,11 +169,7 @@ class Pictures:
         return None if isinstance(image, ImageLink) else image
 
     def read(self, name: str) -> tuple[bytes, str]:
-        """Return a picture's bytes and media type; only images ever leave, whatever a file's name says.
-
-        Raises:
-            RequestFailure: no such picture.
-        """
+        """Return a picture's bytes and media type; only images ever leave, whatever a file's name says."""
         image = self._existing(name)
         try:
             if not isinstance(image, Image.Image):
