@@ -140,11 +140,7 @@ class Talk:
 
 
 def read_picture(path: str) -> Any:
-    """Return an uploaded picture, no larger than is needed.
-
-    Raises:
-        RequestFailure: not a picture, or one with too many pixels.
-    """
+    """Return an uploaded picture, no larger than is needed; RequestFailure for none, or one with too many pixels."""
     try:
         picture = decode_picture(Path(path).read_bytes())
     except GroundingError as error:
