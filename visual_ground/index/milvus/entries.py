@@ -21,7 +21,12 @@ THUMBNAIL_SIZE = 256  # Pixels; some 15 kB, and a cell of Milvus has 65 kB.
 def make_entries(
     ids: Ids, images: Sequence[Any] | None, metadata: Sequence[Mapping[str, Any]] | None, count: int
 ) -> list[Entry]:
-    """Check what comes with `count` vectors, as `table.entries.make_entries` does, and return it as entries."""
+    """Check what comes with `count` vectors, and return it as entries.
+
+    Raises:
+        GroundingValueError: lengths differ, ids repeat, or metadata that is no JSON.
+        GroundingTypeError: ids that are neither strings nor integers.
+    """
     check_counts(count, ids=ids, images=images, metadata=metadata)
     check_ids(ids)
     check_metadata(metadata or [])
