@@ -43,18 +43,8 @@ FAISS_FILE, FAISS_ABOUT = "index.faiss", "index.faiss.json"  # Where the index i
 OWN_IMAGES = f"{IMAGES_FOLDER}/*.png"
 FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, THUMBNAILS_FILE, FAISS_FILE, FAISS_ABOUT, CARD_FILE, OWN_IMAGES)
 SPACE, CAPTION_WEIGHT = "image_space", "caption_weight"
-KEYS = {
-    "format_version",
-    "num_entries",
-    "dim",
-    "dtype",
-    "has_images",
-    "has_metadata",
-    "next_id",
-    "checksums",
-    SPACE,
-    CAPTION_WEIGHT,
-}
+COUNTS, FLAGS = ("num_entries", "dim"), ("has_images", "has_metadata")
+KEYS = {"format_version", *COUNTS, "dtype", *FLAGS, "next_id", "checksums", SPACE, CAPTION_WEIGHT}
 TRIES, PAUSE = 50, 0.05  # How often, and after how many seconds, a reader tries again who met a writer.
 
 
@@ -97,18 +87,7 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
         TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
         ENTRIES_FILE: partial(_write_about, contents, checksums),
     }
-    _write(folder, writers)
-
-
-def _write(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> None:
-    try:
-        write_folder(folder, writers)
-    except GroundingError:
-        raise
-    except OSError as error:
-        raise GroundingFileError(
-            f"The index cannot be written to {str(folder)!r}: {error}. What was there before is whole."
-        ) from error
+    write_folder(folder, writers)
 
 
 def _search_writers(contents: IndexState, checksums: Mapping[str, str]) -> dict[str, Callable[[Path], object]]:
@@ -209,8 +188,8 @@ def _read_about(path: Path) -> dict[str, Any]:
     about = {SPACE: None, CAPTION_WEIGHT: 0.0, **read_json(path, INDEX_FORMAT_VERSION)}
     if (
         set(about) != KEYS
-        or not all(type(about[name]) is int and about[name] >= 0 for name in ("num_entries", "dim"))
-        or not all(type(about[name]) is bool for name in ("has_images", "has_metadata"))
+        or not all(type(about[name]) is int and about[name] >= 0 for name in COUNTS)
+        or not all(type(about[name]) is bool for name in FLAGS)
         or type(about["next_id"]) is not int
         or not isinstance(about["checksums"], dict)
         or type(about[CAPTION_WEIGHT]) not in (int, float)
