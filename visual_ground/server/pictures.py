@@ -21,7 +21,7 @@ from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.restoring import own_pictures
-from visual_ground.vision.decoding import decode_file
+from visual_ground.vision.decoding import decode_file, to_png
 from visual_ground.vision.images import read_file, to_rgb
 
 MAX_PIXELS = 40_000_000
@@ -177,7 +177,7 @@ class Pictures:
                 with Image.open(io.BytesIO(data)) as opened:
                     if media_type := MEDIA_TYPES.get(opened.format or ""):
                         return data, media_type
-            return _as_png(to_rgb(image)), "image/png"
+            return to_png(to_rgb(image)), "image/png"
         except (GroundingError, OSError) as error:
             raise RequestFailure(404, f"The picture {name!r} cannot be read.", code="not_found") from error
 
@@ -188,7 +188,7 @@ class Pictures:
         except GroundingError as error:
             raise RequestFailure(404, f"The picture {name!r} cannot be read.", code="not_found") from error
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        return _as_png(small)
+        return to_png(small)
 
     def _existing(self, name: str) -> Any:
         image = self.find(name)
@@ -212,9 +212,3 @@ class Pictures:
                     start = end
         parts = [part for part in (*parts, text[start:]) if not isinstance(part, str) or part.strip()]
         return parts or [text]
-
-
-def _as_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
