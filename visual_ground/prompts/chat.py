@@ -32,9 +32,13 @@ def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
         {'role': 'user', 'content': [{'type': 'text', 'text': 'What is it?'}]}
     """
     read = [one for part in parts for one in read_part(part)]
+    return typed_message(role, [part if isinstance(part, str) else part.image for part in read])
+
+
+def typed_message(role: str, parts: Sequence[Any]) -> dict[str, Any]:
+    """Return a chat message of texts and images that say what they are, so that no text is taken for a path."""
     content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.image}
-        for part in read
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
     ]
     return {"role": role, "content": content}
 
