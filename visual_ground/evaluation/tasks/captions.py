@@ -9,7 +9,7 @@ from typing import Any
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.formats import files
-from visual_ground.evaluation.formats.coco_captions import captions_file, read_coco_captions
+from visual_ground.evaluation.formats.coco_captions import read_coco_captions
 from visual_ground.evaluation.measures.captions import caption_scores, tokenise_in_python, tokenise_with_java
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
@@ -51,8 +51,8 @@ class Captions(Task):
         self.max_new_tokens, self.tokenizer = max_new_tokens, files.choose(tokenizer, tuple(TOKENIZERS), "tokenizer")
         self.settings: Mapping[str, Any] = {"split": split, "max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
         self.folder = Path(data)
-        self.files = [captions_file(self.folder, split)]
-        self.images = {str(one.image_id): one for one in read_coco_captions(self.folder, split)}
+        images, path = read_coco_captions(self.folder, split)
+        self.images, self.files = {str(one.image_id): one for one in images}, [path]
 
     def prepare(self, model: GroundedModel, images: ImageFeatures) -> Plan:
         """Read the images."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.errors import GroundingValueError, needing
 from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
@@ -119,10 +119,6 @@ def _hits(record: Record, said: Sequence[str], answers: frozenset[str] | None = 
 
 
 def _package() -> Any:
-    try:
+    with needing('easy-VQA comes out of the package easy_vqa. Run pip install "visual-ground[demo]".'):
         import easy_vqa
-    except ImportError as error:
-        raise GroundingStateError(
-            'easy-VQA comes out of the package easy_vqa. Run pip install "visual-ground[demo]".'
-        ) from error
     return easy_vqa

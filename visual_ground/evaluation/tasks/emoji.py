@@ -17,7 +17,7 @@ from torch import Tensor
 from visual_ground.demo import emoji
 from visual_ground.demo.baselines import bag_of_words_ridge, chance
 from visual_ground.demo.pairs import CAPTION_KINDS
-from visual_ground.errors import GroundingStateError
+from visual_ground.errors import needing
 from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import hits, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures
@@ -49,12 +49,8 @@ class EmojiRetrieval(Task):
     def __init__(self, data: str | os.PathLike[str] | None = None, split: str = "test", baseline: bool = True) -> None:
         self.split: str | None = files.choose(split, ("test", "validation", "train"), "split")
         self.settings: Mapping[str, Any] = {"split": split, "baseline": baseline}
-        try:
+        with needing('The emoji come out of the demo\'s packages. Run pip install "visual-ground[demo]".'):
             concepts = emoji.concepts()
-        except ImportError as error:
-            raise GroundingStateError(
-                'The emoji come out of the demo\'s packages. Run pip install "visual-ground[demo]".'
-            ) from error
         self.folder = Path(tempfile.mkdtemp() if data is None else data)
         if data is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.errors import GroundingStateError, GroundingValueError, needing
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +151,8 @@ class Connection:
 
 def load_pymilvus() -> Any:
     """Return the module `pymilvus`, or say what to install."""
-    try:
+    with needing('This index needs pymilvus, which is not installed: pip install "visual-ground[milvus]".'):
         import pymilvus
-    except ImportError as error:
-        raise GroundingStateError(
-            'This index needs pymilvus, which is not installed: pip install "visual-ground[milvus]".'
-        ) from error
     # pymilvus logs the traceback of every call that fails, besides raising it; here, the error says it all.
     for name in ("pymilvus.decorators", "milvus_lite.adapter.grpc.servicer"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
