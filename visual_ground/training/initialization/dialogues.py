@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from visual_ground.training.initialization.idf import without_sentence_marks
 
@@ -118,6 +119,43 @@ OTHERS = (
     "Is it true that {it} brings luck?",
     "Explain the history of {it}.",
 )
+# Chats of two turns that end with a request, and those that end with something else.
+NUM_NEXT_REQUESTS, NUM_NEXT_OTHERS = 64, 160
+NEXT_REQUESTS = (
+    "Now {it}.",
+    "Show me {it} too.",
+    "What about {it}?",
+    "Next, {it}.",
+    "I would also like to see {it}.",
+    "Can you show me {it} as well?",
+)
+NEXT_OTHERS = (
+    "Thank you!",
+    "That is nice.",
+    "Which of them is bigger?",
+    "Why is that?",
+    "Tell me more.",
+    "What does it cost?",
+    "How do you spell that?",
+    "Where does it come from?",
+    "Are you sure?",
+    "What else do you know about it?",
+    "Is it the same as {it}?",
+    "How does it compare to {it}?",
+    "Which is older, this or {it}?",
+    "Say that in one sentence.",
+    "Let us talk about something else.",
+    "What is {it} for?",
+    "I see.",
+    "Really?",
+    "How old is it?",
+    "Who told you that?",
+    "Do you prefer {it}?",
+    "Can you repeat that?",
+    "What do you think about {it}?",
+    "How heavy is it?",
+    "Where did you learn this?",
+)
 
 
 def requests_of(captions: Sequence[str]) -> list[str]:
@@ -136,6 +174,36 @@ def others_about(captions: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(other.replace("{it}", things[n % len(things)]) for other, n in turns))
 
 
-def evenly(texts: Sequence[str], count: int) -> list[str]:
-    """Return at most so many texts, at even distances."""
+def later_turns(
+    captions: Sequence[str], requests: Sequence[str], answered: Sequence[tuple[str, str]]
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Return chats of two turns: those whose second turn asks for a picture, and those whose second does not.
+
+    Args:
+        captions: what pictures show.
+        requests: how users ask for pictures; every second of the next requests is one of these.
+        answered: what the user said first, and the first sentence of the answer.
+    """
+    if not answered:
+        return [], []
+    things = evenly([without_sentence_marks(caption) for caption in captions], NUM_NEXT_OTHERS)
+    asked = [
+        requests[i * len(requests) // NUM_NEXT_REQUESTS]
+        if i % 2
+        else NEXT_REQUESTS[i // 2 % len(NEXT_REQUESTS)].format(it=things[-1 - i % len(things)])
+        for i in range(NUM_NEXT_REQUESTS)
+    ]
+    others = [
+        NEXT_OTHERS[i % len(NEXT_OTHERS)].replace("{it}", things[i % len(things)]) for i in range(NUM_NEXT_OTHERS)
+    ]
+    return _behind(answered, asked), _behind(answered, others)
+
+
+def _behind(answered: Sequence[tuple[str, str]], texts: Sequence[str]) -> list[tuple[str, ...]]:
+    """Put each text behind a first turn and its answer, of which those at even distances are taken."""
+    return [(*answered[i * len(answered) // len(texts)], text) for i, text in enumerate(texts)]
+
+
+def evenly(texts: Sequence[Any], count: int) -> list[Any]:
+    """Return at most so many, at even distances."""
     return [texts[i] for i in range(0, len(texts), -(-len(texts) // count))] if texts else []
