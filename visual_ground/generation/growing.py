@@ -19,6 +19,9 @@ class GrowingText:
 
     All ids are decoded again each time, because many tokenizers drop the space at the beginning of what is decoded
     alone.
+
+    Args:
+        tokenizer: the LM's.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -90,7 +93,11 @@ class GrowingAnswer:
         return self.latest
 
     def end(self, is_whole: bool) -> list[Part]:
-        """Return what was held back; an answer that is not whole may be cut behind its last whole sentence."""
+        """Return what was held back.
+
+        Args:
+            is_whole: whether the LM ended the answer itself; else it may be cut behind its last whole sentence.
+        """
         held = self._held()
         return held if self._sentences is None else [*self._sentences.add(held), *self._sentences.end(is_whole)]
 

@@ -29,7 +29,11 @@ class Finished:
 
 
 class StopText:
-    """Cuts an answer before the first of some strings, and holds back what may become one."""
+    """Cuts an answer before the first of some strings, and holds back what may become one.
+
+    Args:
+        stops: the strings.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [stop for stop in stops if stop]

@@ -92,7 +92,11 @@ def _any(masks: list[Any]) -> Any:
 
 
 def check_not_empty(rows: Any) -> Mapping[str, Any]:
-    """Return a dataset's first row; raise GroundingValueError where there is none."""
+    """Return a dataset's first row.
+
+    Raises:
+        GroundingValueError: there is none.
+    """
     for row in rows:
         found: Mapping[str, Any] = row
         return found
