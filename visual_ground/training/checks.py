@@ -63,7 +63,11 @@ def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingA
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise GroundingValueError where a callback uploads the LM, or the evaluation pictures of the output folder."""
+    """Raise GroundingValueError where a callback would upload the LM, or the evaluation pictures of the output folder.
+
+    Args:
+        callbacks: of the run, those of `report_to` among them.
+    """
     for callback in callbacks:
         for name in {base.__name__ for base in type(callback).__mro__} & set(WHOLE_UPLOADS):
             variable, what = WHOLE_UPLOADS[name]
