@@ -36,7 +36,7 @@ class PageSettings:
         system: the system message; everyone can change it.
         examples: questions to begin with.
         max_tokens: the most tokens of an answer.
-        max_images: the most places of an answer at which it shows pictures.
+        max_images: the most images of an answer.
         only_after_sentences: whether pictures come only where a sentence has just ended.
     """
 
