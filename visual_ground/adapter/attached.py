@@ -87,7 +87,7 @@ class AttachedAdapter(nn.Module):
             image_features = self.vision(pixel_values)
         return None if image_features is None else self.adapter.image_tokens(image_features.to(self.device))
 
-    def prompt_tokens(self, pixel_values: Tensor | None) -> Tensor | None:
+    def prompt_image_tokens(self, pixel_values: Tensor | None) -> Tensor | None:
         """Return the image tokens (n * k, d) of a prompt's pixels; images seen before are not encoded again."""
         return None if pixel_values is None else self.image_tokens(image_features=self.recent_features(pixel_values))
 
