@@ -24,25 +24,14 @@ from visual_ground.storage.tensors import CONFIG_FILE, read_adapter_config
 
 # A larger width is a damaged file, or one made to exhaust the memory: the widest LMs have 16,384.
 MAX_WIDTH = 65536
-_KINDS: dict[str, type] = {
-    "ret_token": str,
-    "sink_token": str,
-    "caption_prompt": str,
-    "image_prompt": str,
-    "retrieval_prompt": str,
-    "scaling": str,
-    "retrieval_space": str,
-    "visual_tokens_from": str,
-    "image_first": bool,
-    "mask_spare_columns": bool,
-    "train_lm_adapter": bool,
-    "tied_ret": bool,
-}
 _CHOICES = {
     "visual_tokens_from": ("pooled", "patches"),
     "scaling": ("embedding", "none"),
     "retrieval_space": ("learned", "encoder"),
 }
+_TEXTS = ("ret_token", "sink_token", "caption_prompt", "image_prompt", "retrieval_prompt", *_CHOICES)
+_SWITCHES = ("image_first", "mask_spare_columns", "train_lm_adapter", "tied_ret")
+_KINDS: dict[str, type] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_SWITCHES, bool)}
 
 
 @dataclass(frozen=True)

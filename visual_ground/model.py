@@ -61,7 +61,7 @@ class GroundedModel(nn.Module):
 
     def _attach(self, name: str, config: GroundingConfig, parts: Components) -> AttachedAdapter:
         own = self.tokenizer, self.frozen_lm.max_length, parts.provenance
-        attached = self.adapters.add(name, config, parts.spec, parts.vision, *own)
+        attached = self.adapters.add(name, AttachedAdapter(config, parts.spec, parts.vision, *own))
         attached.adapter.to(self.frozen_lm.device)
         return attached
 

@@ -48,11 +48,7 @@ class RowsByNumber(Sequence[Any]):
 
 
 def rows_by_number(rows: Any) -> Any:
-    """Return a dataset as rows by number; a `datasets` dataset without a transform stays as it is.
-
-    Raises:
-        GroundingTypeError: several datasets, or no dataset at all.
-    """
+    """Return one dataset as rows by number; a `datasets` dataset without a transform stays as it is."""
     import datasets
 
     if isinstance(rows, (datasets.IterableDataset, RowsByNumber)):

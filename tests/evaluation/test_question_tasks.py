@@ -201,7 +201,7 @@ def test_the_real_package_has_the_known_majority():
 def test_captions_are_generated_behind_the_prompt_of_training_and_scored(tmp_path):
     model, folder = grounded(), miniatures.coco_captions(tmp_path)
     report = run(model, "captions", folder, max_new_tokens=5)
-    images = {str(one.image_id): one for one in read_coco_captions(folder, "val2017")}
+    images = {str(one.image_id): one for one in read_coco_captions(folder, "val2017")[0]}
     said = {}
     for name, one in images.items():
         prompt = ["w7 ", str(folder / one.image), " w8"]

@@ -111,6 +111,25 @@ def test_an_lm_that_reads_them_differently_together_reads_them_one_by_one(monkey
         assert torch.allclose(vector, wanted, atol=1e-4) and torch.allclose(other, wanted, atol=1e-4)
 
 
+@torch.no_grad()
+def test_an_lm_that_takes_one_id_at_a_time_behind_what_it_has_read_is_run_anew():
+    options = dict(ret_bias=1e3, max_images=1, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    expected = grounded(retrieval_prompt="w40 w41").generate(PROMPTS[1], **options)[0]
+    model = grounded(retrieval_prompt="w40 w41")
+    refused = []
+
+    def one_at_a_time(module, given, options):
+        cache = options.get("cache", options.get("past_key_values"))
+        if cache is not None and cache.get_seq_length() and options["input_ids"].shape[1] > 1:
+            refused.append(options["input_ids"].shape)
+            raise AssertionError("several ids behind a cache")
+
+    model.lm.register_forward_pre_hook(one_at_a_time, with_kwargs=True)
+    (first, again), wanted = read(model, ["w4 w5 w6 w7"])
+    assert all(vector is None for vector in first) and refused
+    assert model.generate(PROMPTS[1], **options)[0].parts == expected.parts and expected.images
+
+
 def test_what_does_not_fit_into_the_context_is_left_out():
     model = grounded(lm=build("gpt2", n_positions=9), retrieval_prompt="w40 w41")
     (first, _), _ = read(model, ["w4 w5 w6 w7"])  # Six positions, and two more after them.

@@ -221,11 +221,7 @@ class Adapter(nn.Module):
 
 
 def _retrieval_layer(config: GroundingConfig, width: int) -> nn.Linear | EncoderSpace:
-    """Return the layer from pooled features to the retrieval space.
-
-    Raises:
-        GroundingValueError: the encoder's own space, of another width than `retrieval_dim`.
-    """
+    """Return the layer from pooled features to the retrieval space; the encoder's own must be of the same width."""
     if config.retrieval_space != "encoder":
         return nn.Linear(width, config.retrieval_dim)
     if config.retrieval_dim != width:

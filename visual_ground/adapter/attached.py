@@ -132,11 +132,7 @@ class AttachedAdapter(nn.Module):
         return self.vision.image_processor
 
     def record_training(self, settings: Mapping[str, Any]) -> None:
-        """Record that the adapter was trained here: from now on its metadata name this LM and encoder.
-
-        Args:
-            settings: the training settings by name: numbers, strings, booleans or None.
-        """
+        """Record that the adapter was trained here, and how: from now on its metadata name this LM and encoder."""
         report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
         self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
 
@@ -147,11 +143,7 @@ class AttachedAdapter(nn.Module):
             self.metadata = replace(self.metadata, provenance={**self.metadata.provenance, **encoder})
 
     def load_weights(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
-        """Load saved tensors, and those of the LM's PEFT adapter where that is trained together with this one.
-
-        Args:
-            folder: an adapter folder.
-            lm: the LM.
+        """Load a folder's tensors, and those of the LM's PEFT adapter where that is trained together with this one.
 
         Raises:
             GroundingFileError: missing or damaged; nothing has changed then.
@@ -190,12 +182,6 @@ class AttachedAdapter(nn.Module):
 
 
 def new_adapter(config: GroundingConfig, spec: LMSpec, vision: VisionEncoder) -> Adapter:
-    """Return an adapter of the widths that fit an LM and an encoder.
-
-    Args:
-        config: the settings.
-        spec: what was read from the LM.
-        vision: the encoder.
-    """
+    """Return an adapter of the widths that fit an LM and an encoder."""
     ends = spec.text_dims, spec.head_dim, spec.tied and config.tied_ret
     return Adapter(config, spec.embedding_dim, vision.feature_dim, *ends, vision.patch_dim)

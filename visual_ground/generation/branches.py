@@ -50,14 +50,18 @@ class BranchReader:
     def read(self, branches: Sequence[Branch]) -> dict[Branch, Tensor]:
         """Return the vector (q,), on the CPU, read at the last id of each branch.
 
-        A branch is missing if the LM keeps anything but plain keys and values (such as a state space), if a sliding
-        window has dropped keys and values that it needs, or if it is longer than the LM's context.
+        A branch is missing if the LM takes one id at a time or keeps anything but plain keys and values (such as a
+        state space), if a sliding window has dropped keys and values that it needs, or if it is longer than the LM's
+        context.
         """
         if self._layers is None:
             return {}
         vectors: dict[Branch, Tensor] = {}
         for part in of_similar_length(filter(self._fits, branches)):
-            vectors |= self._read_part(part)
+            try:
+                vectors |= self._read_part(part)
+            except Exception as error:  # Whatever an LM says of several ids behind what it has read.
+                logger.debug("this LM reads no branches: %s", error)
         return {branch: vector.cpu() for branch, vector in vectors.items()}
 
     def join(self, branches: Sequence[Branch], token: int) -> JoinedBranches | None:

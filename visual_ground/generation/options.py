@@ -139,13 +139,7 @@ def _check(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
 
 
 def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any] | None = None) -> set[int]:
-    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS.
-
-    Args:
-        frozen_lm: the LM.
-        attached: the active adapter, with the tokenizer.
-        options: of the call to `generate`.
-    """
+    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS."""
     ids = option_of(frozen_lm, options or {}, "eos_token_id")
     ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
     if isinstance(ids, Tensor):
@@ -159,11 +153,6 @@ def ended_by_itself(
     """Return a function that tells whether an answer's ids (s,) have reached an end id or a stop string.
 
     Otherwise the answer ran out of tokens.
-
-    Args:
-        frozen_lm: the LM.
-        attached: the active adapter, with the tokenizer.
-        options: of the call to `generate`.
     """
     ends, stops = end_ids(frozen_lm, attached, options), option_of(frozen_lm, options, "stop_strings") or ()
     stops, processor = (stops,) if isinstance(stops, str) else tuple(stops), attached.processor

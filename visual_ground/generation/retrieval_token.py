@@ -202,11 +202,7 @@ def retrieve(
 
 
 class _Entries:
-    """Entries of an index that were looked up; several at once where it can do so.
-
-    Args:
-        index: where to look them up.
-    """
+    """Entries of an index that were looked up; several at once where it can do so."""
 
     def __init__(self, index: RetrievalIndex) -> None:
         self.index, self.known = index, dict[int, tuple[str | int, Any, Mapping[str, Any]]]()

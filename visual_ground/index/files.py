@@ -43,18 +43,8 @@ OWN_IMAGES = f"{IMAGES_FOLDER}/*.png"
 ENGINE_FILES = tuple(name for engine in SAVED_ENGINES for name in engine.FILES)
 FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, THUMBNAILS_FILE, *ENGINE_FILES, CARD_FILE, OWN_IMAGES)
 SPACE, CAPTION_WEIGHT = "image_space", "caption_weight"
-KEYS = {
-    "format_version",
-    "num_entries",
-    "dim",
-    "dtype",
-    "has_images",
-    "has_metadata",
-    "next_id",
-    "checksums",
-    SPACE,
-    CAPTION_WEIGHT,
-}
+COUNTS, FLAGS = ("num_entries", "dim"), ("has_images", "has_metadata")
+KEYS = {"format_version", *COUNTS, "dtype", *FLAGS, "next_id", "checksums", SPACE, CAPTION_WEIGHT}
 TRIES, PAUSE = 50, 0.05  # How often, and after how many seconds, a reader tries again who met a writer.
 
 
@@ -92,7 +82,7 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
         TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
         ENTRIES_FILE: partial(_write_about, contents, checksums),
     }
-    _write(folder, writers)
+    write_folder(folder, writers)
 
 
 def _checked(checksums: dict[str, str], name: str, write: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -103,17 +93,6 @@ def _checked(checksums: dict[str, str], name: str, write: Callable[[Path], objec
         checksums[name] = _checksum(path)
 
     return write_and_sum
-
-
-def _write(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> None:
-    try:
-        write_folder(folder, writers)
-    except GroundingError:
-        raise
-    except OSError as error:
-        raise GroundingFileError(
-            f"The index cannot be written to {str(folder)!r}: {error}. What was there before is whole."
-        ) from error
 
 
 def _write_about(contents: IndexState, checksums: Mapping[str, str], path: Path) -> None:
@@ -203,8 +182,8 @@ def _read_about(path: Path) -> dict[str, Any]:
     about = {SPACE: None, CAPTION_WEIGHT: 0.0, **read_json(path, INDEX_FORMAT_VERSION)}
     if (
         set(about) != KEYS
-        or not all(type(about[name]) is int and about[name] >= 0 for name in ("num_entries", "dim"))
-        or not all(type(about[name]) is bool for name in ("has_images", "has_metadata"))
+        or not all(type(about[name]) is int and about[name] >= 0 for name in COUNTS)
+        or not all(type(about[name]) is bool for name in FLAGS)
         or type(about["next_id"]) is not int
         or not isinstance(about["checksums"], dict)
         or type(about[CAPTION_WEIGHT]) not in (int, float)

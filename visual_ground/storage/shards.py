@@ -29,11 +29,7 @@ class Sample:
 
 
 def read_shard(path: str | os.PathLike[str]) -> Iterator[Sample]:
-    """Yield a shard's samples in order; what cannot be read is a sample with a `problem`, and the rest follows it.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
+    """Yield a shard's samples in order; what cannot be read is a sample with a `problem`, and the rest follows it."""
     key, members = "", dict[str, bytes]()
     for name, data in _members(path):
         if isinstance(data, str):

@@ -20,9 +20,6 @@ class Meters:
 
     Values stay on their device until they are read: asking a GPU for a number makes the CPU wait for all its work.
 
-    Args:
-        adapter: the adapter that is trained.
-
     Example:
         >>> meters = Meters(adapter)  # doctest: +SKIP
         >>> meters.count(batch, {"captioning": loss})  # doctest: +SKIP

@@ -79,6 +79,13 @@ def to_thumbnail(image: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
+def to_png(image: Image.Image) -> bytes:
+    """Return a PNG file of an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def is_image(data: File) -> bool:
     """Return whether a path, or bytes, is an image by its content, as far as its header tells."""
     try:

@@ -118,12 +118,7 @@ def shortened(address: str | bytes) -> str:
 
 
 def read_file(image: Any, rules: LinkRules | None = None) -> bytes:
-    """Return the bytes of an image's file, however it is given; see `to_rgb`.
-
-    Raises:
-        GroundingTypeError: no file.
-        GroundingValueError: the file cannot be opened.
-    """
+    """Return the bytes of an image's file, however it is given; see `to_rgb`, also for the errors."""
     if isinstance(image, Mapping):
         if image.get("bytes") is None and not isinstance(image.get("path"), (str, os.PathLike)):
             raise GroundingTypeError(

@@ -65,10 +65,7 @@ class ImageFeatures:
         self._batch_size, self._progress = batch_size, progress and processes.is_main
 
     def read(self, images: Mapping[str, Any]) -> Images:
-        """Return the features of images by name; those that are absent or damaged are named with the reason.
-
-        Args:
-            images: paths, or PIL images.
+        """Return the features of images (paths, or PIL images) by name, and which are absent or damaged.
 
         Raises:
             GroundingValueError: features that float16 cannot hold.

@@ -62,18 +62,18 @@ def batch_of(
     return batch, tokens
 
 
+def embed_encoded(model: GroundedModel, encoded: Sequence[EncodedPrompt], features: Sequence[Tensor]) -> Tensor:
+    """Return unit vectors (n, q), read at the last id of each prompt; see `batch_of` for the arguments."""
+    batch, tokens = batch_of(model, encoded, features)
+    return last_vectors(model.frozen_lm, model.active, batch["input_ids"], batch["attention_mask"], tokens)
+
+
 @torch.no_grad()
 def embed_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt]) -> Tensor:
-    """Return unit vectors (n, q), read after each prompt as by `GroundedModel.embed_text`.
-
-    Args:
-        model: the grounded model.
-        prompts: see `without_features`; a string is encoded as a caption.
-    """
+    """Return unit vectors (n, q), read after each prompt (`without_features`) as by `GroundedModel.embed_text`."""
     read = [without_features(prompt) for prompt in prompts]
     encoded = model.processor.encode_queries([prompt for prompt, _ in read])
-    batch, tokens = batch_of(model, encoded, [one for _, features in read for one in features])
-    return last_vectors(model.frozen_lm, model.active, batch["input_ids"], batch["attention_mask"], tokens)
+    return embed_encoded(model, encoded, [one for _, features in read for one in features])
 
 
 @torch.no_grad()

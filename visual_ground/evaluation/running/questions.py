@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.running.prompts import batch_of, without_features
+from visual_ground.generation.growing import joined
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 
@@ -75,24 +76,13 @@ class QuestionPrompt:
         parts: list[Any] = []
         for shot in shots:
             parts += [*self._filled(shot), f" {shot.answer}{BETWEEN_SHOTS}"]
-        return _joined([*parts, *self._filled(question)])
+        return [part for part in joined([*parts, *self._filled(question)]) if not isinstance(part, str) or part]
 
     def _filled(self, question: Question) -> list[Any]:
         # The template is cut before the question goes in, which may itself have braces in it.
         before, after = self.template.split(IMAGE)
         said = [text.replace(QUESTION, question.text) for text in (before, after)]
         return [said[0], question.image, said[1]]
-
-
-def _joined(parts: Sequence[Any]) -> list[Any]:
-    """Return parts with neighbouring texts as one, and none that is empty."""
-    joined: list[Any] = []
-    for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return [part for part in joined if not (isinstance(part, str) and not part)]
 
 
 @torch.no_grad()

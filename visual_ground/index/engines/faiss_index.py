@@ -154,11 +154,7 @@ class FaissIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FaissIndex:
-        """Open what `save` wrote; both files are mapped into memory.
-
-        Raises:
-            GroundingFileError: a file is missing or damaged, or the two do not belong together.
-        """
+        """Open what `save` wrote, mapped into memory; GroundingFileError where the files are damaged."""
         return cls.beside(ExactIndex.load(path), f"{path}.faiss")
 
     @classmethod
@@ -178,11 +174,7 @@ class FaissIndex:
 
     @classmethod
     def beside(cls, exact: ExactIndex, path: str | os.PathLike[str], belongs_to: str = "") -> FaissIndex:
-        """Open what `write` wrote into a file and `about` into `PATH.json`, beside the vectors that it was built of.
-
-        Raises:
-            GroundingFileError: a file is missing or damaged, or belongs to other vectors.
-        """
+        """Open what `write` wrote into a file and `about` into `PATH.json`, beside the vectors it was built of."""
         faiss, about = load_faiss(), read_json(Path(f"{path}.json"), FORMAT_VERSION)
         try:
             stored = faiss.read_index(str(Path(path)), faiss.IO_FLAG_MMAP)

@@ -107,13 +107,7 @@ def relative_difference(one: Sequence[float], two: Sequence[float]) -> float:
 
 
 def warn_of_differences(trained: Fingerprint | None, present: Fingerprint | None, name: str | None) -> None:
-    """Log a warning, each text once, if an adapter is loaded on another LM than it was trained on.
-
-    Args:
-        trained: fingerprint of the LM it was trained on, as saved with the adapter.
-        present: fingerprint of the LM it is loaded on.
-        name: name of the LM it was trained on.
-    """
+    """Log a warning, each text once, if an adapter that was trained on the LM of this name is loaded on another."""
     if trained is None or present is None:
         return
     if differences := trained.differences(present):

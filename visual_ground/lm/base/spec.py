@@ -40,11 +40,6 @@ class LMSpec:
 def read_spec(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> LMSpec:
     """Read a language model's widths, whether its embeddings are tied, ids and fingerprint, by running two tokens.
 
-    Args:
-        lm: a causal LM.
-        tokenizer: its tokenizer.
-        text_layers: as in `GroundingConfig`.
-
     Raises:
         GroundingValueError: a text layer that the LM does not have.
     """

@@ -146,11 +146,7 @@ class EmbeddingStatistics:
 
 
 class LMEnds:
-    """A causal LM's input embedding and output head, as they are now.
-
-    Args:
-        lm: the LM.
-    """
+    """A causal LM's input embedding and output head, as they are now."""
 
     def __init__(self, lm: nn.Module) -> None:
         self.embedding: nn.Module = lm.get_input_embeddings()

@@ -22,10 +22,6 @@ INSPECTED = 100
 def shard_rows(files: Sequence[str], streaming: bool) -> Any:
     """Return the rows of tar shards: a column for each kind of member, images as files and all else as text.
 
-    Args:
-        files: the shards.
-        streaming: as in `load_rows`.
-
     Raises:
         GroundingFileError: there is no sample in them.
     """

@@ -25,12 +25,7 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # As Excel writes "Unicode text".
 
 
 def line_rows(pattern: str, streaming: bool) -> Any | None:
-    """Return the rows of files of JSON or fields, or None where nothing is damaged and `datasets` can read them.
-
-    Args:
-        pattern: path of the file, or a pattern of several.
-        streaming: as in `load_rows`.
-    """
+    """Return the rows of files of JSON or fields, or None where nothing is damaged and `datasets` can read them."""
     files = sorted(glob(pattern))
     names: set[str] = set()
     damaged = False
@@ -121,11 +116,7 @@ def _list_entries(file: str, where: str) -> Iterator[dict[str, Any]]:
 
 
 class _Lines:
-    """Lines that can be put back; it knows those of the present row.
-
-    Args:
-        lines: of the file.
-    """
+    """Lines that can be put back; it knows those of the present row."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines, self._waiting, self.number = lines, list[str](), 0

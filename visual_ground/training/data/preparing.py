@@ -28,12 +28,7 @@ Indices = NDArray[np.int64]
 
 
 class StoredFeatures:
-    """The features of each row's images, read from the cache's file when they are needed.
-
-    Args:
-        file: the cache's file.
-        places: for each row of the dataset, where its images' features are in the file.
-    """
+    """The features of each row's images, read from their places in the cache's file when they are needed."""
 
     def __init__(self, file: FeatureFile, places: Sequence[Indices]) -> None:
         self.file = file

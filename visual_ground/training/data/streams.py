@@ -27,12 +27,7 @@ from visual_ground.vision.images import image_name
 
 @dataclass(frozen=True)
 class StreamFeatures:
-    """The cached features of a process's part of a stream.
-
-    Args:
-        file: the cache's file.
-        places: where the features of one epoch's usable images are.
-    """
+    """The cached features of a process's part of a stream."""
 
     file: FeatureFile
     places: Indices
@@ -141,15 +136,7 @@ class _StreamImages:
 
 
 def prepare_stream(rows: Rows, preparing: Preparing) -> ExampleStream:
-    """Return the examples of this process's part of a stream; where there is a cache, its images are cached first.
-
-    Args:
-        rows: the stream.
-        preparing: how its examples are prepared.
-
-    Raises:
-        GroundingTypeError, GroundingValueError: as in `Preparing.examples`.
-    """
+    """Return the examples of this process's part of a stream; where there is a cache, its images are cached first."""
     columns, cache, processes = preparing.columns, preparing.cache, Processes.launched()
     part = open_rows(rows, columns)
     if processes.count > 1:

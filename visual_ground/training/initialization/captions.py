@@ -22,9 +22,9 @@ from visual_ground.training.initialization.retrieval import Collate
 from visual_ground.training.losses.captioning import CaptioningLoss
 from visual_ground.training.losses.objective import GroundingObjective
 
-NUM_STEPS, BATCH_SIZE = 20, 16
+NUM_STEPS, BATCH_SIZE = 10, 16
 # A step of the optimizer moves an image token by about these parts of the embeddings' standard deviation.
-BIAS_STEP, WEIGHT_STEP = 0.04, 0.08
+BIAS_STEP, WEIGHT_STEP = 0.06, 0.08
 
 
 def start_captions(

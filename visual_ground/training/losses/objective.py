@@ -167,11 +167,7 @@ class GroundingObjective(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **_: object
     ) -> None:
-        """Compute the LM's layers again in the backward pass instead of keeping their activations.
-
-        Args:
-            activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
-        """
+        """Compute the LM's layers again in the backward pass instead of keeping their activations."""
         self._checkpoints.enable(activation_checkpointing_kwargs)
 
     # `Trainer` calls the one or the other, depending on the version of transformers.

@@ -156,12 +156,7 @@ class BestState(TrainerCallback):
 
 
 def parts_of(model: GroundedModel, held_out: HeldOut) -> dict[str, Part]:
-    """Return what is kept together, by name.
-
-    Args:
-        model: the grounded model.
-        held_out: which scores there are, and whether retrieval reads image tokens.
-    """
+    """Return what is kept together, by name."""
     tensors: dict[str, Tensor] = dict(model.adapter.named_parameters())
     tunes_lm = model.config.train_lm_adapter
     if tunes_lm or held_out.reads_images_to_retrieve:

@@ -186,12 +186,7 @@ class _Batch:
 
 
 class _Reader:
-    """Reads an image, and decodes and preprocesses it where the file lacks its features.
-
-    Args:
-        preprocess: maps images to pixels (n, c, h, w).
-        known: keys of the images whose features the file has.
-    """
+    """Reads an image, and decodes and preprocesses it where the file lacks its features."""
 
     def __init__(self, preprocess: Callable[[Sequence[ImageLike]], Tensor], known: Collection[str]) -> None:
         self.preprocess, self.known = preprocess, known
