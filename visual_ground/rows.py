@@ -17,12 +17,12 @@ TO_ROWS = (("itertuples", "to_dict", ("records",)), ("iter_rows", "to_dicts", ()
 class RowsByNumber(Sequence[Any]):
     """Some rows of anything with rows by number; each is read when it is needed, and none is kept.
 
-    A torch dataset need not raise IndexError where it ends, and one over a dictionary counts from 0 all the same, so
+    A torch dataset need not raise IndexError at its end, and one over a dictionary counts from 0 all the same, so
     rows are asked for by number and never iterated over.
 
     Args:
         source: gives a row for each number.
-        picked: the numbers of the rows; all where None.
+        picked: the numbers of the rows; all if None.
 
     Example:
         >>> list(RowsByNumber(["a", "b", "c"]).select([2, 0]))

@@ -107,6 +107,6 @@ def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ShownInd
 
 
 def _named(given: str) -> tuple[str, str]:
-    """Return the name and the folder of `NAME=DIR`; the folder's own name where there is none."""
+    """Return the name and the folder of `NAME=DIR`; the folder's own name if there is none."""
     name, equals, folder = given.partition("=")
     return (name, folder) if equals and name and folder else (Path(given).name or given, given)

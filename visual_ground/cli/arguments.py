@@ -99,7 +99,7 @@ def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], 
 
 
 def check_address(address: str, port: int) -> None:
-    """Raise GroundingStateError where nothing can listen at an address; loading the models before would take long."""
+    """Raise GroundingStateError if nothing can listen at an address; loading the models before would take long."""
     try:
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         socket.create_server((address, port), family=family).close()

@@ -82,7 +82,7 @@ def converse(conversation: Conversation, page: str | None) -> int:
 
 
 def command(conversation: Conversation, line: str) -> str | None:
-    """Do what a line that begins with a slash says and return what to tell; None where it is a path or no command."""
+    """Do what a line that begins with a slash says and return what to tell; None if it is a path or no command."""
     name, _, argument = line.partition(" ")
     argument = argument.strip().strip("\"'")
     if name == "/help":
@@ -115,7 +115,7 @@ def answer(conversation: Conversation, line: str, page: str | None) -> None:
 
 
 def shown(part: Part, at_start: bool) -> str:
-    """Return a part of an answer as standard output shows it: a picture, drawn where that can be, above its line."""
+    """Return a part of an answer as standard output shows it: a picture, drawn if that can be, above its line."""
     from visual_ground.terminal.inline import drawn, protocol_of
 
     if isinstance(part, str):

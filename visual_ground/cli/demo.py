@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the demo; return 0, or 1 where the adapter that was loaded again gives other answers than the saved one."""
+    """Run the demo; return 0, or 1 if the adapter that was loaded again gives other answers than the saved one."""
     from visual_ground.demo.run import run_demo
 
     return run_demo(options.out, options.cache, options.short, options.choose)

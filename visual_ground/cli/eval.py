@@ -59,7 +59,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what a saved adapter reaches, and write it into the adapter's folder where asked."""
+    """Print what a saved adapter reaches, and write it into the adapter's folder if asked."""
     from visual_ground.evaluation.tasks.registry import TASKS
 
     if options.dataset in TASKS or options.data is not None:

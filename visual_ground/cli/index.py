@@ -165,7 +165,7 @@ def run_remove(options: argparse.Namespace) -> None:
 
 
 def _known_id(index: object, text: str) -> str | int:
-    """Return the number that a word on the command line stands for, where that is the entry's id."""
+    """Return the number that a word on the command line stands for, if that is the entry's id."""
     from visual_ground import ImageIndex
 
     if isinstance(index, ImageIndex) and text not in index and text.isdigit():

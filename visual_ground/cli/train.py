@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train an adapter. A run that was stopped goes on when the same command is given again."
 # Retrieval learns to tell each pair from the others of its batch, so a batch must not be small.
 BATCH_SIZE = 64
-CHECKPOINTS_KEPT = 2  # One to go on from, and the one before it.
+CHECKPOINTS_KEPT = 2  # One to continue from, and the one before it.
 
 
 def add_parser(commands: Commands) -> None:
@@ -50,7 +50,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train an adapter, or go on training it."""
+    """Train an adapter, or continue training it."""
     from transformers import set_seed
 
     from visual_ground import GroundingTrainer

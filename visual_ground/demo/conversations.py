@@ -27,7 +27,7 @@ class Conversation:
 
     Args:
         title: what it demonstrates.
-        part: `SEEN` where its pictures were fitted on, else `UNSEEN`.
+        part: `SEEN` if its pictures were fitted on, else `UNSEEN`.
         turns: the user's turns, each a list of texts and of names of pictures, written "<name>".
         options: for `generate`.
         is_story: whether pictures are to come more readily, see `story_bias`.

@@ -41,7 +41,7 @@ class MTEBEncoder:
         """Return unit vectors (n, q) of a data loader's rows, in order.
 
         Args:
-            inputs: batches with `text`, `image`, or both; where rows differ, what a row lacks is None or "".
+            inputs: batches with `text`, `image`, or both; if rows differ, what a row lacks is None or "".
             kwargs: what mteb says of its task, all without effect here.
 
         Raises:

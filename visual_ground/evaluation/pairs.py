@@ -36,7 +36,7 @@ class EvaluationPairs:
         GroundingTypeError: several datasets, a stream, or no dataset.
 
     Attributes:
-        groups: (n,) numbers, equal where two pairs are about the same image; known once they were read.
+        groups: (n,) numbers, equal if two pairs are about the same image; known once they were read.
     """
 
     groups: Tensor
@@ -54,7 +54,7 @@ class EvaluationPairs:
 
     @classmethod
     def of(cls, pairs: Pairs | EvaluationPairs) -> EvaluationPairs:
-        """Return `pairs`, wrapped where they are not yet."""
+        """Return `pairs`, wrapped if they are not yet."""
         return pairs if isinstance(pairs, EvaluationPairs) else cls(pairs)
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class EvaluationPairs:
 
 
 class Groups:
-    """Numbers pairs, equal where two have the same `group` or the same image.
+    """Numbers pairs, equal if two have the same `group` or the same image.
 
     Attributes:
         numbers: one for each pair that was added.
@@ -137,7 +137,7 @@ def image_features(model: GroundedModel, pairs: Sequence[Mapping[str, Any]], bat
     """Return the features (n, f) of pairs' images, on the adapter's device.
 
     Args:
-        model: the grounded model, whose vision encoder runs where the features are not given.
+        model: the grounded model, whose vision encoder runs if the features are not given.
         pairs: n mappings, all with `image_features` (f,), or all with `image`.
         batch_size: images encoded at once.
     """

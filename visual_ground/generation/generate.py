@@ -126,7 +126,7 @@ def generate_ids(
 
 
 def check_index(index: Any, attached: AttachedAdapter) -> None:
-    """Raise where an index cannot be searched with this adapter's vectors.
+    """Raise if an index cannot be searched with this adapter's vectors.
 
     Raises:
         GroundingTypeError: not an index.

@@ -15,7 +15,7 @@ from visual_ground.lm.base.peft import base_model_of
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.processor import GroundingProcessor
 
-MAX_NEW_TOKENS = 64  # Where neither the caller nor the LM's own generation config says anything of the length.
+MAX_NEW_TOKENS = 64  # If neither the caller nor the LM's own generation config says anything of the length.
 # Options of transformers' `generate` that would replace what the prompts are, or lose their images; and why.
 REFUSED = {
     "input_ids": "the prompts are the first argument",
@@ -116,7 +116,7 @@ def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) ->
 
 
 def _check(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
-    """Raise where other prompts are given, or where another model, or part of this one, is to draft the answer."""
+    """Raise if other prompts are given, or if another model, or part of this one, is to draft the answer."""
     for name, reason in REFUSED.items():
         if any(source.get(name) is not None and source.get(name) is not False for source in sources):
             raise GroundingValueError(f"generate takes no {name}: {reason}. Leave it out.")

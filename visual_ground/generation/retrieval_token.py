@@ -100,7 +100,7 @@ class RetLogitsProcessor(LogitsProcessor):
         self.settings, self.places, self._decode = settings, places, decode
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come.
+        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place if it may not come.
 
         Scores without a column for `[RET]`, as of an LM whose adapter is disabled, stay as they are.
         """
@@ -182,7 +182,7 @@ def retrieve(
     if index is None or not len(vectors):
         return [(RetrievedImage(),) for _ in vectors]
     shown = Shown() if shown is None else shown
-    # Enough for each [RET] even where all the ones before it have taken its best images.
+    # Enough for each [RET] even if all the ones before it have taken its best images.
     count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors)) + EXTRA_HITS
     options = {} if settings.filter is None else {"filter": settings.filter}
     results = index.search(vectors, count if settings.allow_repeats else count + len(shown.positions), **options)
@@ -202,7 +202,7 @@ def retrieve(
 
 
 class _Entries:
-    """Entries of an index that were looked up; several at once where it can do so."""
+    """Entries of an index that were looked up; several at once if it can do so."""
 
     def __init__(self, index: RetrievalIndex) -> None:
         self.index, self.known = index, dict[int, tuple[str | int, Any, Mapping[str, Any]]]()

@@ -70,7 +70,7 @@ class SeenImages(LogitsProcessor):
         for image in images:
             try:
                 opened.append(to_rgb(image.image))
-            except GroundingError:  # The file may have gone since the index was built; the answer goes on without it.
+            except GroundingError:  # The file may have gone since the index was built; the answer continues without it.
                 continue
         if not opened:
             return None

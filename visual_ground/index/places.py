@@ -114,7 +114,7 @@ def write_png(image: ImageLike, path: Path) -> None:
 
 
 def find_image(address: str | None, file: str | None, folder: Path | None, rules: LinkRules) -> str | ImageLink | None:
-    """Return the path of an entry's image, or a link where the rules do not allow to open it.
+    """Return the path of an entry's image, or a link if the rules do not allow to open it.
 
     Args:
         address: the column `image`.

@@ -34,8 +34,8 @@ class Batch:
 
     Args:
         items: those that could be read.
-        pixels: (b, c, h, w) of them; (b, f) where the source has features.
-        thumbnails: JPEG files of them; None for each where none were asked for.
+        pixels: (b, c, h, w) of them; (b, f) if the source has features.
+        thumbnails: JPEG files of them; None for each if none were asked for.
         unreadable: names of the others, and why.
         consumed: how many images of the source these were, the unreadable included.
     """
@@ -121,7 +121,7 @@ def _start(preprocessing: Preprocessing, thumbnail_size: int | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: where that was killed, nobody else would tell it."""
+    """End this process when the one that started it is gone: if that was killed, nobody else would tell it."""
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)

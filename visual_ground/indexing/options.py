@@ -44,7 +44,7 @@ class BuildOptions:
         part_size: images in a part, which is lost when the build is stopped before it is done; a multiple of batch_size
             is used.
         shard: (i, n) builds every n-th image from the i-th on, so that n processes build n indexes that can be merged;
-            (0, 1) all images in this process. Where None, processes that `accelerate launch` started share them.
+            (0, 1) all images in this process. If None, processes that `accelerate launch` started share them.
         progress: show a progress bar.
         caption_weight: w, from 0 to 1; the vector of an image with a caption is (1 - w) times its own and w times its
             caption's, scaled to length 1.

@@ -1,4 +1,4 @@
-"""The parts of an index's build: each is written when it is done, so that a build goes on after the last of them."""
+"""The parts of an index's build: each is written when it is done, so that a build continues after the last of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARTS_FOLDER, FINISHED_FOLDER = ".building", ".built"
 
 
 def open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[dict[str, Any]]:
-    """Return what is done of a build; start one where nothing is."""
+    """Return what is done of a build; start one if nothing is."""
     about = {
         "format_version": FORMAT_VERSION,
         "batch_size": options.batch_size,
@@ -61,7 +61,7 @@ def open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[di
 
 
 def _check_team(parts: Path) -> None:
-    """Raise where another number of processes has begun."""
+    """Raise if another number of processes has begun."""
     together = parts.name != PARTS_FOLDER
     root = parts.parent if together else parts
     begun = [one.name for one in root.glob("*-of-*") if not together or one.name[-5:] != parts.name[-5:]]

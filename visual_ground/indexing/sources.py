@@ -33,7 +33,7 @@ class SourceImage:
     Args:
         id: its name in the index; None for its number in the source.
         image: what is embedded: a PIL image, a path, `{"bytes": ..., "path": ...}`, or the encoder's features (f,).
-        address: the path or URL that the index keeps; None where it has none.
+        address: the path or URL that the index keeps; None if it has none.
         metadata: what the index keeps of it.
     """
 

@@ -25,7 +25,7 @@ IMAGES_ELSEWHERE = ("image", "files", "attachments", "experimental_attachments")
 
 
 def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
-    """Return a chat message of texts and images; a string is an image where `is_image_string` says so.
+    """Return a chat message of texts and images; a string is an image if `is_image_string` says so.
 
     Example:
         >>> chat_message("user", ["What is it?"])

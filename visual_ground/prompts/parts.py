@@ -109,7 +109,7 @@ def is_given(value: Any) -> bool:
 
 
 def _refuse_others(part: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
-    """Raise where a part that is typed text holds an image too, or the other way round: one of them would be lost."""
+    """Raise if a part that is typed text holds an image too, or the other way round: one of them would be lost."""
     if found := [key for key in keys if is_given(part.get(key))]:
         raise GroundingTypeError(
             f"{place} has the type {part['type']!r} and {found} besides, which would be lost. Make two parts of it."

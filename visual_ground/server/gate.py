@@ -15,7 +15,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# Without a key: whether the server is up, and pictures, whose addresses are signed where there is one.
+# Without a key: whether the server is up, and pictures, whose addresses are signed if there is one.
 OPEN = ("/health", "/images/", "/thumbnails/")
 # What is read of a refused body: clients read no answer before they have sent theirs, and call a closed connection a
 # network error.

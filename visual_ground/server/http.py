@@ -46,8 +46,8 @@ class ServerSettings:
         api_key: what clients must send; None lets everybody in.
         rules: where images of requests may be fetched from; nowhere by default.
         max_bytes: the largest body of a request.
-        max_tokens: the length of answers where a request gives none.
-        max_images: the most images of an answer, where a request gives none.
+        max_tokens: the length of answers if a request gives none.
+        max_images: the most images of an answer, if a request gives none.
         origins: of web pages that may call the server; none by default.
         limits: the engine's.
     """

@@ -42,7 +42,7 @@ class ChatRequest:
 
 
 def number(body: Mapping[str, Any], name: str, default: Any, low: float, high: float, whole: bool = False) -> Any:
-    """Return a number of a request, or its default where it is left out or null."""
+    """Return a number of a request, or its default if it is left out or null."""
     value = body.get(name)
     if value is None:
         return default
@@ -55,7 +55,7 @@ def number(body: Mapping[str, Any], name: str, default: Any, low: float, high: f
 
 
 def flag(body: Mapping[str, Any], name: str) -> bool:
-    """Return a yes or no of a request; no where it is left out or null."""
+    """Return a yes or no of a request; no if it is left out or null."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise RequestFailure(400, f"{name} must be true or false, got {str(value)[:40]!r}.")
@@ -71,8 +71,8 @@ def chat_request(
         body: the request's JSON.
         pictures: the index's.
         rules: where its images may be fetched from.
-        default_tokens: the length of an answer, where the request gives none.
-        default_images: the most places of an answer with pictures, where the request gives none; None for any number.
+        default_tokens: the length of an answer, if the request gives none.
+        default_images: the most places of an answer with pictures, if the request gives none; None for any number.
 
     Raises:
         RequestFailure: a field that is missing or out of its range.

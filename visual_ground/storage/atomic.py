@@ -89,12 +89,12 @@ def write_folder(folder: str | os.PathLike[str], writers: Mapping[str, Callable[
     """Write a set of files into a folder, all of them or none.
 
     They are staged in a subfolder, and the new set is valid from the moment at which that is renamed to `.commit`. Then
-    its files are moved over the old ones; `finish_commit` does the rest where that was cut short. So a process or
+    its files are moved over the old ones; `finish_commit` does the rest if that was cut short. So a process or
     machine that stops at any point leaves the old set or the new one, and never a mix. Other files in the folder stay
     as they are. One process or thread may write a folder at a time; a second one is refused.
 
     Args:
-        folder: where to; made where it is missing.
+        folder: where to; made if it is missing.
         writers: for each file's name, which may have folders in it, a function that writes the path it is given.
 
     Raises:
@@ -149,7 +149,7 @@ def finish_commit(folder: str | os.PathLike[str]) -> None:
                 os.replace(commit / name, folder / name)
     for name in [*subfolders, Path()]:
         sync(folder / name)
-    # Only rmdir, never rmtree: where another process has just put a newer commit here, it fails and removes nothing.
+    # Only rmdir, never rmtree: if another process has just put a newer commit here, it fails and removes nothing.
     for name in [*reversed(subfolders), Path()]:
         with suppress(OSError):
             (commit / name).rmdir()
@@ -158,7 +158,7 @@ def finish_commit(folder: str | os.PathLike[str]) -> None:
 def resolve(folder: str | os.PathLike[str], name: str) -> Path:
     """Return where a file of the folder's present set is to be read; it need not exist.
 
-    A commit that was cut short is finished first, or read in place where the folder cannot be written.
+    A commit that was cut short is finished first, or read in place if the folder cannot be written.
     """
     folder = Path(folder)
     with suppress(OSError):

@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[object, str]] = {
 
 @dataclass
 class GroundingTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with the published optimizer settings, and what grounding needs besides.
+    """transformers' `TrainingArguments` with the published optimizer settings, and what grounding needs in addition.
 
     Args:
         caption_loss_scale: weight of the captioning loss.
@@ -37,7 +37,7 @@ class GroundingTrainingArguments(TrainingArguments):
         captioning_fraction: the part of each batch, in (0, 1], that is captioned; all of it is retrieved.
         end_captions: whether captioning also predicts the end of a caption.
         max_caption_length: length of a caption with its `[RET]`, in tokens; longer captions are cut.
-        feature_cache: folder of the cached image features; "features" in the output folder where None.
+        feature_cache: folder of the cached image features; "features" in the output folder if None.
         cache_features: compute the features of all images once, before training; False runs the vision encoder in
             every step.
         prefix_cache_gb: memory, in GiB, for the keys and values of the captions' tokens before `[RET]`, which are then
@@ -52,15 +52,15 @@ class GroundingTrainingArguments(TrainingArguments):
         max_skipped: the part of the images and captions, in [0, 1], that may be unreadable or empty. They are reported
             and left out; if there are more, the run stops.
         data_dependent_init: fit the start values of a new adapter to the training pairs before the first step, see
-            `training.initialization`; without effect where the adapter's `scaling` is "none".
-        projector_learning_rate: learning rate of the layer from image features to image tokens; `learning_rate` where
+            `training.initialization`; without effect if the adapter's `scaling` is "none".
+        projector_learning_rate: learning rate of the layer from image features to image tokens; `learning_rate` if
             None.
         retrieval_learning_rate: learning rate of the two layers into the retrieval space, whose start values need only
-            small changes; `learning_rate` where None, and where they have no such start values: with
+            small changes; `learning_rate` if None, and if they have no such start values: with
             `data_dependent_init=False` or the adapter's `scaling` "none".
         held_out: the part of the training data's groups, in [0, 1), that is not trained on. The start and ten states of
             the run are scored on it, and the best is the result. Without effect for streams, with
-            `load_best_model_at_end`, with start values as above, and where it would be fewer than ten groups.
+            `load_best_model_at_end`, with start values as above, and if it would be fewer than ten groups.
         patience: scores in a row without a better one, after which the run ends.
         num_logged_examples: pairs drawn on the contact sheet of each evaluation; 0 draws none.
 
@@ -162,5 +162,5 @@ class GroundingTrainingArguments(TrainingArguments):
 
     @property
     def sampling_seed(self) -> int:
-        """The seed of the order of the examples, and of which caption and image is drawn where one has several."""
+        """The seed of the order of the examples, and of which caption and image is drawn if one has several."""
         return self.seed if self.data_seed is None else self.data_seed

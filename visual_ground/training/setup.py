@@ -112,7 +112,7 @@ def build_sampler(
 
 
 def check_batches(examples: ExampleDataset | ExampleStream | None, args: GroundingTrainingArguments) -> None:
-    """Raise where no batch can be trained on; set `max_steps` to the epochs of a cached stream, whose length is known.
+    """Raise if no batch can be trained on; set `max_steps` to the epochs of a cached stream, whose length is known.
 
     Raises:
         GroundingValueError: a batch of one, fewer examples than a batch, or a stream of unknown length without
@@ -184,7 +184,7 @@ def has_start_values(config: GroundingConfig, args: GroundingTrainingArguments) 
 def training_data(
     model: GroundedModel, rows: Any, preparation: Preparing, args: GroundingTrainingArguments
 ) -> tuple[ExampleDataset | ExampleStream | None, ExampleDataset | None]:
-    """Return the examples to train on, and those that choose the best state; None where there are none."""
+    """Return the examples to train on, and those that choose the best state; None if there are none."""
     examples = None if rows is None else training_examples(rows, preparation)
     is_chosen = args.load_best_model_at_end or not has_start_values(model.config, args)
     if is_chosen or not isinstance(examples, ExampleDataset):

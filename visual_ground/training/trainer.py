@@ -48,7 +48,7 @@ class GroundingTrainer(Trainer):
         evaluator: one `visual_ground.evaluation.Evaluator` or several, run at each evaluation. Their metrics are logged
             as `eval_<name>_<metric>`, and `metric_for_best_model="<name>"` stands for an evaluator's primary metric.
         loss: a `losses.objective.Loss`, called with the objective and a batch; `FromageLoss` with the scales of
-            `args` where None. It has no trainable parameters of its own.
+            `args` if None. It has no trainable parameters of its own.
         options: `callbacks`, `optimizers` and `optimizer_cls_and_kwargs`, as for `Trainer`.
 
     Raises:
@@ -118,7 +118,7 @@ class GroundingTrainer(Trainer):
     ) -> TrainOutput:
         """Train, as `Trainer.train` does; a new adapter first gets start values from the training pairs.
 
-        `resume_from_checkpoint=True` takes the run's last complete checkpoint; where there is none, the run starts.
+        `resume_from_checkpoint=True` takes the run's last complete checkpoint; if there is none, the run starts.
 
         Raises:
             GroundingFileError: the checkpoint is not complete, or none could be written.
@@ -162,7 +162,7 @@ class GroundingTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of a batch, with the other outputs of the objective where `return_outputs`."""
+        """Return the loss of a batch, with the other outputs of the objective if `return_outputs`."""
         outputs: GroundingLoss = model(**inputs)
         if model.training:
             self.meters.count(inputs, outputs)
@@ -192,7 +192,7 @@ class GroundingTrainer(Trainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, and push it where `push_to_hub` is set; every process has all of it."""
+        """Write the adapter, and push it if `push_to_hub` is set; every process has all of it."""
         self._checkpoints.save_adapter(output_dir)
         if self.args.push_to_hub and not _internal_call and self.is_world_process_zero():
             self._publisher.push("Model save")
@@ -213,7 +213,7 @@ class GroundingTrainer(Trainer):
             self._publisher.write_card(self._checkpoints.folder / CARD_FILE, **card)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository of `hub_model_id`, or of the output folder's name, where it does not exist."""
+        """Make the repository of `hub_model_id`, or of the output folder's name, if it does not exist."""
         if self.is_world_process_zero():
             self._publisher.open(token, private)
 
@@ -224,7 +224,7 @@ class GroundingTrainer(Trainer):
         return self._sampler  # The order is a function of seed and epoch alone, so that a restart needs no saved state.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # A checkpoint is many files, and counts once all are on disk; callbacks hear of it only where nothing failed.
+        # A checkpoint is many files, and counts once all are on disk; callbacks hear of it only if nothing failed.
         written = self._checkpoints.writing(self.state, self.accelerator.wait_for_everyone)
         with written as folder, optimizer_unsharded(self):
             super()._save_checkpoint(model, trial)

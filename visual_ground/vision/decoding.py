@@ -98,7 +98,7 @@ def is_image(data: File) -> bool:
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     """Return pixels turned as the EXIF of the image says that they were made of."""
     try:
-        # ImageOps.exif_transpose would write the EXIF anew, which fails where any other entry of it is damaged.
+        # ImageOps.exif_transpose would write the EXIF anew, which fails if any other entry of it is damaged.
         way = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # A picture whose EXIF is damaged is shown as it lies.
         return pixels

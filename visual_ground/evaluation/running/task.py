@@ -66,7 +66,7 @@ class Evaluation:
 
     Args:
         task: the task.
-        work_dir: where image features and records are kept. A killed evaluation goes on from there, and the same one
+        work_dir: where image features and records are kept. A killed evaluation continues from there, and the same one
             is not measured again; in several processes, all use it. None keeps nothing.
         batch_size: units measured at once.
         seed: of the bootstrap.

@@ -48,7 +48,7 @@ def entries_of(state: IndexState) -> Iterator[Entry]:
 
 
 def image_of(entry: Entry, rules: LinkRules) -> str | ImageLink | None:
-    """Return the path of an entry's image where the rules let it be opened, and else a link.
+    """Return the path of an entry's image if the rules let it be opened, and else a link.
 
     An index in Milvus has no folder of its own, and may have been written by anyone.
     """

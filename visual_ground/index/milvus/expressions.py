@@ -2,7 +2,7 @@
 
 Metadata are stored by the kind of their values, `entry["number"]["year"]`, `entry["string"]["licence"]`, so that a
 comparison only ever meets values of its own kind. Milvus Lite knows `in` for plain columns only, and it and the server
-disagree on `not` where a value is missing: an `in` becomes several comparisons, and a `not` is moved down to them.
+disagree on `not` if a value is missing: an `in` becomes several comparisons, and a `not` is moved down to them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _compare(one: Comparison, holds: bool) -> str:
 
 
 def _leaf(column: str, how: str, value: Any, holds: bool) -> str:
-    """Return whether a comparison holds, or does not: then also where there is no value of its kind."""
+    """Return whether a comparison holds, or does not: then also if there is no value of its kind."""
     if column == "id" and how == "eq" and (isinstance(value, str) or type(value) is int):
         return f"key {'==' if holds else '!='} {quote(key_of(value))}"
     kind = kind_of(value)

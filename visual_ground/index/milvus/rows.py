@@ -34,7 +34,7 @@ class Entry:
 
 
 def to_row(entry: Entry | None) -> dict[str, Any]:
-    """Return the cells of an entry that Milvus can keep; of a vector that stands for nothing where None."""
+    """Return the cells of an entry that Milvus can keep; of a vector that stands for nothing if None."""
     if entry is None:
         return {"key": "", "entry": {}, "thumbnail": ""}
     cells: dict[str, Any] = {"id": {"string" if isinstance(entry.id, str) else "number": entry.id}}

@@ -38,7 +38,7 @@ FORMS = 'such as {"licence": "CC0"}, {"year": {"ge": 1990}}, {"licence": ["CC0",
 
 @dataclass(frozen=True)
 class Comparison:
-    """One column compared with one value, or with several where the operator is "in"."""
+    """One column compared with one value, or with several if the operator is "in"."""
 
     column: str
     operator: str

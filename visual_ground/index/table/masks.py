@@ -18,7 +18,7 @@ Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def rows_where(table: pa.Table, condition: Condition) -> Mask:
-    """Return a mask over a table's rows, True where a condition holds."""
+    """Return a mask over a table's rows, True if a condition holds."""
     if isinstance(condition, Comparison):
         return _compare(table, condition)
     masks: Iterator[Any] = (rows_where(table, one) for one in condition.conditions)

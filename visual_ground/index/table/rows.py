@@ -20,7 +20,7 @@ OTHERS = "other_metadata"
 # An entry's id is in `id` or, if it is a number, in `id_number`; its image is an address in `image`, a file of the
 # index's own folder in `file`, or both are empty.
 FIXED = {"id": pa.string(), "id_number": pa.int64(), "image": pa.string(), "file": pa.string(), OTHERS: pa.string()}
-THUMBNAIL = "thumbnail"  # A JPEG file, where the index was built with thumbnails.
+THUMBNAIL = "thumbnail"  # A JPEG file, if the index was built with thumbnails.
 RESERVED = frozenset({*FIXED, THUMBNAIL})
 COLUMN_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 # Keys that are in hardly any entry go to OTHERS, because each column costs something for every entry.
@@ -73,7 +73,7 @@ def check_ids(ids: Sequence[Any]) -> None:
 
 
 def check_distinct(ids: Sequence[Any]) -> None:
-    """Raise GroundingValueError where an id comes twice."""
+    """Raise GroundingValueError if an id comes twice."""
     if len(set(ids)) != len(ids):
         twice = next(one for i, one in enumerate(ids) if one in ids[:i])
         raise GroundingValueError(f"ids must be distinct, and {twice!r} comes twice; give each image its own.")

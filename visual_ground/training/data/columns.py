@@ -61,7 +61,7 @@ class Columns:
         return [text for text in _as_list(row.get(name)) if self.problem(text) is None]
 
     def problem(self, text: Any) -> str | None:
-        """Return why a caption or another text cannot be used; None where it can."""
+        """Return why a caption or another text cannot be used; None if it can."""
         if is_missing(text):
             return "is empty"
         if not isinstance(text, str):
@@ -72,7 +72,7 @@ class Columns:
         return None if found is None else f"contains {found}, which must not stand in a text"
 
     def problem_of(self, row: Mapping[str, Any]) -> str | None:
-        """Return why a row or its texts cannot be used; None where one text of each kind can."""
+        """Return why a row or its texts cannot be used; None if one text of each kind can."""
         if row.get(PROBLEM):
             return str(row[PROBLEM])
         texts = _as_list(row[self.caption])
@@ -87,13 +87,13 @@ class Columns:
         return None if problem is None else f"its prompt {problem}"
 
     def prompt(self, row: Mapping[str, Any]) -> Any:
-        """Return a row's prompt as it is, or None where it has none."""
+        """Return a row's prompt as it is, or None if it has none."""
         # Datasets of generated pictures call their captions so.
         given = self.caption != PROMPT and is_given(row.get(PROMPT))
         return row[PROMPT] if given else None
 
     def split_prompt(self, row: Mapping[str, Any]) -> SplitPrompt | None:
-        """Return a row's prompt, which has no problem, with its images apart; None where it has none."""
+        """Return a row's prompt, which has no problem, with its images apart; None if it has none."""
         prompt = self.prompt(row)
         return None if prompt is None else SplitPrompt.of(prompt, self._resolve)
 
@@ -184,7 +184,7 @@ def is_stream(rows: Any) -> bool:
 
 
 def _has_caption(row: Mapping[str, Any], number: int, columns: Columns) -> bool:
-    """Return whether a row has a caption at all; raise GroundingTypeError where it is no string."""
+    """Return whether a row has a caption at all; raise GroundingTypeError if it is no string."""
     captions = [caption for caption in _as_list(row[columns.caption]) if not is_missing(caption)]
     for caption in captions:
         if not isinstance(caption, str):

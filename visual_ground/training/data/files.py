@@ -115,7 +115,7 @@ def dated(files: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def generated(read: Any, arguments: dict[str, Any], features: Any, streaming: bool) -> Any:
-    """Return the rows that a generator yields, as a dataset, or as a stream of `datasets` where `streaming`."""
+    """Return the rows that a generator yields, as a dataset, or as a stream of `datasets` if `streaming`."""
     import datasets
 
     if streaming:  # Its lists of arguments, one entry for each file, are split among processes.

@@ -132,6 +132,6 @@ def column_names(rows: Any) -> Iterable[str]:
 
 
 def folder_of(name: str) -> str | None:
-    """Return the folder that a table's relative paths are relative to, its own, or None where it is not one file."""
+    """Return the folder that a table's relative paths are relative to, its own, or None if it is not one file."""
     path = Path(name)
     return str(path.parent) if path.suffix.lower() in LOADERS and "*" not in name else None

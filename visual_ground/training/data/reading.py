@@ -15,7 +15,7 @@ from visual_ground.vision.images import image_name, to_rgb
 
 
 def read_image(image: Any, skipped: list[str], may_skip: bool = True) -> Image.Image | None:
-    """Return an image as RGB; one that cannot be read is noted in `skipped`, or raises where it may not be skipped."""
+    """Return an image as RGB; one that cannot be read is noted in `skipped`, or raises if it may not be skipped."""
     try:
         return to_rgb(image)
     except GroundingValueError as error:
@@ -36,7 +36,7 @@ def first_image_key(row: Mapping[str, Any], columns: Columns) -> str:
 def prompt_of(
     row: Mapping[str, Any], columns: Columns, features: Any, skipped: list[str], may_skip: bool = True
 ) -> dict[str, Any] | None:
-    """Return a row's `prompt` with its `prompt_features` (m, f) or `prompt_images`; nothing where it has no prompt.
+    """Return a row's `prompt` with its `prompt_features` (m, f) or `prompt_images`; nothing if it has no prompt.
 
     Args:
         row: the row.

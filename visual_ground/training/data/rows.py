@@ -45,7 +45,7 @@ def is_unicode(text: str) -> bool:
 
 
 def named_by(row: Mapping[str, Any]) -> str:
-    """Return the name that a row has in a shard, as " (name)"; nothing where it has none."""
+    """Return the name that a row has in a shard, as " (name)"; nothing if it has none."""
     return f" ({row[KEY]})" if row.get(KEY) else ""
 
 
