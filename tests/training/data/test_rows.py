@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tests.tiny import grounded, picture
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingTrainer
-from visual_ground.errors import GroundingError, GroundingTypeError
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError
 from visual_ground.evaluation import EvaluationPairs
 from visual_ground.indexing.build import BuildOptions, build_index
 from visual_ground.training.data.columns import Columns, forbidden_words, open_rows, usable_rows
-from visual_ground.training.data.loading import load_rows
+from visual_ground.training.data.loading import column_names, load_rows
 from visual_ground.training.data.rows import is_missing
 from visual_ground.training.data.skipped import Skipped
 from visual_ground.training.data.streams import prepare_stream
@@ -189,6 +189,16 @@ def test_a_row_that_cannot_be_read_any_more_is_passed_over_in_training(tmp_path)
     rows.faults = {number: OSError("gone") for number in (2, 3)}
     trainer.train()
     assert trainer.state.global_step == 3 and any("gone" in name for name in trainer.skipped.names)
+
+
+def test_a_stream_that_cannot_be_read_is_one_error(tmp_path):
+    (tmp_path / "broken.json").write_text('[{"image": "0.png", "caption": "a"}, {"image": "1.png", "capt')
+    rows = load_rows(str(tmp_path / "broken.json"), streaming=True)
+    for read in (column_names, lambda rows: open_rows(rows, Columns())):
+        with pytest.raises(GroundingFileError):
+            read(rows)
+    with pytest.raises(GroundingFileError, match="ZeroDivisionError"):
+        open_rows(table().to_iterable_dataset().map(lambda row: 1 / 0), Columns())
 
 
 def test_a_dataset_of_which_nothing_can_be_read_is_named():

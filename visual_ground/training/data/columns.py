@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.rows import PROBLEM, picture_of, rows_by_number
 from visual_ground.storage.texts import is_unicode
@@ -125,11 +125,19 @@ def open_rows(rows: Any, columns: Columns) -> Any:
         The rows, whose images are not decoded.
 
     Raises:
+        GroundingFileError: a stream whose first row cannot be read.
         GroundingTypeError: neither of these, or a stream with a caption among its first that is no string.
         GroundingValueError: no rows, or columns missing.
     """
     rows = rows_by_number(rows)
-    first = check_not_empty(_undecoded(rows, columns))
+    try:
+        first = check_not_empty(_undecoded(rows, columns))
+    except GroundingError:
+        raise
+    except Exception as error:  # What a stream reads is damaged, or the function that it maps rows with.
+        raise GroundingFileError(
+            f"The dataset cannot be read, already its first row ({type(error).__name__}: {error})."
+        ) from error
     required = [columns.caption] if "image_features" in first else [columns.image, columns.caption]
     if missing := [name for name in required if name not in first]:
         raise GroundingValueError(
