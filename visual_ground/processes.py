@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,23 @@ class Processes:
         failed = [f"process {index}: {text}" for index, text in enumerate(texts) if text is not None]
         if failed:
             raise GroundingStateError(f"Of {self.count} processes that work together, {'; '.join(failed)}")
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do some work in each process, and return what it gave in all of them.
+
+        Args:
+            work: waits for no other process.
+
+        Raises:
+            GroundingError: what has failed in any of them, as in `raise_together`.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except GroundingError as error:
+            failure = error
+        self.raise_together(failure)
+        return cast("list[T]", self.gather(result))
 
     @contextmanager
     def folder(self, given: str | os.PathLike[str] | None) -> Iterator[Path]:

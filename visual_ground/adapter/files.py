@@ -67,7 +67,7 @@ class AdapterFiles:
             GroundingFileError: no such adapter, or a damaged one.
             GroundingValueError: another format version, or a value outside its range.
         """
-        is_local = Path(name).is_dir()
+        is_local = os.path.isdir(name)
         folder = fetch_folder(name, FILES, HubOptions() if options is None else options)
         values = read_adapter_config(folder)
         metadata = AdapterMetadata.from_dict(values)
@@ -187,7 +187,7 @@ def push_saved(folder: str | os.PathLike[str], repo_id: str, options: PushOption
     Raises:
         GroundingFileError: no adapter, or a damaged one; or the Hub did not take it, and is as it was.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise GroundingFileError(f"{str(folder)!r} is no local folder. Only a saved adapter can be pushed.")
     saved = AdapterFiles.open(folder)
     tensors, metadata = saved.read_tensors(), published(saved.metadata)
@@ -202,7 +202,7 @@ def push_saved(folder: str | os.PathLike[str], repo_id: str, options: PushOption
 
 def _card_in(folder: str | os.PathLike[str]) -> str | None:
     path = resolve(folder, CARD_FILE)
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace") if os.path.isfile(path) else None
 
 
 def _refuse_paths(names: Mapping[str, str | None], adapter: Any) -> None:

@@ -12,8 +12,10 @@ from visual_ground.cli.arguments import (
     add_index_options,
     add_model_arguments,
     answer_options,
+    check_places,
     load_index,
     load_model,
+    place,
 )
 from visual_ground.errors import GroundingError
 
@@ -37,20 +39,18 @@ def add_parser(commands: Commands) -> None:
     add_model_arguments(parser)
     add_index_options(parser)
     parser.add_argument("--once", metavar="PROMPT", help="answer one prompt and stop")
-    parser.add_argument("--html", help="write the last answer as a page")
+    parser.add_argument("--html", metavar="FILE", type=place, help="write the last answer as a page")
     add_answer_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer line by line until the input ends, or once; return the exit code."""
-    from visual_ground.errors import GroundingFileError
     from visual_ground.terminal.conversation import Conversation
 
-    if options.html and os.path.isdir(options.html):  # Loading and answering take long: what is wrong is said before.
-        raise GroundingFileError(f"--html takes the path of a page, and {options.html!r} is a folder.")
+    check_places(file=options.html)
     conversation = Conversation(load_model(options), load_index(options), answer_options(options))
-    if options.once:
+    if options.once is not None:
         answer(conversation, options.once, options.html)
         return 0
     return converse(conversation, options.html)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visual_ground.cli.arguments import check_places, place
+
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
 
@@ -14,7 +16,9 @@ def add_parser(commands: Commands) -> None:
     """Add the command to a parser."""
     parser = commands.add_parser("import-fromage", help="turn an official FROMAGe checkpoint into an adapter")
     parser.add_argument("folder", help="holds model_args.json, the checkpoint and cc3m_embeddings*.pkl, if any")
-    parser.add_argument("--output", required=True, help="folder for the adapter; an index goes into its index/")
+    parser.add_argument(
+        "--output", type=place, required=True, help="folder for the adapter; an index goes into its index/"
+    )
     parser.add_argument("--checkpoint", help="where it is not pretrained_ckpt.pth.tar in the folder")
     parser.set_defaults(run=run)
 
@@ -23,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
     """Turn an official checkpoint into an adapter, and its image embeddings into an index; no model is loaded."""
     from visual_ground.importers.fromage.convert import read_official, read_official_index
 
+    check_places(folder=options.output)
     official, index = read_official(options.folder, options.checkpoint), read_official_index(options.folder)
     official.save(options.output)
     if index is not None:

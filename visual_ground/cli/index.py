@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_model_arguments, load_model, number, open_index
+from visual_ground.cli.arguments import add_model_arguments, check_places, load_model, number, open_index, place, whole
 
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
@@ -24,7 +24,7 @@ def add_parser(commands: Commands) -> None:
     build = actions.add_parser("build", help="make an index; after a stop, the same command continues it")
     add_model_arguments(build)
     build.add_argument("images", nargs="+", help="image files, folders of them, and tar shards")
-    build.add_argument("--output", required=True, help="folder for the index")
+    build.add_argument("--output", type=place, required=True, help="folder for the index")
     _add_build_options(build)
     build.set_defaults(run=run_build)
     add = actions.add_parser("add", help="add images, or the entries of another index")
@@ -47,7 +47,7 @@ def _add_readers(actions: Commands) -> None:
     add_model_arguments(search)
     search.add_argument("index", help=OPENED)
     search.add_argument("query", help="a text, or the path of an image")
-    search.add_argument("-k", type=int, default=10, help="how many; 10")
+    search.add_argument("-k", metavar="N", type=whole(1), default=10, help="how many; 10")
     search.add_argument("--filter", help='which entries may be found, as JSON, such as {"year": {"ge": 1990}}')
     search.set_defaults(run=run_search)
     info = actions.add_parser("info", help="print what an index holds, as JSON")
@@ -61,19 +61,25 @@ def _add_makers(actions: Commands) -> None:
     accelerate.add_argument(
         "--kind", choices=("flat", "hnsw", "ivfpq"), help="by the number of entries where not given"
     )
-    accelerate.add_argument("--recall", type=float, default=0.95, help="part of the 10 best entries to find; 0.95")
+    accelerate.add_argument(
+        "--recall", metavar="X", type=number(0, 1), default=0.95, help="part of the 10 best entries to find; 0.95"
+    )
     accelerate.set_defaults(run=run_accelerate)
     convert = actions.add_parser("convert", help="read what other tools wrote, or copy an index into Milvus")
     convert.add_argument("source", help="folder with img_emb/*.npy and metadata/*.parquet, one .npy file, or an index")
     convert.add_argument("--table", help="parquet file of the metadata, for one .npy file")
-    convert.add_argument("--output", required=True, help="folder for the index, or an address in Milvus")
+    convert.add_argument("--output", type=place, required=True, help="folder for the index, or an address in Milvus")
     convert.set_defaults(run=run_convert)
 
 
 def _add_build_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=32, help="images that the encoder runs at once; 32")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images; 0 for none besides this")
-    parser.add_argument("--thumbnails", type=int, metavar="PIXELS", help="keep a thumbnail of each image")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=whole(1), default=32, help="images that the encoder runs at once; 32"
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=whole(0), default=0, help="processes that read images; 0 for none besides this"
+    )
+    parser.add_argument("--thumbnails", metavar="PIXELS", type=whole(1), help="keep a thumbnail of each image")
     parser.add_argument("--half", action="store_true", help="keep vectors as float16, half as large")
     parser.add_argument(
         "--caption-weight",
@@ -91,7 +97,7 @@ def _build_options(options: argparse.Namespace, caption_weight: float = 0.0) -> 
     shard = None
     if options.shard is not None:
         first, _, step = options.shard.partition("/")
-        if not first.isdigit() or not step.isdigit():
+        if not first.isdecimal() or not step.isdecimal():
             raise GroundingValueError(f"--shard must be two numbers such as 0/4, got {options.shard!r}.")
         shard = int(first), int(step)
     return BuildOptions(
@@ -109,6 +115,7 @@ def run_build(options: argparse.Namespace) -> None:
     from visual_ground.indexing.build import build_index
     from visual_ground.processes import Processes
 
+    check_places(folder=options.output)
     report = build_index(load_model(options), options.images, options.output, _build_options(options))
     if not Processes.launched().is_main:
         return
@@ -168,7 +175,7 @@ def _known_id(index: object, text: str) -> str | int:
     """Return the number that a word on the command line stands for, if that is the entry's id."""
     from visual_ground import ImageIndex
 
-    if isinstance(index, ImageIndex) and text not in index and text.isdigit():
+    if isinstance(index, ImageIndex) and text not in index and text.isdecimal():
         return int(text)
     return text
 

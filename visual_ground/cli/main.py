@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from visual_ground.cli import app, chat, demo, fit, import_fromage, index, push, serve, train, transfer
 from visual_ground.cli import eval as evaluate
@@ -23,12 +24,20 @@ TRACEBACK = "VISUAL_GROUND_TRACEBACK"
 NEGATIVE = re.compile(r"-(\d|\.\d|inf)", re.IGNORECASE)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with arguments, as commands do with all else."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program."""
+        self.exit(FAILED, f"{self.prog}: {' '.join(message.split())}; {self.prog} --help says what it takes.\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code.
 
     What cannot be done is one line on the standard error, and 2; Ctrl-C is 130.
     """
-    parser = argparse.ArgumentParser(prog="visual-ground", description="Give any language model eyes.")
+    parser = Parser(prog="visual-ground", description="Give any language model eyes.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('visual-ground')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

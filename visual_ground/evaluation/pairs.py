@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from visual_ground.errors import GroundingTypeError
+from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.rows import picture_of, rows_by_number
+from visual_ground.rows import PROBLEM, picture_of, rows_by_number
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.identity import image_key
 
@@ -65,6 +65,7 @@ class EvaluationPairs:
 
         Raises:
             GroundingTypeError: a pair without a caption that is a string.
+            GroundingValueError: a pair that the dataset itself cannot read.
         """
         if self._encoder is not model.vision:
             captions: list[str] = []
@@ -122,6 +123,8 @@ def _image_key(pair: Mapping[str, Any]) -> Any:
 
 
 def _caption(pair: Mapping[str, Any]) -> str:
+    if problem := pair.get(PROBLEM):
+        raise GroundingValueError(f"A pair to evaluate on cannot be used: {problem}. Mend it, or leave it out.")
     caption = pair.get("caption")
     if not isinstance(caption, str):
         raise GroundingTypeError(

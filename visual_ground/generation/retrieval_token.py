@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -63,8 +63,10 @@ class RetrievalSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
                 raise GroundingValueError(f"{name} must be a whole number of at least {smallest}, got {value!r}.")
-        if math.isnan(self.ret_bias):
-            raise GroundingValueError("ret_bias must be a number, got NaN, which compares with nothing. Use 0.0.")
+        bias = self.ret_bias
+        # With infinity nothing else could be sampled, and NaN compares with nothing.
+        if isinstance(bias, bool) or not isinstance(bias, Real) or not bias < math.inf:
+            raise GroundingValueError(f"ret_bias must be a finite number, got {bias!r}. Use 0.0.")
 
     @property
     def max_rets(self) -> int | None:

@@ -16,10 +16,10 @@ from visual_ground.index.captions import check_weight, with_captions
 from visual_ground.index.engines.base import SearchResult, VectorIndex
 from visual_ground.index.engines.exact import ExactIndex
 from visual_ground.index.files import FILES, read_index, write_index
+from visual_ground.index.places import given_entries
 from visual_ground.index.publishing import publishable, push_index
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import Filter, Ids, IndexState
-from visual_ground.index.table.entries import make_entries
 from visual_ground.storage.hub import HubOptions, PushOptions, fetch_folder
 from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import ImageLike
@@ -65,7 +65,7 @@ class ImageIndex:
                 f"vectors must be a tensor (n, q) or a VectorIndex, got {type(engine).__name__}; "
                 "visual_ground.index.engines.base.VectorIndex lists what a search engine needs."
             )
-        made = make_entries(ids, images, metadata, len(engine), 0)
+        made = given_entries(ids, images, metadata, len(engine), 0)
         self._lock, self._state = threading.RLock(), IndexState(engine, made, None, rules or LinkRules())
 
     @classmethod
@@ -86,7 +86,7 @@ class ImageIndex:
         if not len(images):
             raise GroundingValueError("An index needs at least one image, got none.")
         check_weight(caption_weight)
-        make_entries(ids, images, metadata, len(images), 0)  # Embedding takes long: what is wrong is said before.
+        given_entries(ids, images, metadata, len(images), 0)  # Embedding takes long: what is wrong is said before.
         vectors = model.embed_images(images, batch_size=batch_size)
         index = cls(with_captions(model, vectors, metadata or [], caption_weight, batch_size), ids, images, metadata)
         index._state = replace(index._state, space=model.image_space, caption_weight=caption_weight)
@@ -187,7 +187,7 @@ class ImageIndex:
         back. An id that is there already is a GroundingValueError.
         """
         with self._lock:
-            new = make_entries(ids, images, metadata, len(vectors), self._state.entries.next_id)
+            new = given_entries(ids, images, metadata, len(vectors), self._state.entries.next_id)
             self._state = self._state.changed([], vectors, new)
             return [new.id(row) for row in range(new.end)]
 

@@ -14,7 +14,7 @@ from visual_ground.errors import GroundingIndexError, GroundingStateError, Groun
 from visual_ground.index.engines.base import VectorIndex
 from visual_ground.index.engines.exact import ExactIndex
 from visual_ground.index.engines.saved import SAVED_ENGINES
-from visual_ground.index.places import find_image, movable
+from visual_ground.index.places import find_image, given_entries, movable
 from visual_ground.index.remote_images import LinkRules, shown_together
 from visual_ground.index.table.entries import Entries, make_entries
 from visual_ground.index.table.filters import parse_filter
@@ -161,7 +161,7 @@ class IndexState:
             images = [self.image(position) for position in positions]
         if metadata is None and entries.has_metadata:
             metadata = [entries.metadata(position) for position in positions]
-        new = make_entries(ids, images, metadata, len(positions), 0).with_thumbnails(thumbnails)
+        new = given_entries(ids, images, metadata, len(positions), 0).with_thumbnails(thumbnails)
         return self.changed(positions, self.exact.at(positions) if vectors is None else vectors, new)
 
     def changed(self, positions: Sequence[int], vectors: Tensor, new: Entries) -> IndexState:

@@ -1,4 +1,4 @@
-"""Whether a language model can read the ids of prompts, and whether its tokenizer is still the one that it had."""
+"""Whether an LM can read the texts and ids of prompts, and whether its tokenizer is still the one that it had."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.encoded import EncodedPrompt
+from visual_ground.storage.texts import is_unicode
+from visual_ground.vision.images import shortened
 
 
 def check_ids(
@@ -23,6 +25,15 @@ def check_ids(
             f"The tokens {tokenizer.convert_ids_to_tokens(unknown)} have ids {unknown}, and the LM's embedding has "
             f"{size} rows. They were added to the tokenizer and not to the LM; leave them out of the prompts, or load "
             "the LM's own tokenizer."
+        )
+
+
+def check_text(text: str) -> None:
+    """Raise GroundingValueError if a text has half a character, which no tokenizer takes."""
+    if not is_unicode(text):
+        raise GroundingValueError(
+            f"The text {shortened(text)} has half a character, as from bytes that are not UTF-8. Leave it out, or read "
+            'it with errors="replace".'
         )
 
 

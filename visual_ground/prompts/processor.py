@@ -14,7 +14,7 @@ from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.chat import as_batch, is_chat, render_chat
-from visual_ground.prompts.checks import check_ids, check_tokenizer
+from visual_ground.prompts.checks import check_ids, check_text, check_tokenizer
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.prompts.parts import read_part
 from visual_ground.prompts.types import Prompt, Prompts
@@ -98,9 +98,7 @@ class GroundingProcessor:
         given: Sequence[Any] = prompt if isinstance(prompt, (list, tuple)) else [prompt]
         chat = is_chat(given)  # A chat template writes the opening ids itself.
         parts = render_chat(self.tokenizer, given) if chat else [one for part in given for one in read_part(part)]
-        ids: list[int] = []
-        images: list[Image.Image] = []
-        has_text = False
+        ids, images, has_text = list[int](), list[Image.Image](), False
         for part in parts:
             if isinstance(part, str):
                 opens = not (chat or has_text) and (self.config.image_first or not images)
@@ -155,7 +153,8 @@ class GroundingProcessor:
         return joined, [len(ids) for ids in texts]
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens in front; `[RET]` in it becomes its id."""
+        """Return the ids of a text without special tokens in front; `[RET]` in it becomes its id; see `check_text`."""
+        check_text(text)
         ids: list[int] = []
         for i, part in enumerate(text.split(self.config.ret_token)):
             ids += [self.ret_token_id] if i else []

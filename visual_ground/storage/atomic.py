@@ -44,7 +44,9 @@ def naming_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except GroundingError:
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, ValueError) and "null byte" not in str(error):
+            raise
         # The name of a temporary file or folder would say nothing to anyone.
         reason = getattr(error, "strerror", None) or str(error)
         parts = Path(path).parts
@@ -137,7 +139,7 @@ def finish_commit(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     commit = folder / COMMIT_FOLDER
-    if not commit.is_dir():
+    if not os.path.isdir(commit):  # Which is also no error where the folder's name can be none.
         return
     names = sorted(path.relative_to(commit) for path in commit.rglob("*"))
     subfolders = [name for name in names if (commit / name).is_dir()]
@@ -164,7 +166,7 @@ def resolve(folder: str | os.PathLike[str], name: str) -> Path:
     with suppress(OSError):
         finish_commit(folder)
     waiting = folder / COMMIT_FOLDER / name
-    return waiting if waiting.is_file() else folder / name
+    return waiting if os.path.isfile(waiting) else folder / name
 
 
 def sync(path: Path) -> None:

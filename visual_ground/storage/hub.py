@@ -70,7 +70,7 @@ def fetch_folder(name: str | os.PathLike[str], files: Sequence[str], options: Hu
         GroundingFileError: no local folder, and not to be had from the Hub.
     """
     local, subfolder = Path(name), options.subfolder
-    if not local.is_dir():
+    if not os.path.isdir(local):
         from huggingface_hub import snapshot_download
 
         if not is_hub_name(str(name)):
@@ -208,7 +208,7 @@ def _retry(act: Callable[[], str]) -> str:
             if attempt == ATTEMPTS or error.response.status_code not in RETRIED_STATUSES:
                 raise
             seconds = error.response.headers.get("Retry-After", "")
-            time.sleep(min(int(seconds) if seconds.isdigit() else 2**attempt, LONGEST_WAIT))
+            time.sleep(min(int(seconds) if seconds.isdecimal() else 2**attempt, LONGEST_WAIT))
     raise AssertionError("the last attempt returns or raises")
 
 

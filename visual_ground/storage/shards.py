@@ -39,7 +39,8 @@ def read_shard(path: str | os.PathLike[str]) -> Iterator[Sample]:
         stem, _, suffix = parts.name.partition(".")
         if not stem:
             continue
-        if str(parts.parent / stem) != key:
+        # A member that is there already belongs to the next sample, which has the same name.
+        if str(parts.parent / stem) != key or suffix.lower() in members:
             if members:
                 yield Sample(key, members)
             key, members = str(parts.parent / stem), {}

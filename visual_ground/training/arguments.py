@@ -24,6 +24,10 @@ REFUSED: dict[str, tuple[object, str]] = {
     "torch_compile": (False, "the losses read the LM through hooks; compile the LM itself, with lm.compile()"),
     "debug": ([], "it stops at infinite logits, which ids that must not be said have"),
 }
+NOT_NEGATIVE = (
+    *("caption_loss_scale", "retrieval_loss_scale", "max_grad_norm"),
+    *("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "num_logged_examples"),
+)
 
 
 @dataclass
@@ -113,6 +117,7 @@ class GroundingTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # Nothing that is not used is read in the first place.
+        self.max_grad_norm = 0.0 if self.max_grad_norm is None else self.max_grad_norm  # Neither clips.
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' is untyped
         for name in ("concat_captions_prob", "captioning_fraction", "max_skipped"):
             if not 0 <= getattr(self, name) <= 1:
@@ -127,15 +132,20 @@ class GroundingTrainingArguments(TrainingArguments):
             raise GroundingValueError(
                 f"max_caption_length must be at least 2, a token and [RET], got {self.max_caption_length}."
             )
-        for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "num_logged_examples"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise GroundingValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.gradient_accumulation_steps < 1:
+            raise GroundingValueError(
+                f"gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}."
+            )
         self._refuse_what_has_no_meaning()
 
     def _refuse_what_has_no_meaning(self) -> None:
         for name, number in vars(self).items():
-            if isinstance(number, float) and math.isnan(number):
-                raise GroundingValueError(f"{name} must be a number, got NaN.")
+            clips_nothing = (name, number) == ("max_grad_norm", math.inf)
+            if isinstance(number, float) and not math.isfinite(number) and not clips_nothing:
+                raise GroundingValueError(f"{name} must be a finite number, got {number}.")
         for name, (nothing, reason) in REFUSED.items():
             if (value := getattr(self, name)) not in (None, nothing):
                 raise GroundingValueError(f"{name}={value!r} has no meaning here: {reason}. Leave it out.")

@@ -62,14 +62,23 @@ def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingA
     return GroundingTrainingArguments() if args is None else args
 
 
-def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise GroundingValueError if a callback would upload the LM, or the evaluation pictures of the output folder.
+def check_callbacks(callbacks: Iterable[TrainerCallback], args: Any, publishes: bool) -> None:
+    """Raise GroundingValueError if a callback would upload more than an adapter.
 
     Args:
         callbacks: of the run, those of `report_to` among them.
+        args: the run's settings.
+        publishes: whether the run goes to the Hub, of which callbacks hear.
     """
     for callback in callbacks:
-        for name in {base.__name__ for base in type(callback).__mro__} & set(WHOLE_UPLOADS):
+        names = {base.__name__ for base in type(callback).__mro__}
+        makes_space = getattr(args, "trackio_static_space_id", False) is not False and args.trackio_space_id is None
+        if publishes and makes_space and "TrackioCallback" in names:
+            raise GroundingValueError(
+                "When a run is pushed, TrackioCallback makes a Space of its log and its settings, local paths among "
+                "them. Set trackio_static_space_id=False, or trackio_space_id to a Space that you want them in."
+            )
+        for name in names & set(WHOLE_UPLOADS):
             variable, what = WHOLE_UPLOADS[name]
             # Wandb's is an enumeration.
             asked = getattr(callback, "_log_model", None) or os.environ.get(variable, "")

@@ -95,11 +95,13 @@ def training_examples(rows: Any, preparation: Preparing) -> ExampleDataset | Exa
 
 def evaluation_examples(rows: Any, preparation: Preparing) -> ExampleDataset | dict[str, ExampleDataset]:
     """Return the examples of a dataset, or of several by name, each with its first image and caption."""
-    if isinstance(rows, dict):
-        return {str(name): preparation.examples(of_name, sample=False) for name, of_name in rows.items()}
-    if is_stream(rows):
+    several = rows if isinstance(rows, dict) else {"": rows}
+    if not several:
+        raise GroundingValueError("eval_dataset={} has no dataset to evaluate on. Leave it out, or name some.")
+    if any(map(is_stream, several.values())):
         raise GroundingTypeError("A stream has no end to evaluate at; give eval_dataset=list(stream.take(500)).")
-    return preparation.examples(rows, sample=False)
+    examples = {str(name): preparation.examples(of_name, sample=False) for name, of_name in several.items()}
+    return examples if several is rows else examples[""]
 
 
 def build_sampler(

@@ -127,7 +127,7 @@ class GroundingTrainer(Trainer):
         checkpoint = self._checkpoints.find(resume_from_checkpoint)
         steps_done = 0 if checkpoint is None else checkpoints.global_step(checkpoint)
         batches = steps_done * self.args.gradient_accumulation_steps
-        checks.check_callbacks(self.callback_handler.callbacks)
+        checks.check_callbacks(self.callback_handler.callbacks, self.args, self.args.push_to_hub)
         checks.freeze_others(self.grounded)
         self._best.load(checkpoint)
         if checkpoint is not None and (self._best.is_over or 0 < self.args.max_steps <= steps_done):
@@ -139,8 +139,7 @@ class GroundingTrainer(Trainer):
                 loader_of, on_device = self.get_train_dataloader, self._prepare_inputs
                 refill_prefix_cache(self.model.prefixes, loader_of, self._sampler, batches, on_device)
             record_settings(self.grounded, self.args, self.train_dataset)
-            resumed = None if checkpoint is None else os.fspath(checkpoint)
-            output = super().train(resumed, trial, ignore_keys_for_eval)
+            output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
         self._best.restore()
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -201,6 +200,7 @@ class GroundingTrainer(Trainer):
         self, commit_message: str | None = "End of training", blocking: bool = True, **options: Any
     ) -> str | None:
         """Commit what `GroundedModel.push_to_hub` commits, as blocking as that; `options` are as in `Trainer`."""
+        checks.check_callbacks(self.callback_handler.callbacks, self.args, True)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None

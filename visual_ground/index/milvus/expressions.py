@@ -11,13 +11,12 @@ import json
 import math
 from typing import Any
 
-from visual_ground.index.table.filters import COMPARISONS, Comparison, Condition, kind_of
+from visual_ground.index.table.filters import COMPARISONS, Comparison, Condition, fits_int64, kind_of
 
 SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OPPOSITES = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 # Position -1 is no image, see `collection`.
 ALL, NONE = "position >= 0", "position < -1"
-INT64 = range(-(2**63), 2**63)
 
 
 def expression(condition: Condition) -> str:
@@ -94,4 +93,4 @@ def _literal(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return quote(value)
-    return repr(float(value)) if isinstance(value, float) or value not in INT64 else str(value)
+    return repr(float(value)) if isinstance(value, float) or not fits_int64(value) else str(int(value))

@@ -67,6 +67,11 @@ def same_kind(value: Any, other: Any) -> bool:
     return kind_of(value) is not None and kind_of(value) == kind_of(other)
 
 
+def fits_int64(number: int) -> bool:
+    """Return whether a whole number fits into 64 bits; `number in range(...)` would count where it is of a subclass."""
+    return -(2**63) <= number < 2**63
+
+
 def kind_of(value: Any) -> str | None:
     """Return "bool", "number" or "string"; None for values that no filter compares."""
     if isinstance(value, bool):

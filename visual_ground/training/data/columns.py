@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.rows import picture_of, rows_by_number, undecoded
+from visual_ground.rows import PROBLEM, picture_of, rows_by_number, undecoded
+from visual_ground.storage.texts import is_unicode
 from visual_ground.training.data.prompts import PROMPT, SplitPrompt, is_given, prompt_problem
 from visual_ground.training.data.rows import (
-    PROBLEM,
     check_not_empty,
     has_images,
     is_missing,
-    is_unicode,
     named_by,
 )
 from visual_ground.training.data.skipped import Skipped
@@ -49,12 +48,12 @@ class Columns:
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """Return a row's images as they are: PIL images, arrays, paths, or `{"bytes": ..., "path": ...}`."""
-        images = _as_list(picture_of(row[self.image]))
+        images = _as_list(picture_of(row.get(self.image)))
         return [self._resolve(picture_of(image)) for image in images if not is_missing(image)]
 
     def captions(self, row: Mapping[str, Any]) -> list[str]:
         """Return a row's captions that can be used."""
-        return [caption for caption in _as_list(row[self.caption]) if self.problem(caption) is None]
+        return [caption for caption in _as_list(row.get(self.caption)) if self.problem(caption) is None]
 
     def texts(self, row: Mapping[str, Any], name: str) -> list[str]:
         """Return the texts of an optional column that can be used."""
@@ -75,7 +74,7 @@ class Columns:
         """Return why a row or its texts cannot be used; None if one text of each kind can."""
         if row.get(PROBLEM):
             return str(row[PROBLEM])
-        texts = _as_list(row[self.caption])
+        texts = _as_list(row.get(self.caption))
         problems = [self.problem(text) for text in texts]
         if None not in problems:
             return f"its caption {problems[0] if problems else 'is empty'}"
@@ -126,11 +125,19 @@ def open_rows(rows: Any, columns: Columns) -> Any:
         The rows, whose images are not decoded.
 
     Raises:
+        GroundingFileError: a stream whose first row cannot be read.
         GroundingTypeError: neither of these, or a stream with a caption among its first that is no string.
         GroundingValueError: no rows, or columns missing.
     """
     rows = rows_by_number(rows)
-    first = check_not_empty(undecoded(rows, [columns.image]))
+    try:
+        first = check_not_empty(undecoded(rows, [columns.image]))
+    except GroundingError:
+        raise
+    except Exception as error:  # What a stream reads is damaged, or the function that it maps rows with.
+        raise GroundingFileError(
+            f"The dataset cannot be read, already its first row ({type(error).__name__}: {error})."
+        ) from error
     required = [columns.caption] if "image_features" in first else [columns.image, columns.caption]
     if missing := [name for name in required if name not in first]:
         raise GroundingValueError(
@@ -185,7 +192,7 @@ def is_stream(rows: Any) -> bool:
 
 def _has_caption(row: Mapping[str, Any], number: int, columns: Columns) -> bool:
     """Return whether a row has a caption at all; raise GroundingTypeError if it is no string."""
-    captions = [caption for caption in _as_list(row[columns.caption]) if not is_missing(caption)]
+    captions = [caption for caption in _as_list(row.get(columns.caption)) if not is_missing(caption)]
     for caption in captions:
         if not isinstance(caption, str):
             raise GroundingTypeError(

@@ -16,7 +16,7 @@ from visual_ground.prompts.chat import typed_message
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.training.data.columns import Columns, open_rows, without_images
 from visual_ground.training.data.prompts import PromptIds
-from visual_ground.training.data.reading import example_of, prompt_of, read_image, without_prompt
+from visual_ground.training.data.reading import example_of, is_readable, prompt_of, read_image, without_prompt
 from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.sampler import first, happens, turns
 from visual_ground.training.data.sequences import TokenSequence, number_images, with_retrieval_prompt
@@ -83,6 +83,8 @@ class ExampleDataset(Dataset[dict[str, Any]]):
             number = (draw + offset) % len(self)
             choose = turns(self.seed, number, draw // len(self)) if self.sample else first
             row = self._texts[number]
+            if not is_readable(row, number, skipped, self.sample):
+                continue
             example = example_of(row, self.columns, choose)
             if self.captions is not None:
                 example["caption"] = self.columns.captions(row)[self.captions[number]]

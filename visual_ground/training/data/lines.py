@@ -15,8 +15,9 @@ from glob import glob
 from itertools import zip_longest
 from typing import Any
 
+from visual_ground.rows import PROBLEM
+from visual_ground.storage.texts import is_unicode
 from visual_ground.training.data.files import dated, generated
-from visual_ground.training.data.rows import PROBLEM, is_unicode
 
 # The longest field, in characters; the csv module's own limit would leave out pictures that are kept as base64.
 LONGEST_FIELD = 2**31 - 1

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from visual_ground.errors import GroundingValueError
+from visual_ground.rows import PROBLEM
 from visual_ground.training.data.columns import Columns
 from visual_ground.training.data.prompts import PROMPT
 from visual_ground.vision.identity import image_key
@@ -23,6 +24,16 @@ def read_image(image: Any, skipped: list[str], may_skip: bool = True) -> Image.I
             raise
         skipped.append(f"{image_name(image)}: {error}")
         return None
+
+
+def is_readable(row: Mapping[str, Any], number: int, skipped: list[str], may_skip: bool = True) -> bool:
+    """Return whether a row was read; one that was not is noted in `skipped`, or raises if it may not be skipped."""
+    if not row.get(PROBLEM):
+        return True
+    if not may_skip:
+        raise GroundingValueError(f"Row {number}: {row[PROBLEM]}.")
+    skipped.append(f"row {number}: {row[PROBLEM]}")
+    return False
 
 
 def first_image_key(row: Mapping[str, Any], columns: Columns) -> str:

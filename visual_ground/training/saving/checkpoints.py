@@ -144,7 +144,7 @@ def global_step(folder: str | os.PathLike[str]) -> int:
 
 def _step(path: Path) -> int:
     number = path.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isdecimal() else -1
 
 
 def _sizes(folder: Path) -> dict[str, int]:
