@@ -4,9 +4,9 @@ import argparse
 
 import pytest
 
-from tests.cli.test_messages import calls
-from visual_ground.cli.arguments import number, place, whole
+from tests.cli.calls import calls
 from visual_ground.cli.main import COMMANDS, Parser, main
+from visual_ground.cli.shared.arguments import number, place, whole
 
 # Types of argparse that say what they take; a bare `int` would not, and takes numbers that mean nothing.
 CHECKED = {one.__qualname__ for one in (number(), whole(0), place)} | {"Path"}

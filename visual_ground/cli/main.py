@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from visual_ground.cli import app, chat, demo, fit, import_fromage, index, push, serve, train, transfer
-from visual_ground.cli import eval as evaluate
-from visual_ground.cli.messages import FAILED, one_line, quiet
+from visual_ground.cli.commands import app, chat, demo, fit, import_fromage, index, push, serve, train, transfer
+from visual_ground.cli.commands import eval as evaluate
+from visual_ground.cli.shared.messages import FAILED, one_line, quiet
 
-# A new command is a module with `add_parser` and `run`; its heavy imports stay inside `run`, so that --help is quick.
+# A new command is a module of `commands/` with two functions: `add_parser` returns its parser, and `run` does what the
+# parsed options say. Its heavy imports stay inside `run`, so that --help is quick.
 COMMANDS = (fit, train, transfer, index, chat, serve, app, evaluate, push, import_fromage, demo)
-
-
 INTERRUPTED = 130  # The exit code of shells for Ctrl-C.
 # Set to see where an error comes from, instead of its one line.
 TRACEBACK = "VISUAL_GROUND_TRACEBACK"
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('visual-ground')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_parser(commands)
+        command.add_parser(commands).set_defaults(run=command.run)
     options = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         with quiet():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import (
+from visual_ground.cli.shared.arguments import (
     add_column_options,
     add_dataset_argument,
     add_lm_options,
@@ -17,20 +17,20 @@ from visual_ground.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 PREFIX_CACHE_GB = 1.0  # The LM runs each caption once if this holds what is kept of all, a few dozen KB each.
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("fit", help="fit an adapter to image-caption pairs in minutes")
     add_lm_options(parser)
     add_dataset_argument(parser)
     parser.add_argument("--output", metavar="DIR", type=place, required=True, help="folder for the adapter")
     add_max_skipped(parser)
     add_column_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import (
+from visual_ground.cli.shared.arguments import (
     add_column_options,
     add_dataset_argument,
     add_lm_options,
@@ -20,7 +20,7 @@ from visual_ground.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 DESCRIPTION = "Train an adapter. A run that was stopped goes on when the same command is given again."
 # Retrieval learns to tell each pair from the others of its batch, so a batch must not be small.
@@ -28,8 +28,8 @@ BATCH_SIZE = 64
 CHECKPOINTS_KEPT = 2  # One to continue from, and the one before it.
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("train", help="train an adapter on image-caption pairs", description=DESCRIPTION)
     add_lm_options(parser)
     add_dataset_argument(parser)
@@ -49,7 +49,7 @@ def add_parser(commands: Commands) -> None:
     add_max_skipped(parser)
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="of start values and order; 0")
     add_column_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:

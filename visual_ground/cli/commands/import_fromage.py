@@ -6,21 +6,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import check_places, place
+from visual_ground.cli.shared.arguments import check_places, place
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("import-fromage", help="turn an official FROMAGe checkpoint into an adapter")
     parser.add_argument("folder", help="holds model_args.json, the checkpoint and cc3m_embeddings*.pkl, if any")
     parser.add_argument(
         "--output", type=place, required=True, help="folder for the adapter; an index goes into its index/"
     )
     parser.add_argument("--checkpoint", help="where it is not pretrained_ckpt.pth.tar in the folder")
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import (
+from visual_ground.cli.shared.arguments import (
     add_column_options,
     add_max_skipped,
     add_model_arguments,
@@ -20,13 +20,13 @@ from visual_ground.cli.arguments import (
 from visual_ground.errors import GroundingValueError
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 WORK_DIR = "evaluations"
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("eval", help="measure an adapter on a dataset or one of the field's tasks, as JSON")
     add_model_arguments(parser)
     parser.add_argument(
@@ -55,7 +55,7 @@ def add_parser(commands: Commands) -> None:
     pairs.add_argument("--dataset-revision", help="for --record: of the dataset")
     add_max_skipped(pairs)
     add_column_options(pairs)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:

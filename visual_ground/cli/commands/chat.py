@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import (
+from visual_ground.cli.shared.arguments import (
     add_answer_options,
     add_index_options,
     add_model_arguments,
@@ -20,7 +20,7 @@ from visual_ground.cli.arguments import (
 from visual_ground.errors import GroundingError
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
     from visual_ground.generation.output import Part
     from visual_ground.terminal.conversation import Conversation
 
@@ -33,15 +33,15 @@ Write a line and press Enter. Paths of images in it are shown to the model; put 
 Ctrl-C stops an answer; Ctrl-D, or Ctrl-C while you write, ends."""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
     add_model_arguments(parser)
     add_index_options(parser)
     parser.add_argument("--once", metavar="PROMPT", help="answer one prompt and stop")
     parser.add_argument("--html", metavar="FILE", type=place, help="write the last answer as a page")
     add_answer_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> int:

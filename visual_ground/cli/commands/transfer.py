@@ -6,14 +6,14 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_column_options, add_vision_option, check_places, columns_of, place
+from visual_ground.cli.shared.arguments import add_column_options, add_vision_option, check_places, columns_of, place
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("transfer", help="move an adapter to another LM; its image indexes stay valid")
     parser.add_argument("adapter", help="Hub id or folder of the adapter")
     parser.add_argument("lm", help="Hub id or folder of the LM that it moves to")
@@ -21,7 +21,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--dataset", help="image-caption pairs to fit with, instead of the adapter's anchors")
     add_vision_option(parser)
     add_column_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
