@@ -14,11 +14,11 @@ from visual_ground.adapter.attached import AttachedAdapter, new_adapter
 from visual_ground.adapter.files import AdapterFiles
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError, GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.lm import peft as lm_peft
 from visual_ground.lm.attachment import detach_orphans
+from visual_ground.lm.base import peft as lm_peft
+from visual_ground.lm.base.loading import load_lm
+from visual_ground.lm.base.spec import LMSpec, read_spec
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.loading import load_lm
-from visual_ground.lm.spec import LMSpec, read_spec
 from visual_ground.storage.hub import HubOptions, cached_commit
 from visual_ground.storage.hub_names import rooted
 from visual_ground.vision.encoder import VisionEncoder

@@ -2,11 +2,14 @@
 
 The letters used for dimensions in every docstring of this package:
 
-    b  batch                        d  width of the language model's input embedding
-    s  sequence positions           h  width of what the language model's output head reads
-    v  rows of the LM's vocabulary  f  width of the vision encoder's features
-    k  visual tokens per image      q  width of the retrieval space
+    b  batch                     d  width of the language model's input embedding
+    s  sequence positions        h  width of what the language model's output head reads
+    v  columns of its logits     f  width of the vision encoder's features
+    k  image tokens per image    q  width of the retrieval space
     n  images of one call
+
+Pixels are (n, c, h, w), as in PyTorch: there c, h and w are channels, height and width. In a search, k is how many
+entries to find. Other letters, such as m and r, are counts that the docstring explains.
 """
 
 from __future__ import annotations

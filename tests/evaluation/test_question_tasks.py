@@ -17,8 +17,8 @@ from visual_ground.evaluation.formats.vqa import read_vqa
 from visual_ground.evaluation.measures.captions import caption_scores
 from visual_ground.evaluation.measures.vqa import vqa_accuracy
 from visual_ground.evaluation.running.questions import Question, QuestionPrompt, likeliest
-from visual_ground.evaluation.tasks.captions import first_sentence
-from visual_ground.evaluation.tasks.easy_vqa import EasyVQA
+from visual_ground.evaluation.tasks.answers.captions import first_sentence
+from visual_ground.evaluation.tasks.answers.easy_vqa import EasyVQA
 from visual_ground.evaluation.tasks.registry import load_task
 
 PROMPT = "w50 {image} w51 {question} w52"

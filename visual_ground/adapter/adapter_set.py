@@ -11,8 +11,8 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.adapter.files import AdapterFiles
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingStateError, GroundingValueError
-from visual_ground.lm.fingerprint import warn_of_differences
-from visual_ground.lm.freezing import FreezeGuard
+from visual_ground.lm.base.fingerprint import warn_of_differences
+from visual_ground.lm.base.freezing import FreezeGuard
 
 DEFAULT = "default"  # PEFT's name for the first adapter.
 T = TypeVar("T")
@@ -63,6 +63,10 @@ class AdapterSet(nn.Module):
     def ret_embeddings(self) -> tuple[Tensor, Tensor]:
         """Return the active adapter's `[RET]` embeddings, (d,) and (h,)."""
         return self.active.adapter.ret_embeddings()
+
+    def masks_spare_columns(self) -> bool:
+        """Return whether the active adapter sets the logits of ids that no token has to -inf."""
+        return self.active.config.mask_spare_columns
 
     def check_new(self, name: str, config: GroundingConfig) -> None:
         """Raise GroundingValueError where an adapter of this name and these settings cannot be added."""

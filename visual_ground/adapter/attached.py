@@ -18,15 +18,15 @@ from visual_ground.adapter.metadata import AdapterMetadata
 from visual_ground.adapter.report import Report
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingValueError
-from visual_ground.lm import peft as lm_peft
-from visual_ground.lm.spec import LMSpec
+from visual_ground.lm.base import peft as lm_peft
+from visual_ground.lm.base.spec import LMSpec
 from visual_ground.prompts.processor import GroundingProcessor
 from visual_ground.storage.hub import PushOptions, push_folder
 from visual_ground.storage.tensors import WEIGHTS_FILE, read_tensors
 from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.features.recent import RecentFeatures
 from visual_ground.vision.identity import ImageSpace, reference_pictures
 from visual_ground.vision.images import Images
-from visual_ground.vision.recent_features import RecentFeatures
 
 
 class AttachedAdapter(nn.Module):
@@ -111,7 +111,10 @@ class AttachedAdapter(nn.Module):
         return ImageSpace.of(vectors, self.vision.name, self.source)
 
     def embed_states(self, states: list[Tensor]) -> Tensor:
-        """Map the hidden states at `[RET]`, one (r, width) per text layer, to unit vectors (r, q)."""
+        """Map hidden states that were read for retrieval, one (r, width) per text layer, to unit vectors (r, q).
+
+        They are read at the last word of the retrieval prompt, or at `[RET]` if that prompt is empty.
+        """
         return self.adapter.embed_states([state.to(self.device) for state in states])
 
     @property

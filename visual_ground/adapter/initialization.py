@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visual_ground.adapter.adapter import Adapter, EncoderSpace
-from visual_ground.lm.weights import EmbeddingStatistics
+from visual_ground.lm.base.weights import EmbeddingStatistics
 from visual_ground.shared_space.accumulator import SharedSpace
 
 # How far image tokens start from the mean embedding, as a fraction of the embedding's standard deviation. Tokens that

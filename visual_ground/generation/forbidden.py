@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
 
 
 class ForbiddenColumns(LogitsProcessor):

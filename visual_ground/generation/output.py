@@ -220,7 +220,7 @@ def render_part(part: Part, width: int = 192) -> str:
     if isinstance(part.image, ImageLink):
         label += f": {_anchor(part.image)}"
     source = None
-    if not (part.image is None or isinstance(part.image, ImageLink)):
+    if part.is_readable:
         try:
             source = data_uri(part.image, width)
         except GroundingError:  # A file that is gone by now must not take the rest of the answer with it.

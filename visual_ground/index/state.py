@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.index.base import VectorIndex
-from visual_ground.index.exact import ExactIndex
-from visual_ground.index.faiss_index import FaissIndex
+from visual_ground.index.engines.base import VectorIndex
+from visual_ground.index.engines.exact import ExactIndex
+from visual_ground.index.engines.saved import SAVED_ENGINES
 from visual_ground.index.places import find_image, movable
 from visual_ground.index.remote_images import LinkRules, shown_together
 from visual_ground.index.table.entries import Entries, make_entries
@@ -49,7 +49,7 @@ class IndexState:
     @property
     def exact(self) -> ExactIndex:
         """The engine, if it is one that keeps the vectors as they are; else GroundingStateError."""
-        if isinstance(self.engine, FaissIndex):
+        if isinstance(self.engine, SAVED_ENGINES):
             return self.engine.exact
         if not isinstance(self.engine, ExactIndex):
             raise GroundingStateError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from visual_ground.index.faiss_index import TARGET_RECALL, FaissIndex
+from visual_ground.index.engines.faiss_index import TARGET_RECALL, FaissIndex
 from visual_ground.index.files import read_index, write_index
 from visual_ground.index.remote_images import LinkRules
 

@@ -1,4 +1,4 @@
-"""The parts of an index's build: each is written when it is done, so that a build goes on behind the last of them."""
+"""The parts of an index's build: each is written when it is done, so that a build goes on after the last of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.index.captions import with_captions
-from visual_ground.index.exact import ExactIndex
+from visual_ground.index.engines.exact import ExactIndex
 from visual_ground.index.files import SPACE, write_index
 from visual_ground.index.state import IndexState
 from visual_ground.index.table.entries import Entries, Segment, make_entries

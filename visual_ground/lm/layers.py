@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visual_ground.lm.base.peft import base_model_of
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.peft import base_model_of
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from visual_ground.errors import GroundingStateError, GroundingValueError
-from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.encoded import EncodedPrompt
 
 

@@ -12,7 +12,7 @@ from transformers import BatchFeature
 
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.chat import as_batch, is_chat, render_chat
 from visual_ground.prompts.checks import check_ids, check_tokenizer
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch

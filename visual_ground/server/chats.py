@@ -18,7 +18,7 @@ from visual_ground.generation.output import Part, RetrievedImage
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.server.engine import Engine
 from visual_ground.server.failures import RequestFailure
-from visual_ground.server.jobs import Finished, Job, StopText
+from visual_ground.server.jobs import Finished, Job
 from visual_ground.server.pictures import Pictures
 from visual_ground.server.requests import ChatRequest
 
@@ -68,8 +68,7 @@ class Chat:
                 prompt,
                 sampling,
                 request.max_tokens,
-                GrowingAnswer(engine.model.active, pictures.index, sampling.retrieval, silent),
-                StopText(request.stop),
+                GrowingAnswer(engine.model.active, pictures.index, sampling.retrieval, silent, request.stop),
                 partial(self._take, i),
                 deadline,
             )

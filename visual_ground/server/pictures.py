@@ -6,7 +6,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import io
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -22,6 +21,7 @@ from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.restoring import own_pictures
 from visual_ground.vision.decoding import decode_file, to_png
+from visual_ground.vision.formats import open_image
 from visual_ground.vision.images import read_file, to_rgb
 
 MAX_PIXELS = 40_000_000
@@ -105,7 +105,7 @@ def decode_picture(data: bytes, most: int = MAX_PIXELS) -> Image.Image:
         GroundingValueError: a damaged one.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:  # Reads the head only.
+        with open_image(data) as opened:
             pixels = opened.width * opened.height
     except Exception as error:  # Whatever a decoder says of bytes from a stranger.
         raise RequestFailure(
@@ -174,7 +174,7 @@ class Pictures:
         try:
             if not isinstance(image, Image.Image):
                 data = read_file(image)
-                with Image.open(io.BytesIO(data)) as opened:
+                with open_image(data) as opened:
                     if media_type := MEDIA_TYPES.get(opened.format or ""):
                         return data, media_type
             return to_png(to_rgb(image)), "image/png"

@@ -66,7 +66,7 @@ def _members(path: str | os.PathLike[str]) -> Iterator[tuple[str, bytes | str]]:
                         yield member.name, content.read()
                 if is_plain and _holds_data(file, end, size):
                     yield "", f"bytes {end:,} to {size:,} of {where} are damaged"
-        # A shard that ends too early, or a damaged one that is compressed: there is nothing behind that place.
+        # A shard that ends too early, or a damaged one that is compressed: there is nothing after that place.
         except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
             yield "", f"{where} is damaged: {error}" if end else f"{where} is no tar file"
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.lm.peft import trained_parameters
+from visual_ground.lm.base.peft import trained_parameters
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
 
@@ -28,7 +28,7 @@ REFUSED_OPTIONS = {
     "data_collator": "batches are made by the trainer's own collator",
     "processing_class": "the model has its tokenizer and image processor, and no checkpoint needs them",
     "model_init": "the adapter of the given model is trained in place",
-    "compute_loss_func": "pass loss=, see visual_ground.training.Loss",
+    "compute_loss_func": "pass loss=, see visual_ground.training.losses.objective.Loss",
     "compute_metrics": "pass evaluator=, see visual_ground.evaluation.Evaluator",
     "preprocess_logits_for_metrics": "logits of a whole batch never exist; pass evaluator=",
 }

@@ -88,7 +88,7 @@ def generate_caption(model: GroundedModel, features: Tensor) -> str:
         pad_token_id=processor.pad_token_id,
     )
     # [RET] may have an id that the tokenizer does not know.
-    new_ids = [i for i in sequence[0, ids.shape[1] :].tolist() if i < vocabulary.num_tokens]
+    new_ids = [i for i in sequence[0, ids.shape[1] :].tolist() if vocabulary.is_token(i)]
     return str(model.tokenizer.decode(new_ids, skip_special_tokens=True)).strip()
 
 

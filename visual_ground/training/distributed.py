@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.lm.peft import base_model_of
+from visual_ground.lm.base.peft import base_model_of
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.losses.objective import GroundingObjective

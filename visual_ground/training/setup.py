@@ -28,7 +28,7 @@ from visual_ground.training.initialization.statistics import first_examples, sta
 from visual_ground.training.losses.objective import FromageLoss, GroundingObjective, Loss
 from visual_ground.training.selection.best_state import BestState
 from visual_ground.training.selection.held_out import HeldOut, split_off
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 ANSWERS_FOLDER = "answers"
 # Examples on which the fast paths are compared with the plain computation: enough for captions of several lengths.

@@ -173,7 +173,7 @@ def _read_path(path: str | bytes) -> bytes:
 
 def is_base64_image(text: str) -> bool:
     """Return whether a text is the base64 of an image's file."""
-    return bool(BASE64.fullmatch(text)) and is_image(_from_base64(text))
+    return bool(BASE64.fullmatch(text)) and is_image(_from_base64(text) or b"")
 
 
 def _path_of(url: str) -> str:

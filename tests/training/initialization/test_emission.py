@@ -13,7 +13,8 @@ from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingConfig, GroundingTrainer, ground
 from visual_ground.training.initialization import answers, dialogues, emission
 from visual_ground.training.initialization.answers import Answer, answers_to, place_of_picture
-from visual_ground.training.initialization.dialogues import OTHERS, later_turns, others_about, requests_of
+from visual_ground.training.initialization.dialogues import later_turns, others_about, requests_of
+from visual_ground.training.initialization.wordings import OTHERS
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} w9 {% endfor %}"
 CAPTIONS = [f"w{20 + i}" for i in range(12)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.prompts.types import IMAGE_SUFFIXES
+from visual_ground.vision.formats import IMAGE_SUFFIXES
 
 T = TypeVar("T")
 KINDS = {

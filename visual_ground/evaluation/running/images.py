@@ -13,7 +13,7 @@ from torch import Tensor
 from visual_ground.processes import Processes
 from visual_ground.progress import counted
 from visual_ground.vision.encoder import VisionEncoder
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 ABSENT, UNREADABLE = "images that are not there", "images that cannot be read"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingValueError
-from visual_ground.index.base import SearchResult
-from visual_ground.index.exact import ExactIndex, as_block
+from visual_ground.index.engines.base import SearchResult
+from visual_ground.index.engines.exact import ExactIndex, as_block
 from visual_ground.index.milvus.collection import Collection
 from visual_ground.index.milvus.connection import COLLECTION, Connection, Place, lite_file, server_at
 from visual_ground.index.milvus.counter import COUNTER

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingTypeError, GroundingValueError
-from visual_ground.index.base import SearchResult
+from visual_ground.index.engines.base import SearchResult
 from visual_ground.index.files import read_index
 from visual_ground.index.milvus.collection import WINDOW
 from visual_ground.index.milvus.connection import COLLECTION, Place

@@ -36,7 +36,7 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
     Args:
         rows: mappings with an image (or `image_features`, (f,)) and a caption; either may be a list, of which one is
-            sampled each time. Optional: `prompt`, texts and images behind which the image is to be found, as
+            sampled each time. Optional: `prompt`, texts and images after which the image is to be found, as
             `embed_text` takes it, read instead of the caption in retrieval; `request`, with which a user asks to be
             shown the image, likewise; `question`, which a user asks about the image when captioning; the latter two go
             through the tokenizer's chat template. `group`: rows of one group are no negatives of each other; by default

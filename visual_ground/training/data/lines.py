@@ -185,7 +185,7 @@ def _long_fields() -> Iterator[None]:
 
 
 def _closes_its_quotes(lines: Sequence[str]) -> bool:
-    """Return whether a row of several lines is one: behind the mark that closes a field, the field ends."""
+    """Return whether a row of several lines is one: after the mark that closes a field, the field ends."""
     # The marks around fields are two each, and those within are doubled. Else one that nothing closes has taken the
     # opening mark of a later row for its own end.
     if sum(line.count('"') for line in lines) % 2:

@@ -21,8 +21,8 @@ from visual_ground.training.data.prompts import PROMPT
 from visual_ground.training.data.reading import first_image_key
 from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.skipped import Skipped
-from visual_ground.vision.feature_cache import FeatureCache
-from visual_ground.vision.feature_store import FeatureFile
+from visual_ground.vision.features.cache import FeatureCache
+from visual_ground.vision.features.store import FeatureFile
 
 Indices = NDArray[np.int64]
 

@@ -1,4 +1,4 @@
-"""The optional column `prompt`: texts and images, in any order or as a chat, behind which `[RET]` is said."""
+"""The optional column `prompt`: texts and images, in any order or as a chat, after which `[RET]` is said."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from visual_ground.training.data.preparing import Indices, Preparing
 from visual_ground.training.data.reading import example_of, prompt_of, read_image
 from visual_ground.training.data.sampler import picker
 from visual_ground.training.data.skipped import Skipped
-from visual_ground.vision.feature_store import FeatureFile
+from visual_ground.vision.features.store import FeatureFile
 from visual_ground.vision.identity import image_key
 from visual_ground.vision.images import image_name
 

@@ -1,4 +1,4 @@
-"""Image tokens behind which the LM goes on as captions do: the last of the start values, by the captioning loss itself.
+"""Image tokens after which the LM goes on as captions do: the last of the start values, by the captioning loss itself.
 
 Imitation makes a picture stand for its caption's words, and the LM then says of them what it likes ("The original
 sentence is: ..."). Two things are moved here: the bias, which all pictures share, and which asks for a caption; and the

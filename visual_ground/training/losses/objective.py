@@ -33,6 +33,7 @@ class GroundingLoss(ModelOutput):
         image_to_text: the reverse.
         text_to_image_accuracy: part of the texts whose own image comes first.
         image_to_text_accuracy: the reverse.
+        terms: further numbers of a loss of one's own, by name; they are logged.
     """
 
     loss: Tensor | None = None
@@ -42,6 +43,7 @@ class GroundingLoss(ModelOutput):
     image_to_text: Tensor | None = None
     text_to_image_accuracy: Tensor | None = None
     image_to_text_accuracy: Tensor | None = None
+    terms: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Loss(Protocol):
     """
 
     def __call__(self, objective: GroundingObjective, batch: PreparedBatch) -> GroundingLoss:
-        """Return the losses, of which `loss` is minimised and all others are logged."""
+        """Return the losses, of which `loss` is minimised and all others, those in `terms` too, are logged."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,12 @@ class FromageLoss:
     retrieval_loss_scale: float = 1.0
 
     def __call__(self, objective: GroundingObjective, batch: PreparedBatch) -> GroundingLoss:
-        """Return the weighted sum and its parts; a part without weight is not computed, and is None."""
-        found: dict[str, Tensor] = {}
+        """Return the weighted sum and its parts; a part without weight is not computed, and is None.
+
+        Raises:
+            GroundingValueError: both weights are 0.
+        """
+        found: dict[str, Any] = {}
         terms: list[Tensor] = []
         if self.caption_loss_scale:
             found["captioning"] = objective.captioning(batch)

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from visual_ground.lm.peft import trained_parameters
+from visual_ground.lm.base.peft import trained_parameters
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import read_tensors, write_json, write_tensors
 from visual_ground.training.selection.held_out import HeldOut

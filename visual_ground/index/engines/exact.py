@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingIndexError, GroundingValueError
-from visual_ground.index.base import SearchResult
+from visual_ground.index.engines.base import SearchResult
 from visual_ground.storage.tensors import map_tensor, read_shapes, write_rows
 
 # Numbers that a search holds at once beside the vectors: scores, and vectors widened from float16.

@@ -16,7 +16,7 @@ from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import embed_encoded, embed_prompts, without_features
 from visual_ground.evaluation.running.records import pack, unpack
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.tasks.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
+from visual_ground.evaluation.tasks.retrieval.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.scoring.candidates import CandidateScorer
@@ -29,7 +29,7 @@ WAYS = ("dialog_to_image", "image_to_dialog")
 class VisDial(Task):
     """VisDial 1.0 val: `ndcg`, `mrr`, `answer_r<k>` in percent and `mean_rank` of the answers; recalls both ways.
 
-    Answers: behind the image and the dialogue up to a question, each candidate's log-likelihood is summed over its
+    Answers: after the image and the dialogue up to a question, each candidate's log-likelihood is summed over its
     tokens. `ndcg` is that of the rounds with dense annotations, the others are over all rounds. Retrieval:
     `dialog_to_image_r<k>` and `image_to_dialog_r<k>`, with all ten rounds and without the caption.
 
@@ -175,7 +175,7 @@ def _published_scores(
 
 
 def _published_vectors(model: GroundedModel, texts: Sequence[str]) -> Tensor:
-    """Return the vectors behind texts that begin with the opening ids only, without the captions' prompt."""
+    """Return the vectors after texts that begin with the opening ids only, without the captions' prompt."""
     processor = model.processor
     opened = [(*processor.sink, *processor.encode_text(text)) for text in texts]
     encoded = [EncodedPrompt((*ids, *processor.retrieval_suffix(ids)), ()) for ids in opened]

@@ -106,7 +106,7 @@ class Karpathy(Task):
         if size and len(records) > size:
             for metric in list(values):
                 values[f"fold_{metric}"] = [[] for _ in records]
-            for first in range(0, len(records) - size + 1, size):  # Images behind the last full fold are in none.
+            for first in range(0, len(records) - size + 1, size):  # Images after the last full fold are in none.
                 inside = (owners >= first) & (owners < first + size)
                 fold = _recalls(texts[inside], images[first : first + size], owners[inside] - first)
                 for metric, units in fold.items():

@@ -25,7 +25,7 @@ TOKENIZERS = {"python": tokenise_in_python, "stanford": tokenise_with_java}
 class Captions(Task):
     """CIDEr-D, times 100 as it is published, and BLEU-1 to BLEU-4, in percent.
 
-    The LM writes behind the prompt that the adapter was trained with, `config.image_prompt`, greedily; its first
+    The LM writes after the prompt that the adapter was trained with, `config.image_prompt`, greedily; its first
     sentence is the caption. The report's file has the captions in the format of the official results. CIDEr-D weighs
     words by the images that are scored, so that numbers of other sets of images do not compare.
 
