@@ -28,6 +28,9 @@ class MTEBEncoder:
         name: what results are filed under, "organisation/name".
         revision: of the adapter, for the same.
 
+    Raises:
+        GroundingStateError: mteb is not installed.
+
     Example:
         >>> results = mteb.evaluate(MTEBEncoder(model), mteb.get_task("Flickr30kT2IRetrieval"))  # doctest: +SKIP
     """

@@ -126,12 +126,7 @@ def generate_ids(
 
 
 def check_index(index: Any, attached: AttachedAdapter) -> None:
-    """Raise if an index cannot be searched with this adapter's vectors.
-
-    Raises:
-        GroundingTypeError: not an index.
-        GroundingValueError: vectors of another width, or of another adapter or encoder.
-    """
+    """Raise if an index cannot be searched with this adapter's vectors."""
     if index is None:
         return
     if not isinstance(index, RetrievalIndex):

@@ -64,11 +64,7 @@ class VirtualTokens:
         self._keeps_infinity: bool | None = None
 
     def attach(self, frozen: FreezeGuard | None = None) -> None:
-        """Put the hooks on the LM.
-
-        Args:
-            frozen: restored when the hooks are taken off.
-        """
+        """Put the hooks on the LM; what is `frozen` is restored when they are taken off."""
         if self._handles:
             raise GroundingStateError("The hooks are attached already; call detach() first.")
         self._ends, self._frozen = LMEnds(self.lm), frozen

@@ -40,6 +40,7 @@ def evaluate(
         GroundingValueError: no such task, nothing to measure, or numbers that are not finite.
         GroundingTypeError: a setting that the task does not have, or no data if it needs some.
         GroundingFileError: a file of the data is missing, damaged, or of another kind.
+        GroundingStateError: a package that the task needs is not installed.
 
     Example:
         >>> report = evaluate(model, "vist", data="VIST", work_dir="work")  # doctest: +SKIP
