@@ -4,10 +4,12 @@ import threading
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.tiny import FAMILIES, grounded, picture
 from visual_ground import GroundingError, ImageIndex, RetrievedImage
 from visual_ground.generation import generate as generation
+from visual_ground.generation.branches import BranchReader
 from visual_ground.generation.growing import GrowingText
 
 PROMPT = [["w4 w5", picture(0), "w6"]]
@@ -49,7 +51,7 @@ def test_a_streamed_answer_is_that_of_generate(family, images_per_ret):
 @pytest.mark.parametrize("layers, prompt", [((-1,), ""), ((1, -1), ""), ((-1,), "w40 w41")])
 def test_vectors_read_while_generating_are_those_of_a_second_run(family, layers, prompt, monkeypatch):
     model = grounded(family, text_layers=layers, retrieval_prompt=prompt)
-    # The first two prompts open a turn, behind which what was asked is read as well.
+    # The first two prompts open a turn, after which what was asked is read as well.
     monkeypatch.setattr(type(model.processor), "opens_turn", lambda self, ids: ids[-1] in (6, 9))
     prompts = [*PROMPT, "w9", "w4 w5 w6 w7 w8 w9 w10"]
     options = dict(GREEDY, **MIXED, num_return_sequences=2)
@@ -64,16 +66,43 @@ def test_vectors_read_while_generating_are_those_of_a_second_run(family, layers,
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("prompt", ["", "w40 w41"])
 @pytest.mark.parametrize("family", ["llama_untied", "gpt2"])
-def test_nothing_is_run_twice(family, monkeypatch):
-    model = grounded(family)
-    lengths = []
+def test_nothing_is_run_twice_and_a_picture_takes_no_run_of_its_own(family, prompt, monkeypatch):
+    model = grounded(family, retrieval_prompt=prompt)
+    index, options = make_index(model), {**GREEDY, **MIXED, "max_new_tokens": 7, "min_new_tokens": 7}
+    model.generate(PROMPT, index, **options)  # Finds out that this LM reads several places together.
     monkeypatch.setattr(generation, "ret_vectors", None)
-    hook = model.lm.get_input_embeddings().register_forward_hook(lambda m, a, out: lengths.append(out.shape[1]))
-    answer = model.generate(PROMPT, make_index(model), **GREEDY, **MIXED)[0]
-    hook.remove()
-    assert answer.images and lengths[1:] == [1] * (len(lengths) - 1)
-    assert len(lengths) == GREEDY["max_new_tokens"] + len(answer.images)
+    read, written = [], []
+    hooks = [
+        model.lm.get_input_embeddings().register_forward_hook(lambda m, a, out: read.append(out.shape[1])),
+        model.lm.get_output_embeddings().register_forward_hook(lambda m, a, out: written.append(out.shape[1])),
+    ]
+    answer = model.generate(PROMPT, index, **options)[0]
+    for hook in hooks:
+        hook.remove()
+    pictures, words = len(answer.images), len(prompt.split())
+    assert len(read) == 7 and sorted(read[1:]) == [1] * (6 - pictures) + [1 + words] * pictures and pictures == 2
+    assert written[1:] == [1] * 6, "no logits are computed for what is read besides"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers, prompt", [((-1,), ""), ((1, -1), ""), ((-1,), "w40 w41")])
+@pytest.mark.parametrize("count", [7, 8])
+def test_a_picture_that_a_step_reads_is_the_one_that_is_read_alone(family, layers, prompt, count, monkeypatch):
+    """Also where an answer's last token asks for it, as one of the two lengths does, and no step follows."""
+    model = grounded(family, text_layers=layers, retrieval_prompt=prompt)
+    monkeypatch.setattr(type(model.processor), "opens_turn", lambda self, ids: ids[-1] == 6)
+    options = {**MIXED, "do_sample": False, "max_new_tokens": count, "min_new_tokens": count}
+    index = make_index(model)
+    found = [joined(model.stream(PROMPT, index, **options)) for _ in range(2)]
+    found.append(joined(model.generate(PROMPT, index, **options)[0].parts))
+    more = {"output_hidden_states": True, "return_dict_in_generate": True}
+    found.append(joined(model.generate(PROMPT, index, **options, **more)[0].parts))
+    monkeypatch.setattr(BranchReader, "join", lambda self, branches, token: None)
+    expected = joined(model.stream(PROMPT, index, **options))
+    assert [one for one in found if one != expected] == [] and any(isinstance(part, tuple) for part in expected)
 
 
 def test_a_picture_comes_before_the_words_after_it():
@@ -99,6 +128,7 @@ def test_a_stream_that_is_left_ends_its_thread():
         (["w4", "w5"], {}, "2 prompts"),
         ("w4", dict(num_beams=2), "beam search"),
         ("w4", dict(num_return_sequences=2, do_sample=True), "one answer"),
+        ("w4", dict(generation_config=GenerationConfig(num_return_sequences=2, do_sample=True)), "2 answers each"),
         ("w4", dict(temperature="hot", do_sample=True), "hot"),
         ("w4", dict(index=3), "ImageIndex"),
     ],

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.tiny import grounded, picture
-from visual_ground import ImageIndex
+from visual_ground import ImageIndex, RetrievedImage
+from visual_ground.generation.growing import StopText, joined
 from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.server.engine import EngineLimits
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.http import ServerSettings, create_app
-from visual_ground.server.jobs import StopText
 from visual_ground.server.pictures import Given, Pictures
 from visual_ground.server.restoring import own_pictures
 from visual_ground.server.sampling import RowSampling, Sampling
@@ -208,6 +208,42 @@ def test_a_stop_string_ends_an_answer_before_it(running):
         got = running.ask(max_tokens=6, stop=[stop], stream=stream)
         text = "".join(c.choices[0].delta.content or "" for c in got) if stream else got.choices[0].message.content
         assert text == whole[: whole.index(stop)]
+
+
+def test_a_stop_string_ends_an_answer_when_it_comes_though_its_sentence_is_held_back(running):
+    given = dict(max_tokens=400, extra_body={"complete_sentences": True})  # No sentence ends among these words.
+    whole = running.ask(max_tokens=400).choices[0].message.content
+    stop = whole.split()[2]
+    for stream in (False, True):
+        more = {"stream_options": {"include_usage": True}} if stream else {}
+        got = running.ask(stop=stop, stream=stream, **given, **more)
+        chunks = list(got) if stream else []
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        text = text if stream else got.choices[0].message.content
+        assert text == whole[: whole.index(stop)]
+        assert (chunks[-1] if stream else got).usage.completion_tokens == 3, "nothing is generated behind it"
+        assert (chunks[-2] if stream else got).choices[0].finish_reason == "stop"
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", ". ", "c. a", "ab", 0, 1]), max_size=30),
+    st.lists(st.sampled_from(["a", "b", "ab", ". a", "c"]), max_size=2),
+)
+def test_what_a_stop_leaves_is_the_text_before_it_however_it_comes(pieces, stops):
+    stop, whole = StopText(stops), joined(piece for piece in map(as_part, pieces))
+    shown = joined(one for piece in map(as_part, pieces) for one in stop.cut(piece))
+    shown = shown if stop.has_come else joined([*shown, *stop.flush()])
+    expected = []
+    for part in whole:
+        places = [part.index(one) for one in stops if one in part] if isinstance(part, str) else []
+        expected.append(part[: min(places)] if places else part)
+        if places:
+            break
+    assert shown == joined(part for part in expected if part) and stop.has_come == (shown != whole)
+
+
+def as_part(piece):
+    return piece if isinstance(piece, str) else RetrievedImage(piece)
 
 
 @torch.no_grad()
@@ -442,7 +478,7 @@ def test_a_stranger_cannot_make_the_search_for_pictures_slow():
     for text in ("![" * 10**6, "![](" + "/images/" * 10**5, '![](x "' * 10**5, "![\\" * 10**5):
         assert not list(own_pictures(text)), "a pattern that reads on to the end from each place takes hours here"
     stop = StopText(["w" * 10**6])
-    assert stop.add("w" * 10) == ("", False) and stop.add("x") == ("w" * 10 + "x", False)
+    assert stop.cut("w" * 10) == [] and stop.cut("x") == ["w" * 10 + "x"] and not stop.has_come
 
 
 def test_what_nobody_thought_of_is_answered_in_openais_form_too(running, monkeypatch):

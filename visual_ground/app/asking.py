@@ -14,7 +14,7 @@ from visual_ground.generation.output import Part
 from visual_ground.server.chats import encode
 from visual_ground.server.engine import Engine
 from visual_ground.server.failures import RequestFailure
-from visual_ground.server.jobs import Finished, Job, StopText
+from visual_ground.server.jobs import Finished, Job
 from visual_ground.server.pictures import ShownIndex
 from visual_ground.server.requests import ChatRequest
 from visual_ground.server.sampling import Sampling
@@ -65,7 +65,6 @@ class Asked:
                 question.sampling,
                 question.max_tokens,
                 GrowingAnswer(attached, question.index, retrieval, silent),
-                StopText(()),
                 self._events.put,
                 time.monotonic() + engine.limits.timeout,
                 question.adapter,
@@ -77,11 +76,7 @@ class Asked:
         self._job.cancel()
 
     def parts(self) -> Iterator[list[Part]]:
-        """Yield all parts of the answer that have come since the last time; whoever leaves early ends it.
-
-        Raises:
-            RequestFailure: an answer that failed or took too long.
-        """
+        """Yield all parts of the answer that have come since the last time; whoever leaves early ends it."""
         end: Finished | None = None
         try:
             while end is None:

@@ -1,20 +1,20 @@
-"""Branches of a running `generate`: ids that the LM reads behind its sequences, and that are not in its answer."""
+"""Branches of a running `generate`: ids that the LM reads after its sequences, and that are not in its answer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visual_ground.adapter.attached import AttachedAdapter
-from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.hook_context import context_of
+from visual_ground.generation.layout import Branch, Layout, alike, by_row, laid_out, of_similar_length, width_of
+from visual_ground.lm.frozen_lm import LAST, FrozenLM
 from visual_ground.lm.key_values import copy_of, plain_layers, shortened
+from visual_ground.lm.reading import ExtraIds
 
 logger = logging.getLogger(__name__)
 
@@ -22,87 +22,99 @@ logger = logging.getLogger(__name__)
 ROUNDING = 1e-3
 
 
-@dataclass(frozen=True)
-class Branch:
-    """Ids that are read behind the beginning of a sequence.
-
-    Args:
-        row: the sequence in the batch.
-        kept: how many of its positions come before the ids, padding on the left counted.
-        ids: at least one.
-    """
-
-    row: int
-    kept: int
-    ids: tuple[int, ...]
-
-
-def branch_of(row: int, padding: int, sequence: Sequence[int], ids: Sequence[int]) -> Branch:
-    """Return ids as a branch of the sequence that begins as they do; at least the last of them is read.
-
-    Args:
-        row: the sequence's row.
-        padding: positions on the left of it.
-        sequence: its own ids.
-        ids: what to read.
-    """
-    most = min(len(sequence), len(ids) - 1)
-    shared = next((i for i in range(most) if sequence[i] != ids[i]), most)
-    return Branch(row, padding + shared, tuple(ids[shared:]))
-
-
 class BranchReader:
     """Reads branches on copies of the keys and values of the LM's running `generate`, which it leaves as they are.
 
     Branches of different places are read in one pass, each seeing only what comes before it. Whether an LM can do that
-    depends on how it makes its attention masks. So the first time, and again when the sequences are twice as long,
-    they are also read one by one; an LM for which the two differ is read one by one from then on.
+    depends on how it makes its attention masks. The first time in each range of lengths (powers of two) and for each
+    attention implementation, branches are also read one by one. If the results differ, they are read one by one in
+    that range from then on.
 
     Args:
         frozen_lm: the LM, inside its `generate`.
         attached: the active adapter.
         mask: (b, s), of the positions that were run.
+
+    Attributes:
+        image_tokens: (n * k, d), of the running `generate`, or None.
     """
 
     def __init__(self, frozen_lm: FrozenLM, attached: AttachedAdapter, mask: Tensor) -> None:
         self.frozen_lm, self.attached, self.mask = frozen_lm, attached, mask
-        context = context_of(frozen_lm.virtual_tokens)
+        context = frozen_lm.virtual_tokens.context
         self._cache: Any = None if context is None else context.cache
         self._layers = plain_layers(self._cache, mask.shape[1])
-        self._image_tokens = None if context is None else context.image_tokens
+        self.image_tokens = None if context is None else context.image_tokens
 
     @torch.no_grad()
     def read(self, branches: Sequence[Branch]) -> dict[Branch, Tensor]:
         """Return the vector (q,), on the CPU, read at the last id of each branch.
 
-        Those are missing that cannot be read here: of an LM that keeps anything but plain keys and values, such as a
-        state space; before the place from which on a sliding window is kept; and longer than the LM's context.
+        A branch is missing if the LM takes one id at a time or keeps anything but plain keys and values (such as a
+        state space), if a sliding window has dropped keys and values that it needs, or if it is longer than the LM's
+        context.
         """
-        longest = self.frozen_lm.max_length
         if self._layers is None:
             return {}
-        fitting = [one for one in branches if longest is None or one.kept + len(one.ids) <= longest]
         vectors: dict[Branch, Tensor] = {}
-        for part in _of_similar_length(fitting):
-            vectors |= self._read_part(part)
+        for part in of_similar_length(filter(self._fits, branches)):
+            try:
+                vectors |= self._read_part(part)
+            except Exception as error:  # Whatever an LM says of several ids behind what it has read.
+                logger.debug("this LM reads no branches: %s", error)
         return {branch: vector.cpu() for branch, vector in vectors.items()}
 
+    def join(self, branches: Sequence[Branch], token: int) -> JoinedBranches | None:
+        """Let the next step of `generate` read branches together with its own id; None if `read` must read them.
+
+        It must if there are several sequences (all of them would become longer), if it has not yet found that the LM
+        reads branches together, or if more is needed than what the output head reads.
+
+        Args:
+            branches: of the one sequence.
+            token: the step's own id, a virtual one.
+        """
+        context = self.frozen_lm.virtual_tokens.context
+        own = Branch(0, self.mask.shape[1], (token,))
+        if context is None or self._layers is None or len(self.mask) > 1 or not all(map(self._fits, branches)):
+            return None
+        is_last = tuple(self.attached.config.text_layers) == LAST
+        if not (is_last and self._shows_all([own, *branches]) and self.frozen_lm.reads_branches.get(self._place)):
+            return None
+        # Without a retrieval prompt, the state at the step's own id is the one to be read.
+        ids, positions, mask, last = self._layout([own, *(branch for branch in branches if branch != own)])
+        context.extra = ExtraIds(self._cache, ids, positions, mask)
+        return JoinedBranches(self.attached, context.extra, {branch: last[branch] for branch in branches})
+
+    @property
+    def _place(self) -> tuple[str | None, int]:
+        """The attention implementation and the range of lengths: a key of `reads_branches`."""
+        return getattr(self.frozen_lm.lm.config, "_attn_implementation", None), self.mask.shape[1].bit_length()
+
+    def _layout(self, branches: Sequence[Branch]) -> Layout:
+        return laid_out(branches, self.mask, self.frozen_lm.vocabulary.safe_id, self.frozen_lm.dtype)
+
+    def _fits(self, branch: Branch) -> bool:
+        longest = self.frozen_lm.max_length
+        return longest is None or branch.kept + len(branch.ids) <= longest
+
     def _read_part(self, branches: list[Branch]) -> dict[Branch, Tensor]:
-        if len(_alike(branches)) == 1 or not self._shows_all(branches):
+        if not self._shows_all(branches):
             return self._one_by_one(branches)
-        implementation = getattr(self.frozen_lm.lm.config, "_attn_implementation", None)
-        place = implementation, self.mask.shape[1].bit_length()
-        agree = self.frozen_lm.reads_branches.get(place)
+        agree = self.frozen_lm.reads_branches.get(self._place)
         if agree:
             return self._together(branches)
         expected = self._one_by_one(branches)
         if agree is None:
-            self.frozen_lm.reads_branches[place] = self._agrees(branches, expected)
+            self.frozen_lm.reads_branches[self._place] = self._agrees(branches, expected)
         return expected
 
     def _agrees(self, branches: list[Branch], expected: dict[Branch, Tensor]) -> bool:
+        # After one more id, which none of them may see: otherwise an LM that ignores masks would pass with one branch.
+        rows = dict.fromkeys(branch.row for branch in branches)
+        others = [Branch(row, self.mask.shape[1], (self.frozen_lm.vocabulary.safe_id,)) for row in rows]
         try:
-            found = self._together(branches)
+            found = self._together([*others, *branches])
         except Exception as error:  # Whatever an LM says of a mask that it does not know.
             logger.debug("this LM reads branches one by one: %s", error)
             return False
@@ -110,47 +122,31 @@ class BranchReader:
         return all(bool((found[one] - vector).norm() <= tolerance) for one, vector in expected.items())
 
     def _shows_all(self, branches: list[Branch]) -> bool:
-        """Return whether no sliding window ends among these positions, which a mask for all layers cannot say."""
+        """Return whether every layer may see all of these positions.
+
+        A layer with a shorter sliding window needs a mask of its own, and only one mask is passed for all layers.
+        """
         assert self._layers is not None, "there are plain keys and values"
-        length = self.mask.shape[1] + max(map(_width, _by_row(branches)))
+        length = self.mask.shape[1] + max(map(width_of, by_row(branches)))
         windows = [getattr(layer, "sliding_window", None) for layer in self._layers]
         return all(window is None or window >= length for window in windows)
 
     def _together(self, branches: list[Branch]) -> dict[Branch, Tensor]:
-        """Read the branches of each row behind each other; a mask hides from each what it does not go on from."""
-        rows, length = _by_row(branches), self.mask.shape[1]
-        width = max(map(_width, rows))
-        device, shape = self.mask.device, (len(rows), width)
-        ids = torch.full(shape, self.frozen_lm.vocabulary.safe_id, device=device)
-        positions = torch.zeros(shape, dtype=torch.long, device=device)
-        sees = torch.zeros(*shape, length + width, dtype=torch.bool, device=device)
-        sees[..., length:] = torch.eye(width, dtype=torch.bool, device=device)  # What fills up a row sees itself.
-        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        last: dict[Branch, int] = {}
-        for i, row in enumerate(rows):
-            end = 0
-            for branch in row:
-                begin, end = end, end + len(branch.ids)
-                kept = self.mask[branch.row, : branch.kept].bool()
-                ids[i, begin:end] = torch.tensor(branch.ids, device=device)
-                positions[i, begin:end] = kept.sum() + torch.arange(end - begin, device=device)
-                sees[i, begin:end, : branch.kept] = kept
-                sees[i, begin:end, length + begin : length + end] = causal[: end - begin, : end - begin]
-                last[branch] = i * width + end - 1
-        hidden = torch.zeros(sees.shape, dtype=self.frozen_lm.dtype, device=device)
-        hidden = hidden.masked_fill(~sees, torch.finfo(hidden.dtype).min)[:, None]
-        # Nothing of the vocabulary is asked for, so the output head runs nowhere.
+        """Read the branches of each row one after another, all in one pass."""
+        ids, positions, mask, last = self._layout(branches)
+        # No logits are needed.
         options = {"position_ids": positions, "max_logits": 0}
-        return self._run([row[0].row for row in rows], length, ids, hidden, last, **options)
+        rows = [row[0].row for row in by_row(branches)]
+        return self._run(rows, self.mask.shape[1], ids, mask, last, **options)
 
     def _one_by_one(self, branches: list[Branch]) -> dict[Branch, Tensor]:
         """Read branches of the same place and length together, in rows of their own."""
         length = self.mask.shape[1]
         vectors: dict[Branch, Tensor] = {}
         assert self._layers is not None, "there are plain keys and values"
-        for group in _alike(branches):
+        for group in alike(branches):
             kept, count = group[0].kept, len(group[0].ids)
-            # A sliding window that has moved on has dropped what the last of the kept positions see.
+            # A sliding window that has moved has dropped keys and values that this branch needs.
             if kept < length and any(layer.keys.shape[-2] != length for layer in self._layers):
                 continue
             rows = [branch.row for branch in group]
@@ -163,7 +159,7 @@ class BranchReader:
     def _run(
         self, rows: list[int], kept: int, ids: Tensor, mask: Tensor, last: dict[Branch, int], **options: Any
     ) -> dict[Branch, Tensor]:
-        """Run ids (r, n) behind the first `kept` positions of some rows; return vectors (q,) of flat positions."""
+        """Run ids (r, n) after the first `kept` positions of some rows; return vectors (q,) of flat positions."""
         chosen = torch.tensor(rows, device=self.mask.device)
         is_all = rows == list(range(len(self.mask)))
         cache = copy_of(self._cache, lambda kv: kv if is_all else kv[chosen.to(kv.device)])
@@ -172,32 +168,30 @@ class BranchReader:
         positions = torch.tensor([*last.values()], device=ids.device)
         layers, options = self.attached.config.text_layers, {"max_logits": 1, **options}
         reading = self.frozen_lm.read(
-            ids, mask, positions, self._image_tokens, layers, cache=cache, use_cache=True, **options
+            ids, mask, positions, self.image_tokens, layers, cache=cache, use_cache=True, **options
         )
         return dict(zip(last, self.attached.embed_states(reading.states), strict=True))
 
 
-def _width(branches: Iterable[Branch]) -> int:
-    return sum(len(branch.ids) for branch in branches)
+@dataclass(frozen=True)
+class JoinedBranches:
+    """Branches that a step of `generate` reads besides its own id.
 
+    Args:
+        attached: the active adapter.
+        extra: what the step is given.
+        last: where the last id of each branch is in it.
+    """
 
-def _by_row(branches: Iterable[Branch]) -> list[list[Branch]]:
-    return [list(row) for _, row in groupby(sorted(branches, key=lambda one: one.row), lambda one: one.row)]
+    attached: AttachedAdapter
+    extra: ExtraIds
+    last: Mapping[Branch, int]
 
-
-def _alike(branches: Iterable[Branch]) -> list[list[Branch]]:
-    """Return branches of the same place and length together."""
-    groups: dict[tuple[int, int], list[Branch]] = {}
-    for branch in branches:
-        groups.setdefault((branch.kept, len(branch.ids)), []).append(branch)
-    return [*groups.values()]
-
-
-def _of_similar_length(branches: Iterable[Branch]) -> list[list[Branch]]:
-    """Return the branches of rows that have about as many ids together, so that at most half of a pass is padding."""
-    parts: list[list[list[Branch]]] = []
-    for row in sorted(_by_row(branches), key=_width):
-        if not parts or _width(row) > 2 * _width(parts[-1][0]):
-            parts.append([])
-        parts[-1].append(row)
-    return [[branch for row in part for branch in row] for part in parts]
+    def vectors(self) -> dict[Branch, Tensor]:
+        """Return the vectors (q,), on the CPU, once the step has been taken; none where it could not read them."""
+        states = self.extra.states
+        if states is None:
+            return {}
+        places = torch.tensor([*self.last.values()], device=states.device)
+        vectors = self.attached.embed_states([states.index_select(0, places)])
+        return dict(zip(self.last, vectors.cpu(), strict=True))

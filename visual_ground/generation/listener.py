@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,22 +11,36 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from visual_ground.adapter.attached import AttachedAdapter
-from visual_ground.generation.branches import BranchReader, branch_of
+from visual_ground.generation.branches import BranchReader, JoinedBranches
+from visual_ground.generation.layout import Branch, branch_of
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.hook_context import context_of
-from visual_ground.scoring.query_vectors import mean_vector, opening_contexts, vectors_behind
+from visual_ground.scoring.query_vectors import mean_vector, opening_contexts, vectors_after
 
-# Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on.
+# Called with the sequence, the token and, if it is `[RET]`, its retrieval vector (q,); returns whether to continue. A
+# token may come together with the next one, in order.
 OnToken = Callable[[int, int, Tensor | None], bool]
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A `[RET]` whose vector the next step of `generate` reads."""
+
+    row: int
+    place: int
+    contexts: Sequence[Sequence[int]]
+    branches: Sequence[Branch]
+    reader: BranchReader
+    joined: JoinedBranches
+
+
 class AnswerListener(StoppingCriteria):
-    """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` at the moment it comes.
+    """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` as it comes.
 
     The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
-    an LM that holds something else is run once more up to the `[RET]`. For what is read besides at an answer's first
-    `[RET]`, see `query_vectors.opening_contexts`.
+    an LM that holds something else is run once more up to the `[RET]`. For what is also read at an answer's first
+    `[RET]`, see `query_vectors.opening_contexts`. If there is one sequence, the step that follows the `[RET]` reads
+    this too, because a forward of its own would take about as long as that step.
 
     Args:
         frozen_lm: the LM.
@@ -54,6 +69,7 @@ class AnswerListener(StoppingCriteria):
         self._ids: Tensor | None = None  # As they were at the latest step.
         self._ended: set[int] = set()
         self._vectors: dict[tuple[int, int], Tensor] = {}
+        self._waiting: _Waiting | None = None
         self.lost = False
 
     @torch.no_grad()
@@ -62,16 +78,26 @@ class AnswerListener(StoppingCriteria):
         self._check_order(input_ids)
         if self.lost:  # Beams swap sequences and speculation takes back tokens; then there is nothing to follow.
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        vectors = self._read(input_ids)
+        mask = self.mask.repeat_interleave(self.per_prompt, 0).to(input_ids.device)
+        mask = nn.functional.pad(mask, (0, input_ids.shape[1] - 1 - self.start), value=1)
+        reader = BranchReader(self.frozen_lm, self.attached, mask)
+        self._tell_waiting(reader)
+        vectors = self._read(input_ids, reader)
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            if row in self._ended or (self.seen is not None and self.seen.passes(row, token)):
+            if row in self._ended or self._waiting is not None or (self.seen and self.seen.passes(row, token)):
                 continue
             if not self.on_token(row, token, vectors.get(row)):
                 self._ended.add(row)
         if self.seen is not None:
-            self.seen.write(input_ids)  # In place: what `generate` goes on with.
+            self.seen.write(input_ids)  # In place, because `generate` continues with this tensor.
         ended = [row in self._ended for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Take the end of `generate`: a `[RET]` that was the last token has no step that follows."""
+        if not self.lost and self._waiting is not None:
+            self._tell_waiting(self._waiting.reader)
 
     def _check_order(self, ids: Tensor) -> None:
         before = self._ids
@@ -81,50 +107,56 @@ class AnswerListener(StoppingCriteria):
             self.lost = before.shape != ids[:, :-1].shape or not torch.equal(before, ids[:, :-1])
         self._ids = ids
 
-    def _read(self, ids: Tensor) -> dict[int, Tensor]:
-        """Return the vectors of the sequences whose newest token is `[RET]`, by row."""
+    def _read(self, ids: Tensor, reader: BranchReader) -> dict[int, Tensor]:
+        """Return the vectors of the sequences whose newest token is `[RET]`, by row; or let the next step read them."""
         shows = ids[:, -1] == self.attached.processor.ret_token_id
         rows = [row for row in shows.nonzero()[:, 0].tolist() if row not in self._ended]
-        if not rows:
+        contexts: dict[int, list[Sequence[int]]] = {}
+        branches: dict[int, list[Branch]] = {}
+        suffix = self.attached.processor.retrieval_suffix
+        for row in rows:
+            sequence = ids[row, :-1][reader.mask[row].bool()].tolist()
+            padding = reader.mask.shape[1] - len(sequence)
+            contexts[row] = [sequence, *self._openings(row, sequence)]
+            branches[row] = [branch_of(row, padding, sequence, [*some, *suffix(some)]) for some in contexts[row]]
+        place = ids.shape[1] - 1
+        if rows == [0] and self.seen is None and (joined := reader.join(branches[0], int(ids[0, -1]))) is not None:
+            self._waiting = _Waiting(0, place, contexts[0], branches[0], reader, joined)
             return {}
-        mask = self.mask.repeat_interleave(self.per_prompt, 0).to(ids.device)
-        mask = nn.functional.pad(mask, (0, ids.shape[1] - 1 - self.start), value=1)
-        sequences = {row: ids[row, :-1][mask[row].bool()].tolist() for row in rows}
-        contexts = {row: [sequence, *self._openings(row, sequence)] for row, sequence in sequences.items()}
-        read = iter(self._read_behind([(row, ids) for row in rows for ids in contexts[row]], sequences, mask))
-        found = {row: mean_vector([next(read) for _ in contexts[row]]) for row in rows}
-        self._vectors |= {(row, ids.shape[1] - 1): vector for row, vector in found.items()}
+        read = reader.read([branch for row in rows for branch in branches[row]]) if rows else {}
+        found = {row: self._mean(contexts[row], branches[row], read, reader) for row in rows}
+        self._vectors |= {(row, place): vector for row, vector in found.items()}
         return found
 
     def _openings(self, row: int, sequence: list[int]) -> list[Sequence[int]]:
-        """Return the contexts that are read besides, if this is a row's first `[RET]`."""
+        """Return the contexts that are also read, if this is a row's first `[RET]`."""
         if any(known == row for known, _ in self._vectors):
             return []
         count = int(self.mask[row // self.per_prompt].sum())
         return opening_contexts(self.attached, sequence[:count], sequence[count:])
 
-    def _read_behind(
-        self, contexts: Sequence[tuple[int, Sequence[int]]], sequences: Mapping[int, list[int]], mask: Tensor
-    ) -> list[Tensor]:
-        """Return the vectors (q,), on the CPU, read behind contexts, which are given with the row that each is for.
+    def _mean(
+        self,
+        contexts: Sequence[Sequence[int]],
+        branches: Sequence[Branch],
+        read: Mapping[Branch, Tensor],
+        reader: BranchReader,
+    ) -> Tensor:
+        """Return the mean direction (q,), on the CPU, of the vectors of branches; what was not read is run anew."""
+        anew = [context for context, one in zip(contexts, branches, strict=True) if one not in read]
+        again = iter(vectors_after(self.frozen_lm, self.attached, anew, reader.image_tokens) if anew else ())
+        return mean_vector([read[one] if one in read else next(again) for one in branches])
 
-        Args:
-            contexts: the ids of each.
-            sequences: the ids of each row, without padding.
-            mask: (b, s), of all positions that were run.
-        """
-        suffix, length = self.attached.processor.retrieval_suffix, mask.shape[1]
-        branches = [
-            branch_of(row, length - len(sequences[row]), sequences[row], [*context, *suffix(context)])
-            for row, context in contexts
-        ]
-        found = BranchReader(self.frozen_lm, self.attached, mask).read(branches)
-        if anew := [context for (_, context), one in zip(contexts, branches, strict=True) if one not in found]:
-            running = context_of(self.frozen_lm.virtual_tokens)
-            image_tokens = None if running is None else running.image_tokens
-            again = iter(vectors_behind(self.frozen_lm, self.attached, anew, image_tokens))
-            return [found[one] if one in found else next(again) for one in branches]
-        return [found[one] for one in branches]
+    def _tell_waiting(self, reader: BranchReader) -> None:
+        """Tell of the `[RET]` before the newest token, which has been read meanwhile; else read it with a reader."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        read = waiting.joined.vectors() or reader.read(waiting.branches)
+        vector = self._mean(waiting.contexts, waiting.branches, read, reader)
+        self._vectors[waiting.row, waiting.place] = vector
+        if not self.on_token(waiting.row, self.attached.processor.ret_token_id, vector):
+            self._ended.add(waiting.row)
 
     def vectors_of(self, sequences: Tensor) -> list[Tensor] | None:
         """Return the vectors (r, q) of each finished sequence (b, s), or None if it followed other ids."""

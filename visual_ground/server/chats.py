@@ -18,7 +18,7 @@ from visual_ground.generation.output import Part, RetrievedImage
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.server.engine import Engine
 from visual_ground.server.failures import RequestFailure
-from visual_ground.server.jobs import Finished, Job, StopText
+from visual_ground.server.jobs import Finished, Job
 from visual_ground.server.pictures import Pictures
 from visual_ground.server.requests import ChatRequest
 
@@ -26,12 +26,7 @@ Event = tuple[int, Part | Finished]
 
 
 def encode(engine: Engine, request: ChatRequest, attached: AttachedAdapter | None = None) -> EncodedPrompt:
-    """Return a request's prompt.
-
-    Args:
-        engine: what will answer it.
-        request: what is asked for.
-        attached: the adapter that reads it; the active one where None.
+    """Return a request's prompt, as `attached` reads it, or the active adapter where None.
 
     Raises:
         RequestFailure: a prompt that the LM cannot read, or has no room to answer.
@@ -55,13 +50,6 @@ def encode(engine: Engine, request: ChatRequest, attached: AttachedAdapter | Non
 class Chat:
     """The answers to one request, while they are generated.
 
-    Args:
-        engine: what generates.
-        pictures: the index's.
-        request: what is asked for.
-        prompt: as `encode` returns it.
-        model_name: what the model is called.
-
     Raises:
         RequestFailure: the queue is full.
     """
@@ -80,8 +68,7 @@ class Chat:
                 prompt,
                 sampling,
                 request.max_tokens,
-                GrowingAnswer(engine.model.active, pictures.index, sampling.retrieval, silent),
-                StopText(request.stop),
+                GrowingAnswer(engine.model.active, pictures.index, sampling.retrieval, silent, request.stop),
                 partial(self._take, i),
                 deadline,
             )
@@ -123,11 +110,7 @@ class Chat:
         return safe.to_markdown(shown.get("uri"))
 
     async def whole(self) -> dict[str, Any]:
-        """Return OpenAI's `chat.completion`.
-
-        Raises:
-            RequestFailure: an answer that failed or came too late.
-        """
+        """Return OpenAI's `chat.completion`; RequestFailure where an answer failed or came too late."""
         answers: list[list[Part]] = [[] for _ in self.jobs]
         reasons = [""] * len(self.jobs)
         async for choice, event in self.events():

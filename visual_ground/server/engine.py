@@ -15,7 +15,7 @@ import torch
 
 from visual_ground.errors import GroundingStateError
 from visual_ground.generation.forbidden import ForbiddenColumns
-from visual_ground.generation.generate import generate_ids, with_listener, with_padding
+from visual_ground.generation.generate import generate_ids, with_padding
 from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import end_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
@@ -173,7 +173,7 @@ class Engine:
         }
         # Each job has its own, which `RowSampling` applies.
         settings = RetrievalSettings(max_images=None, min_new_tokens_between_rets=0)
-        generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, with_listener(listener, options), seen)
+        generate_ids(model.frozen_lm, attached, batch, image_tokens, settings, options, listener)
 
     def _sight(self, jobs: list[Job]) -> int:
         """Return the most tokens that the images at one `[RET]` have."""

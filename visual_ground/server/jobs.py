@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -28,35 +28,6 @@ class Finished:
     tokens: int
 
 
-class StopText:
-    """Cuts an answer before the first of some strings, and holds back what may become one.
-
-    Args:
-        stops: the strings.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = [stop for stop in stops if stop]
-        self._held = ""
-
-    def add(self, text: str) -> tuple[str, bool]:
-        """Return what may be sent of the text so far, and whether one of the strings has come."""
-        text = self._held + text
-        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            self._held = ""
-            return text[: min(places)], True
-        begun = (n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
-        held = max(begun, default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
-
-    def flush(self) -> str:
-        """Return what was held back."""
-        held, self._held = self._held, ""
-        return held
-
-
 @dataclass
 class Job:
     """One answer.
@@ -65,8 +36,7 @@ class Job:
         prompt: the ids and images.
         sampling: how tokens are chosen.
         max_tokens: the most that are generated.
-        answer: turns tokens into texts and images.
-        stop: cuts the text.
+        answer: turns tokens into texts and images, up to a stop.
         emit: takes each part, and `Finished` at the end; called in the engine's thread.
         deadline: of `time.monotonic`.
         adapter: the name of the adapter that answers; the active one where None.
@@ -76,7 +46,6 @@ class Job:
     sampling: Sampling
     max_tokens: int
     answer: GrowingAnswer
-    stop: StopText
     emit: Callable[[Part | Finished], None]
     deadline: float
     adapter: str | None = None
@@ -101,28 +70,16 @@ class Job:
         if is_end:
             return self._end("stop")
         for part in self.answer.add(token, vector):
-            if self._send(part):
-                return self.finish("stop")
-        return True if self.tokens < self.max_tokens else self._end("length")
-
-    def _send(self, part: Part) -> bool:
-        """Emit a part; return whether the text has come to a stop."""
-        if not isinstance(part, str):
-            if held := self.stop.flush():
-                self.emit(held)
             self.emit(part)
-            return False
-        text, stopped = self.stop.add(part)
-        if text:
-            self.emit(text)
-        return stopped
+        if self.answer.stopped:
+            return self._end("stop")
+        return True if self.tokens < self.max_tokens else self._end("length")
 
     def _end(self, reason: str) -> bool:
         """Send what was held back, and end."""
-        stopped = any(self._send(part) for part in self.answer.end(is_whole=reason == "stop"))
-        if not stopped and (held := self.stop.flush()):
-            self.emit(held)
-        return self.finish("stop" if stopped else reason)
+        for part in self.answer.end(is_whole=reason == "stop"):
+            self.emit(part)
+        return self.finish("stop" if self.answer.stopped else reason)
 
     def drop(self) -> bool:
         """End an answer that is not wanted any more; return False."""

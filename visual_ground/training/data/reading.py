@@ -37,11 +37,7 @@ def is_readable(row: Mapping[str, Any], number: int, skipped: list[str], may_ski
 
 
 def first_image_key(row: Mapping[str, Any], columns: Columns) -> str:
-    """Return by what a row's first image is known again; it and those of the row's prompt are opened.
-
-    Raises:
-        GroundingTypeError, GroundingValueError: one that cannot be read.
-    """
+    """Return by what a row's first image is known again; it and those of the row's prompt are opened."""
     image = columns.images(row)[0]
     for one in (*columns.prompt_images(row), image):
         to_rgb(one)
