@@ -60,6 +60,8 @@ ORDER = (
     "server",
     "app",
     "terminal",
+    "cli/shared",
+    "cli/commands",
     "cli",
 )
 # Files that only name what is elsewhere: the package's and folders' own pages, and `python -m visual_ground`.

@@ -1,6 +1,7 @@
 """The processes of a launch. Those that really run side by side are tested with what they do: building an index, an
 evaluation, training."""
 
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -28,6 +29,9 @@ def test_a_process_alone_waits_for_nobody():
     alone.raise_together(None)
     with pytest.raises(GroundingValueError, match="mine"):
         alone.raise_together(GroundingValueError("mine"))
+    assert alone.together(lambda: "mine") == ["mine"]
+    with pytest.raises(GroundingValueError, match="mine"):
+        alone.together(partial(alone.raise_together, GroundingValueError("mine")))
     with alone.folder(None) as folder:
         assert folder.is_dir()
     assert not folder.exists()

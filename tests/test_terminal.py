@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.tiny import picture
 from visual_ground import RetrievedImage
-from visual_ground.cli import chat
+from visual_ground.cli.commands import chat
 from visual_ground.terminal.inline import PROTOCOLS, SETTING, drawn, protocol_of, sixel
 
 

@@ -79,7 +79,7 @@ def load_components(
 def _load_language_model(
     lm: str | nn.Module | None, tokenizer: Any, named: Mapping[str, str | None], hub: Mapping[str, Any]
 ) -> tuple[nn.Module, Any, dict[str, str | None]]:
-    """Return the LM, its tokenizer, and its name and commit where it has such."""
+    """Return the LM, its tokenizer, and its name and commit if it has such."""
     name = named.get("base_model_name_or_path") if lm is None else lm if isinstance(lm, str) else None
     if lm is not None:
         lm, tokenizer = load_lm(lm, tokenizer)
@@ -94,7 +94,7 @@ def _load_language_model(
 
 
 def check_tokens(tokenizer: Any, config: GroundingConfig) -> None:
-    """Raise GroundingValueError where the tokenizer has `[RET]` already, or makes nothing of the retrieval prompt."""
+    """Raise GroundingValueError if the tokenizer has `[RET]` already, or makes nothing of the retrieval prompt."""
     if config.ret_token in tokenizer.get_vocab():
         raise GroundingValueError(
             f"The tokenizer has the token {config.ret_token!r} already. Choose another GroundingConfig.ret_token."
@@ -117,7 +117,7 @@ def load_encoder(
     """Load and check a vision encoder; the arguments are those of `load_components`.
 
     Returns:
-        The encoder, and the commit of the Hub that it is of, where there is one.
+        The encoder, and the commit of the Hub that it is of, if there is one.
     """
     if vision_encoder is not None:
         vision = load_vision(vision_encoder, image_processor, num_patch_tokens=config.num_patch_tokens)
@@ -131,7 +131,7 @@ def load_encoder(
         )
     try:
         return load_vision(name, image_processor, commit, config.num_patch_tokens, **hub), commit
-    # open_clip, timm and transformers fail in ways of their own where a name, a file or the network is wrong.
+    # open_clip, timm and transformers fail in ways of their own if a name, a file or the network is wrong.
     except Exception as error:
         raise GroundingFileError(
             f"The vision encoder {name!r}, which the adapter names, cannot be loaded: {error}. Pass "
@@ -150,7 +150,7 @@ def load_saved_components(
     """Load the components for a saved adapter, and check that it fits them; the arguments are as in `from_pretrained`.
 
     Returns:
-        The components, with the saved PEFT adapter in the LM where the adapter was trained with one; and the files.
+        The components, with the saved PEFT adapter in the LM if the adapter was trained with one; and the files.
     """
     if model_id is None and not isinstance(lm, (str, os.PathLike)):
         raise GroundingTypeError("Which adapter? Pass a local folder or a Hub id after the language model.")
@@ -190,6 +190,6 @@ def components_beside(
 
 
 def check_fits(files: AdapterFiles, spec: LMSpec, vision: VisionEncoder, lm: str | None = None) -> None:
-    """Raise GroundingValueError where an adapter has other widths than an LM (named `lm`) and an encoder need."""
+    """Raise GroundingValueError if an adapter has other widths than an LM (named `lm`) and an encoder need."""
     with torch.device("meta"):
         files.check_fits(new_adapter(files.metadata.config, spec, vision), lm)

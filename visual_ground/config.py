@@ -58,7 +58,7 @@ class GroundingConfig:
             many times sooner after words that make an LM repeat what the image tokens mean.
         retrieval_prompt: words put after a text; the state for retrieval is read at the last of them. An LM that is
             about to say what something looks like knows more of it than one that has just ended a sentence. They are
-            read on a copy of the cache, so they are no part of an answer, and the LM does not go on from them. Empty:
+            read on a copy of the cache, so they are no part of an answer, and the LM continues without them. Empty:
             the state is read at `[RET]` itself, as published.
         image_first: put images that open a sequence before the sink token, as published, and not after it.
         scaling: "embedding" gives image tokens the mean and standard deviation of the LM's own embedding, standardises
@@ -67,7 +67,7 @@ class GroundingConfig:
         mask_spare_columns: set the logits of ids that no token has to -inf, as if the vocabulary were trimmed to the
             tokenizer.
         tied_ret: True: `[RET]` has one embedding for input and output if the LM's own are tied, as published. False: it
-            has two, and the input embedding can be chosen so that the LM goes on as if `[RET]` were not there.
+            has two, and the input embedding can be chosen so that the LM continues as if `[RET]` were not there.
         train_lm_adapter: train what PEFT has put into the LM (LoRA and the like) together with this adapter, and save
             it in the same folder; otherwise it is frozen, like the LM.
 

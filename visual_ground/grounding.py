@@ -30,11 +30,11 @@ def ground(
         lm: Hub id, local folder, a GGUF file's path, or a loaded causal LM (quantised, offloaded, or a `PeftModel`).
         vision_encoder: Hub id or folder, "open_clip:ARCHITECTURE/PRETRAINED", "timm:NAME", a loaded model of one of
             these, or any module from pixels (n, c, h, w) to features (n, f).
-        tokenizer: a tokenizer or its name; found by the LM's name where None.
-        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where None.
-        config: the settings; `GroundingConfig()` where None.
-        adapter: local folder or Hub id of an adapter to start from, with its settings and, where none is passed, its
-            encoder; a new adapter where None.
+        tokenizer: a tokenizer or its name; found by the LM's name if None.
+        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found if None.
+        config: the settings; `GroundingConfig()` if None.
+        adapter: local folder or Hub id of an adapter to start from, with its settings and, if none is passed, its
+            encoder; a new adapter if None.
 
     Returns:
         The grounded model, whose adapter is ready to be trained: with its start values, or those it was saved with.

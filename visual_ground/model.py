@@ -208,7 +208,7 @@ class GroundedModel(nn.Module):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Commit what `save_pretrained` writes to the Hub, at once or not at all; return the commit's address.
 
-        `repo_id` is made where it is new; `options` are private, revision, token, commit_message and create_pr.
+        `repo_id` is made if it is new; `options` are private, revision, token, commit_message and create_pr.
         """
         return self.active.push(repo_id, self.lm, PushOptions(**options))
 

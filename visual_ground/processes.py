@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ class Processes:
 
     @classmethod
     def launched(cls) -> Processes:
-        """Return the processes that were launched together, which this one joins; itself where it runs alone."""
+        """Return the processes that were launched together, which this one joins; itself if it runs alone."""
         together = dist.is_available() and dist.is_initialized()
         if not together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Not asked of a process that runs alone, for which it would choose a device that a program chooses later.
@@ -48,7 +48,7 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this process, where there is one; else the CPU."""
+        """The GPU of this process, if there is one; else the CPU."""
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
@@ -85,9 +85,26 @@ class Processes:
         if failed:
             raise GroundingStateError(f"Of {self.count} processes that work together, {'; '.join(failed)}")
 
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do some work in each process, and return what it gave in all of them.
+
+        Args:
+            work: waits for no other process.
+
+        Raises:
+            GroundingError: what has failed in any of them, as in `raise_together`.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except GroundingError as error:
+            failure = error
+        self.raise_together(failure)
+        return cast("list[T]", self.gather(result))
+
     @contextmanager
     def folder(self, given: str | os.PathLike[str] | None) -> Iterator[Path]:
-        """Give the folder that all work in, or where None a temporary one, which is taken away afterwards."""
+        """Give the folder that all work in, or if None a temporary one, which is taken away afterwards."""
         if given is not None:
             yield Path(given)
             return

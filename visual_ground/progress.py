@@ -1,4 +1,4 @@
-"""What long work says of itself: a bar on a terminal, and whole lines where the standard error is a file or a pipe."""
+"""What long work says of itself: a bar on a terminal, and whole lines if the standard error is a file or a pipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def counted(
         name: of the work.
         unit: what one item is.
         shown: False says nothing.
-        total: how many items there are; found by `len` where None and there is one.
+        total: how many items there are; found by `len` if None and there is one.
         leave: whether a bar stays on the screen when all is done.
     """
     if total is None:
@@ -51,7 +51,7 @@ def progress_bar(
 def _length(items: Any) -> int | None:
     try:
         return len(items)
-    except TypeError:  # A DataLoader has this method also where it cannot know.
+    except TypeError:  # A DataLoader has this method also if it cannot know.
         return None
 
 

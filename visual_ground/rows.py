@@ -10,6 +10,8 @@ import numpy as np
 
 from visual_ground.errors import GroundingTypeError
 
+# The key under which a row says why it could not be read.
+PROBLEM = "__problem__"
 # What tables of other packages than `datasets` offer to become a list of rows: pandas, polars, pyarrow.
 TO_ROWS = (("itertuples", "to_dict", ("records",)), ("iter_rows", "to_dicts", ()), ("to_pylist", "to_pylist", ()))
 
@@ -17,12 +19,13 @@ TO_ROWS = (("itertuples", "to_dict", ("records",)), ("iter_rows", "to_dicts", ()
 class RowsByNumber(Sequence[Any]):
     """Some rows of anything with rows by number; each is read when it is needed, and none is kept.
 
-    A torch dataset need not raise IndexError where it ends, and one over a dictionary counts from 0 all the same, so
-    rows are asked for by number and never iterated over.
+    A torch dataset need not raise IndexError at its end, and one over a dictionary counts from 0 all the same, so
+    rows are asked for by number and never iterated over. One that cannot be read, be it that somebody's own dataset
+    opens a damaged picture there, has a `PROBLEM` and nothing else, and so is left out where rows may be.
 
     Args:
         source: gives a row for each number.
-        picked: the numbers of the rows; all where None.
+        picked: the numbers of the rows; all if None.
 
     Example:
         >>> list(RowsByNumber(["a", "b", "c"]).select([2, 0]))
@@ -37,10 +40,17 @@ class RowsByNumber(Sequence[Any]):
         return len(self.picked)
 
     def __getitem__(self, number: Any) -> Any:
-        return self.source[self.picked[number]]
+        return self._read(self.picked[number])
 
     def __iter__(self) -> Iterator[Any]:
-        return (self.source[number] for number in self.picked)
+        return map(self._read, self.picked)
+
+    def _read(self, number: int) -> Any:
+        try:
+            row = self.source[number]
+        except Exception as error:  # A dataset may raise anything.
+            return {PROBLEM: f"it cannot be read ({type(error).__name__}: {error})"}
+        return row if isinstance(row, Mapping) else {PROBLEM: f"it is a {type(row).__name__} and no row"}
 
     def select(self, indices: Sequence[int]) -> RowsByNumber:
         """Return the rows at these indices."""
@@ -63,15 +73,16 @@ def rows_by_number(rows: Any) -> Any:
     for mark, method, options in TO_ROWS:
         if hasattr(rows, mark):
             rows = getattr(rows, method)(*options)
-    if isinstance(rows, (str, bytes)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+    if isinstance(rows, (str, bytes)) or not (hasattr(rows, "__getitem__") and _has_length(rows)):
         raise GroundingTypeError(
             "A dataset must have len() and rows by number, or be a datasets.IterableDataset, got "
-            f"{type(rows).__name__}. Files and folders are read by datasets.load_dataset."
+            f"{type(rows).__name__}. Files and folders are read by datasets.load_dataset, and "
+            "datasets.IterableDataset.from_generator makes a stream of anything that can be iterated over."
         )
-    if len(rows) and not isinstance(rows[0], Mapping):
+    # Rows of another kind are no dataset; later ones are left out one by one.
+    if len(rows) and (kind := _kind_of_first(rows)) is not None:
         raise GroundingTypeError(
-            f"Row 0 of the dataset is a {type(rows[0]).__name__}; a row must be a dictionary, with an image and "
-            "what is known of it."
+            f"Row 0 of the dataset is a {kind}; a row must be a dictionary, with an image and what is known of it."
         )
     return RowsByNumber(rows)
 
@@ -93,6 +104,23 @@ def undecoded(rows: Any, columns: Iterable[str]) -> Any:
         elif isinstance(getattr(kind, "feature", None), datasets.Image):
             rows = rows.cast_column(name, type(kind)(as_file))
     return rows
+
+
+def _kind_of_first(rows: Any) -> str | None:
+    """Return the kind of the first row; None if it is a mapping, or cannot be read."""
+    try:
+        first = rows[0]
+    except Exception:  # As for any row, see `RowsByNumber`.
+        return None
+    return None if isinstance(first, Mapping) else type(first).__name__
+
+
+def _has_length(rows: Any) -> bool:
+    """Return whether there is a number of rows: torch's `ChainDataset` has `__len__`, which raises for streams."""
+    try:
+        return len(rows) >= 0
+    except TypeError:
+        return False
 
 
 def picture_of(value: Any) -> Any:

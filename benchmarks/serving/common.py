@@ -61,7 +61,8 @@ class Server:
     def open(self, path: str, body: Any = None) -> Any:
         """Return the answer to a request, to be read."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data)
+        form = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, form)
         return urllib.request.urlopen(request, timeout=START_SECONDS)
 
     def ask(self, body: dict[str, Any]) -> dict[str, Any]:

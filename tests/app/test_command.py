@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
-from visual_ground.cli import app
+from visual_ground.cli.commands import app
 from visual_ground.cli.main import main
 from visual_ground.demo import saved
 from visual_ground.demo.emoji import Concept

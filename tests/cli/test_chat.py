@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import grounded, picture
 from visual_ground import GroundingError, ImageIndex
-from visual_ground.cli import chat
+from visual_ground.cli.commands import chat
 from visual_ground.cli.main import main
 from visual_ground.terminal.conversation import Conversation, split_line
 

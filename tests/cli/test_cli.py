@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cli.calls import calls
 from tests.golden_parts import saved_parts
 from tests.paths import ROOT
 from tests.storage.hub_client import hub  # noqa: F401
 from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
-from visual_ground.cli.arguments import ground_models
 from visual_ground.cli.main import COMMANDS, main
+from visual_ground.cli.shared.arguments import ground_models
 from visual_ground.lm.base import loading
 from visual_ground.storage.tensors import WEIGHTS_FILE
+
+NAMES = [call[0] for call in calls()]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that datasets leaves open
@@ -145,9 +148,7 @@ def test_an_index_is_changed_from_the_command_line(tmp_path, capsys):
     assert ImageIndex.from_pretrained(folder).ids == ["b"]
 
 
-@pytest.mark.parametrize(
-    "command", ["fit", "train", "index", "chat", "serve", "app", "eval", "push", "import-fromage", "transfer", "demo"]
-)
+@pytest.mark.parametrize("command", NAMES)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -162,7 +163,9 @@ def test_help_lists_all_commands_and_loads_no_torch():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     listed = re.findall(r"^    ([a-z-]+)(?:  |$)", shown, re.MULTILINE)
-    assert (
-        listed == [command.__name__.rsplit(".", 1)[1].replace("_", "-") for command in COMMANDS] and len(listed) == 11
-    )
-    assert shown.endswith("False False\n")
+    assert listed == NAMES and shown.endswith("False False\n")
+
+
+def test_the_readme_lists_all_commands():
+    listed = re.search(r"The same from a terminal: (.*?);", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert sorted(re.findall(r"`(?:visual-ground )?([a-z-]+)`", listed)) == sorted(NAMES)

@@ -15,7 +15,7 @@ def command(tmp_path, monkeypatch):
     """The command up to its options, for a saved adapter and two images in Karpathy's format."""
     monkeypatch.chdir(tmp_path)
     grounded().save_pretrained("adapter")
-    monkeypatch.setattr("visual_ground.cli.eval.load_model", lambda options: grounded())
+    monkeypatch.setattr("visual_ground.cli.commands.eval.load_model", lambda options: grounded())
     write_images(tmp_path / "data", ["a.png", "b.png"])
     entry = {"split": "test", "sentences": [{"raw": "w5 w6"}]}
     images = [{**entry, "filename": name} for name in ("a.png", "b.png")]

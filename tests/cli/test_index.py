@@ -9,8 +9,8 @@ import pytest
 from tests.golden_parts import saved_parts
 from tests.tiny import picture
 from visual_ground import GroundingConfig, ImageIndex, ground
-from visual_ground.cli.arguments import load_index, load_model
 from visual_ground.cli.main import main
+from visual_ground.cli.shared.arguments import load_index, load_model
 from visual_ground.index.remote_images import ImageLink
 
 

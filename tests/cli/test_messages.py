@@ -11,33 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cli.calls import calls
 from tests.golden_parts import saved_parts
 from tests.tiny import grounded
-from visual_ground.cli import arguments
 from visual_ground.cli import main as cli
 from visual_ground.cli.main import COMMANDS, main
-from visual_ground.cli.messages import one_line
+from visual_ground.cli.shared import arguments
+from visual_ground.cli.shared.messages import one_line
 from visual_ground.errors import GroundingValueError
-
-# Arguments with which each command comes as far as its `run`.
-CALLS = {
-    "train": ["lm", "vision", "data"],
-    "transfer": ["adapter", "lm", "--output", "out"],
-    "fit": ["lm", "vision", "data", "--output", "out"],
-    "index": ["build", "lm", "adapter", "images", "--output", "out"],
-    "serve": ["lm", "adapter"],
-    "chat": ["lm", "adapter"],
-    "app": [],
-    "eval": ["lm", "adapter", "data"],
-    "push": ["folder", "me/repo"],
-    "import-fromage": ["folder", "--output", "out"],
-    "demo": [],
-}
-
-
-def calls():
-    names = [command.__name__.rsplit(".", 1)[1].replace("_", "-") for command in COMMANDS]
-    return [[name, *CALLS[name]] for name in names]
 
 
 def replaced(monkeypatch, act):

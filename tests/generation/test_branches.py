@@ -42,7 +42,7 @@ class Reading(StoppingCriteria):
 def read(model, prompts=PROMPTS):
     """Return what a `Reading` found the first and the second time, and what is read of the contexts alone."""
     batch = model.prepare(prompts)
-    image_tokens = model.active.prompt_tokens(batch.get("pixel_values"))
+    image_tokens = model.active.prompt_image_tokens(batch.get("pixel_values"))
     reading = Reading(model, batch, image_tokens)
     options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, suppress_tokens=[2])
     ids = [

@@ -145,9 +145,23 @@ def test_an_answer_that_its_end_ended_is_whole_wherever_the_end_is_said(where):
     "field", ["images_per_ret", "max_images", "min_new_tokens_before_ret", "min_new_tokens_between_rets", "ret_bias"]
 )
 def test_settings_that_are_no_numbers_of_their_kind_are_refused(field):
-    for value in (float("nan"),) if field == "ret_bias" else (-1, 1.5, "3", True, float("nan")):
+    for value in (
+        (float("nan"), float("inf"), "3", True, None) if field == "ret_bias" else (-1, 1.5, "3", True, float("nan"))
+    ):
         with pytest.raises(GroundingValueError, match=field):
             RetrievalSettings(**{field: value})
+
+
+@pytest.mark.parametrize("where", ["option", "own"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length", "min_new_tokens", "min_length"])
+def test_lengths_that_are_none_are_refused_by_name(name, where):
+    model = grounded(lm=build("llama_untied", eos_token_id=None))
+    for value in (-1, 2.5, "9", True, float("nan"), float("inf"), [9]):
+        options = {name: value} if where == "option" else {}
+        if where == "own":
+            setattr(model.lm.generation_config, name, value)
+        with pytest.raises(GroundingValueError, match=f"{name} must be a whole number"):
+            model.generate(["w4"], **options)
 
 
 MODELS = {"never ends": grounded(lm=build("llama_untied", eos_token_id=None))}

@@ -4,7 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
+from visual_ground.generation.retrieval_token import (
+    RetLogitsProcessor,
+    RetrievalSettings,
+    Shown,
+    retrieve,
+    split_at_ret,
+)
 from visual_ground.index.image_index import ImageIndex
 
 RET = 9
@@ -71,3 +77,16 @@ def test_no_image_twice_unless_asked_and_small_indexes_give_what_they_have():
     assert ids(RetrievalSettings(allow_repeats=True)) == [["a"], ["a"], ["a"]]
     assert ids(RetrievalSettings(filter={"id": ["b", "c"]})) == [["b"], ["c"], []]
     assert retrieve(states, None, RetrievalSettings())[0][0].id is None
+
+
+@given(st.integers(1, 4), st.none() | st.integers(0, 9), st.booleans())
+def test_max_images_counts_images_at_once_and_one_ret_after_another(images_per_ret, most, allow_repeats):
+    settings = RetrievalSettings(images_per_ret=images_per_ret, max_images=most, allow_repeats=allow_repeats)
+    index, shown = ImageIndex(torch.eye(40)), Shown()
+    states = torch.rand(3 if settings.max_rets is None else settings.max_rets, 40)
+    together = [[image.id for image in images] for images in retrieve(states, index, settings)]
+    one_by_one = [[image.id for image in retrieve(state[None], index, settings, shown)[0]] for state in states]
+    assert together == one_by_one and all(together), "no [RET] without an image"
+    counts = [len(images) for images in together]
+    assert sum(counts) == (3 * images_per_ret if most is None else most)
+    assert all(count == images_per_ret for count in counts[:-1])

@@ -46,7 +46,8 @@ def generated_ids(model, monkeypatch, *arguments, **options):
 def test_the_rest_is_what_comes_after_the_same_interleaved_sequence(family, k, at_once, monkeypatch):
     model = grounded(family, num_visual_tokens=k)
     index = make_index(model)
-    (answer,), (ids,) = generated_ids(model, monkeypatch, [PROMPT], index, **GREEDY, **SEES, images_per_ret=at_once)
+    sees = {**SEES, "images_per_ret": at_once, "max_images": 2 * at_once}
+    (answer,), (ids,) = generated_ids(model, monkeypatch, [PROMPT], index, **GREEDY, **sees)
     assert len(answer.images) == 2 * at_once and model.ret_token_id not in ids
     batch = model.prepare([PROMPT])
     pixels = torch.cat([batch["pixel_values"], model.vision.preprocess([image.image for image in answer.images])])

@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from torch.nn import functional as F
 
 from tests.storage.test_tensors import until_stopped
-from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
 from visual_ground.index.files import ENTRIES_FILE, TABLE_FILE, VECTORS_FILE
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.index.remote_images import ImageLink, LinkRules
@@ -168,6 +168,6 @@ def test_a_table_that_no_index_wrote_is_refused(column, values, error, tmp_path)
 
 def test_what_cannot_be_saved_leaves_the_old_index(tmp_path):
     ImageIndex(torch.eye(2), ["old", "er"]).save_pretrained(tmp_path)
-    with pytest.raises(GroundingTypeError, match="got int"):
-        ImageIndex(torch.eye(1), images=[3]).save_pretrained(tmp_path)
+    with pytest.raises(GroundingValueError, match="not an image"):
+        ImageIndex(torch.eye(1), images=[b"no image"]).save_pretrained(tmp_path)
     assert ImageIndex.from_pretrained(tmp_path).ids == ["old", "er"]

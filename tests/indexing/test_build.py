@@ -73,6 +73,35 @@ def test_a_build_that_was_stopped_at_any_point_makes_the_same_index(tmp_path):
         assert files_of(folder) == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("change", ["another folder", "one more path", "a photo less", "a photo more", "other rows"])
+def test_a_build_is_not_continued_with_another_source(change, tmp_path):
+    source, folder = photos(tmp_path / "photos", 11), tmp_path / "index"
+    rows = [{"image": picture(i), "id": f"{i}"} for i in range(11)]
+    begun, then = {
+        "another folder": (source, source / "04.png"),
+        "one more path": ([source], [source, source / "04.png"]),
+        "a photo less": (source, source),
+        "a photo more": (source, source),
+        "other rows": (rows, rows[:3] + rows[4:] + rows[3:4]),
+    }[change]
+    with pytest.raises(KeyboardInterrupt):
+        build_index(StopsAt(3), begun, folder, OPTIONS)
+    if change == "a photo less":
+        (source / "01.png").unlink()
+    if change == "a photo more":
+        picture(1).save(source / "00b.png")
+    with pytest.raises(GroundingError, match="unfinished build of|has changed since"):
+        build_index(MODEL, then, folder, OPTIONS)
+
+
+def test_what_could_not_be_read_is_looked_at_anew_where_nothing_was_done(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"no image")
+    with pytest.raises(GroundingError, match="no image that can be read"):
+        build_index(MODEL, tmp_path / "photo.png", tmp_path / "index", OPTIONS)
+    picture(1).save(tmp_path / "photo.png")
+    assert build_index(MODEL, tmp_path / "photo.png", tmp_path / "index", OPTIONS).num_images == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "points",
@@ -230,7 +259,7 @@ def test_bad_input_is_said(tmp_path):
     ):
         with pytest.raises(GroundingError, match=words):
             build_index(MODEL, source, tmp_path / f"out{words[:4]}", OPTIONS)
-    for options in ({"batch_size": 0}, {"workers": -1}, {"shard": (2, 2)}):
+    for options in ({"batch_size": 0}, {"workers": -1}, {"shard": (2, 2)}, {"thumbnail_size": 0}, {"batch_size": 1.5}):
         with pytest.raises(GroundingError):
             BuildOptions(**options)
 

@@ -22,6 +22,8 @@ from visual_ground.vision.images import to_rgb
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 PICTURE = picture(1)
+MODEL = grounded()
+MODEL.tokenizer.chat_template = TEMPLATE
 
 
 def png(image=PICTURE):
@@ -183,13 +185,14 @@ def test_a_part_of_one_type_loses_nothing_of_the_other(kind, part):
     assert read_content([{"text": "w4", "image": PICTURE}]) == [ImagePart(PICTURE), "w4"]
 
 
-@pytest.mark.parametrize("key", ["image", "files", "attachments", "experimental_attachments"])
+@pytest.mark.parametrize("key", ["image", "image_url", "files", "attachments", "audio", "video", "videos"])
 def test_images_beside_a_message_s_content_are_read_or_named(key):
     model = grounded()
     model.tokenizer.chat_template = TEMPLATE
     with pytest.raises(GroundingTypeError, match=rf"\['{key}'\], which would not be read"):
         model.prepare([{"role": "user", "content": "w4", key: [PICTURE]}])
     for message in (
+        {"role": "user", "content": ["w4", PICTURE], "images": PICTURE},
         {"role": "user", "content": "w4", "images": [PICTURE, PICTURE]},
         {
             "role": "user",
@@ -201,3 +204,51 @@ def test_images_beside_a_message_s_content_are_read_or_named(key):
         assert len(SplitPrompt.of([message], lambda image: image).images) == 2
     with pytest.raises(GroundingTypeError, match="has no content"):
         model.prepare([{"role": "user", "name": "w4"}])
+    for role in (None, 3, ["user"]):
+        with pytest.raises(GroundingTypeError, match="role of a message is a text"):
+            model.prepare([{"role": role, "content": "w4"}])
+
+
+class Part:
+    """A part as clients' libraries have it."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+def test_parts_that_are_objects_are_read_as_mappings_are():
+    for image in (URL, Part(url=URL, detail="low")):
+        parts = read_content(
+            [Part(type="output_text", text="w4", annotations=[]), Part(type="image_url", image_url=image)]
+        )
+        assert parts[0] == "w4" and to_rgb(parts[1].image).tobytes() == PICTURE.tobytes()
+    with pytest.raises(GroundingTypeError, match="'audio'"):
+        read_content([Part(type="audio", data="x")])
+
+
+def test_what_is_not_an_image_by_its_kind_or_holds_itself_is_one_error():
+    for kind in ("mime_type", "media_type", "mimeType", "mediaType"):
+        with pytest.raises(GroundingTypeError, match="application/pdf"):
+            read_content([{"type": "file", "url": URL, kind: "application/pdf"}])
+    circle = {"type": "image"}
+    circle["image"] = circle
+    with pytest.raises(GroundingValueError, match="holds no image"):
+        read_content([circle])
+
+
+@given(st.text(st.characters(), max_size=9))
+def test_any_text_is_read_or_named_as_half_a_character(text):
+    text = f"w4 {text}"
+    for read in (
+        lambda: MODEL.prepare([[{"type": "text", "text": text}, PICTURE]]),
+        lambda: MODEL.prepare([{"role": "user", "content": text}]),
+        lambda: MODEL.embed_text([text]),
+        lambda: MODEL.log_likelihood(["w5"], [text]),
+    ):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            with pytest.raises(GroundingValueError, match="half a character"):
+                read()
+        else:
+            read()

@@ -27,7 +27,8 @@ def contents(folder):
 
 def ask(port):
     body = json.dumps(REQUEST).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body)
+    form = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body, form)
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         return json.loads(answer.read())["choices"][0]["message"]["content"]
 

@@ -41,13 +41,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::p
 class Running:
     """A server on a free port of this machine."""
 
-    def __init__(self, folder, settings=None, **model_options):
+    def __init__(self, folder, settings=None, names=("a/../b c", "dog"), metadata=None, **model_options):
         picture(0).save(folder / "secret cat.png")
         self.model = grounded("llama_untied", **model_options)
         self.model.tokenizer.chat_template = TEMPLATE
-        metadata = [{"caption": "<b>](x)", "source": "/home/me/secret", "author": "Jane"}, {}]
+        metadata = metadata or [{"caption": "<b>](x)", "source": "/home/me/secret", "author": "Jane"}, {}]
         images = [str(folder / "secret cat.png"), picture(1)]
-        self.index = ImageIndex.build(self.model, images, ["a/../b c", "dog"], metadata)
+        self.index = ImageIndex.build(self.model, images, list(names), metadata)
         app = create_app(self.model, self.index, settings)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -300,6 +300,9 @@ def with_image(url):
         (chat_body(temperature="hot"), 400, "temperature"),
         (chat_body(top_p=float("nan")), 400, "top_p"),
         (chat_body(max_tokens=True), 400, "max_tokens"),
+        (chat_body(max_completion_tokens=0), 400, "max_completion_tokens"),
+        (chat_body(stream_options="usage"), 400, "stream_options"),
+        (chat_body(stream_options={"include_usage": 3}), 400, "include_usage"),
         (chat_body(stop=[1]), 400, "stop"),
         (chat_body(stop="w4" * 10**5), 400, "1000 characters"),
         (chat_body(seed=10**400), 400, "seed must be"),
@@ -403,7 +406,8 @@ def send(server, **changes):
     body = chat_body(**{"temperature": 0, "max_tokens": 1900, **changes})
     connection = socket.create_connection(server.server.servers[0].sockets[0].getsockname())
     connection.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
     )
     return connection
 

@@ -7,12 +7,18 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from tests.paths import ROOT
+from tests.tiny import grounded
+from visual_ground import GroundedModel, ImageIndex
+from visual_ground.adapter.files import push_saved
 from visual_ground.errors import GroundingFileError
 from visual_ground.storage.atomic import STAGED_PREFIX, replacing, write_folder
+from visual_ground.storage.hub import PushOptions
 
 WRITERS = {"a.txt": lambda path: path.write_text("new"), "deep/b.txt": lambda path: path.write_text("new")}
+MODEL = grounded()
 OLD = {"a.txt": lambda path: path.write_text("old"), "deep/b.txt": lambda path: path.write_text("old")}
 
 
@@ -53,6 +59,23 @@ def test_a_file_in_the_folder_s_place_is_named(tmp_path):
     with pytest.raises(GroundingFileError, match="cannot be written"), replacing(tmp_path / "folder") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "file").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\udcff\0", "y" * 5000], ids=["null", "long", "bytes", "longer"])
+def test_a_name_that_no_file_can_have_is_named_wherever_it_is_given(name, tmp_path):
+    model, index = MODEL, ImageIndex(torch.eye(2))
+    for write in (
+        lambda: write_folder(tmp_path / name, WRITERS),
+        lambda: model.save_pretrained(tmp_path / name),
+        lambda: index.save_pretrained(tmp_path / name),
+        lambda: GroundedModel.from_pretrained(model.lm, tmp_path / name),
+        lambda: ImageIndex.from_pretrained(tmp_path / name),
+        lambda: ImageIndex.from_pretrained(name),
+        lambda: push_saved(name, "me/x", PushOptions()),
+    ):
+        with pytest.raises(GroundingFileError):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_within_a_staged_folder_is_named_by_the_folder(tmp_path):

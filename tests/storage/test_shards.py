@@ -71,3 +71,16 @@ def test_what_is_no_shard_or_a_damaged_compressed_one_is_one_problem(tmp_path):
         found, problems = read(data, tmp_path)
         assert len(problems) == 1 and "\n" not in problems[0]
         assert all(CONTENT[key][name] == content for key in found for name, content in found[key].items())
+
+
+def test_samples_of_one_name_that_follow_each_other_are_as_many_as_they_were(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for number in range(6):
+            member = tarfile.TarInfo(f"a.{'txt' if number % 2 else 'png'}")
+            member.size = 1
+            shard.addfile(member, io.BytesIO(b"%d" % number))
+    assert [sample.members for sample in read_shard(tmp_path / "a.tar")] == [
+        {"png": b"0", "txt": b"1"},
+        {"png": b"2", "txt": b"3"},
+        {"png": b"4", "txt": b"5"},
+    ]

@@ -338,7 +338,7 @@ def test_interleaving(golden):
     index = ImageIndex(golden.tensors["ret.emb_matrix"])
     options = dict(
         images_per_ret=2,
-        max_images=3,
+        max_images=6,
         min_new_tokens_between_rets=0,
         max_new_tokens=16,
         do_sample=False,

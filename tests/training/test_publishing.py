@@ -102,23 +102,50 @@ def test_no_tracker_uploads_the_lm_or_the_output_folder(name, variable, value, w
     trainer.add_callback(callback(name))
     for harmless in ("false", ""):
         monkeypatch.setenv(variable, harmless)
-        check_callbacks(trainer.callback_handler.callbacks)
+        check_callbacks(trainer.callback_handler.callbacks, trainer.args, False)
     monkeypatch.setenv(variable, value)
     with pytest.raises(GroundingValueError, match=f"{variable}={value}.*{what}"):
         trainer.train()
     assert trainer.state.global_step == 0 and not (tmp_path / "checkpoint-1").exists()
 
 
-def test_a_tracker_that_is_made_to_upload_the_lm_is_refused_whatever_the_environment_says(monkeypatch):
+def test_a_tracker_that_is_made_to_upload_the_lm_is_refused_whatever_the_environment_says(monkeypatch, tmp_path):
+    args = arguments(tmp_path)
+
+    def check(*callbacks):
+        check_callbacks(callbacks, args, False)
+
     monkeypatch.delenv("HF_DVCLIVE_LOG_MODEL", raising=False)
-    check_callbacks([callback("DVCLiveCallback", _log_model=False), callback("WandbCallback", _log_model=None)])
+    check(callback("DVCLiveCallback", _log_model=False), callback("WandbCallback", _log_model=None))
     for asked in (True, "all"):
         derived = type("Mine", (type(callback("DVCLiveCallback")),), {"_log_model": asked})()
         with pytest.raises(GroundingValueError, match="DVCLiveCallback upload"):
-            check_callbacks([derived])
+            check(derived)
     with pytest.raises(GroundingValueError, match="WANDB_LOG_MODEL=end"):
-        check_callbacks([callback("WandbCallback", _log_model=WandbLogModel.END)])
-    check_callbacks([callback("WandbCallback", _log_model=WandbLogModel.FALSE)])
+        check(callback("WandbCallback", _log_model=WandbLogModel.END))
+    check(callback("WandbCallback", _log_model=WandbLogModel.FALSE))
+
+
+def test_a_log_that_would_be_published_with_the_run_is_refused_before_anything_is_pushed(hub, tmp_path):  # noqa: F811
+    made = run(tmp_path, trackio_static_space_id="me/log").args
+    for settings, publishes, refused in [
+        (dict(push_to_hub=True), True, True),
+        (dict(push_to_hub=True, trackio_static_space_id="me/log"), True, True),
+        (dict(push_to_hub=True, trackio_static_space_id=False), True, False),
+        (dict(push_to_hub=True, trackio_space_id="me/space"), True, False),
+        (dict(push_to_hub=False), False, False),
+    ]:
+        args = run(tmp_path / str(len(str(settings))), **settings).args
+        if refused:
+            with pytest.raises(GroundingValueError, match="trackio_static_space_id=False"):
+                check_callbacks([callback("TrackioCallback")], args, publishes)
+        else:
+            check_callbacks([callback("TrackioCallback")], args, publishes)
+    trainer = run(tmp_path / "by hand", push_to_hub=False)
+    trainer.add_callback(callback("TrackioCallback"))
+    with pytest.raises(GroundingValueError, match="local paths"):
+        trainer.push_to_hub()
+    assert made.push_to_hub and all(len(repo.commits) <= 1 for repo in hub.repos.values())
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])

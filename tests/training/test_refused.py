@@ -32,6 +32,12 @@ QUICK = dict(data_dependent_init=False, max_steps=1)
         ("learning_rate", float("nan")),
         ("retrieval_loss_scale", float("nan")),
         ("max_grad_norm", float("nan")),
+        ("max_grad_norm", -1.0),
+        ("caption_loss_scale", -1.0),
+        ("learning_rate", float("inf")),
+        ("prefix_cache_gb", float("inf")),
+        ("weight_decay", float("-inf")),
+        ("gradient_accumulation_steps", 0),
     ],
 )
 def test_settings_without_a_meaning_are_refused_by_name(name, value, tmp_path):
@@ -57,6 +63,7 @@ def test_plain_arguments_are_refused_by_name(tmp_path):
 
 
 def test_settings_that_change_nothing_are_taken(tmp_path):
+    assert arguments(tmp_path, max_grad_norm=None).max_grad_norm == 0
     args = arguments(tmp_path, remove_unused_columns=True, max_grad_norm=float("inf"), **QUICK)
     model = grounded()
     GroundingTrainer(model, args, ROWS).train()

@@ -14,6 +14,7 @@ from tests.training.killed import POINTS, train
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundedModel, GroundingTrainer
 from visual_ground.errors import GroundingFileError, GroundingValueError
+from visual_ground.storage.atomic import only_writer
 from visual_ground.training.saving import checkpoints
 from visual_ground.training.saving.adapter_checkpoints import check_base
 
@@ -88,6 +89,19 @@ def test_a_checkpoint_of_an_earlier_run_is_whole_until_the_new_one_is(error, tmp
     name = "adapter_model.safetensors"
     assert checkpoints.is_complete(folder) and content()[name] != earlier[name]
     assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == ["checkpoint-1"]
+
+
+def test_two_runs_do_not_write_into_one_checkpoint(tmp_path):
+    settings = dict(max_steps=1, data_dependent_init=False, save_strategy="steps", save_steps=1)
+    GroundingTrainer(grounded(), arguments(tmp_path, **settings), ROWS).train()
+    folder = tmp_path / "checkpoint-1"
+    earlier = {path.name: path.read_bytes() for path in folder.iterdir()}
+    second = GroundingTrainer(grounded(), arguments(tmp_path, learning_rate=1.0, **settings), ROWS)
+    with only_writer(tmp_path), pytest.raises(GroundingFileError, match="being written by another process"):
+        second.train()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == earlier and checkpoints.is_complete(folder)
+    second.train()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} != earlier and checkpoints.is_complete(folder)
 
 
 def test_a_published_adapter_is_trained_further_without_its_optimizer(tmp_path):

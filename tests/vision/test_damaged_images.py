@@ -7,6 +7,7 @@ default suite a few hundred.
 import io
 import random
 import struct
+import subprocess
 import warnings
 import zlib
 
@@ -22,6 +23,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of what it can
 
 # Files that need programs or handlers outside Pillow, or that are no pictures.
 LEFT_OUT = {"PDF", "EPS", "BUFR", "GRIB", "HDF5", "WMF", "PALM"}
+# Headers of files whose pixels Pillow leaves to other programs, or to nobody; of these there is no whole picture.
+HEADERS = {
+    "BUFR": b"BUFR" + bytes(28),
+    "GRIB": b"GRIB\0\0\0\1" + bytes(24),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(24),
+    "WMF": struct.pack("<6sHHHHHH", b"\xd7\xcd\xc6\x9a\0\0", 0, 0, 4, 4, 72, 0).ljust(22, b"\0")
+    + b"\1\0\t\0"
+    + bytes(54),
+    "EMF": struct.pack("<10i", 1, 0, 0, 0, 4, 4, 0, 0, 99, 99) + b" EMF" + bytes(40),
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n",
+    "MPEG": b"\0\0\1\xb3\0\x40\4" + bytes(24),
+}
 MODES = {"MSP": "1", "XBM": "1", "SPIDER": "F", "BLP": "P"}
 # What Pillow reads and does not write, as small as it goes: (4, 4) pixels, or a header at least.
 READ_ONLY = {
@@ -37,10 +50,15 @@ READ_ONLY = {
     + struct.pack("<IHH", 16, 0xF1FA, 0) + bytes(8),
     "GBR": struct.pack(">7I", 30, 2, 4, 4, 1, 0x47494D50, 1) + b"a\0" + bytes(16),
     "PSD": b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 4, 4, 8, 3) + bytes(12) + bytes(2) + bytes(48),
-    "PIXAR": (b"\200\350\0\0".ljust(416, b"\0") + struct.pack("<4H", 4, 4, 0, 0)).ljust(424, b"\0")
-    + struct.pack("<HH", 14, 0) + bytes(1024),
+    "PIXAR": b"\200\350\0\0".ljust(416, b"\0") + struct.pack("<6H", 4, 4, 0, 0, 14, 2).ljust(608, b"\0") + bytes(48),
     "XPM": b'/* XPM */\nstatic char *a[] = {\n"2 2 2 1",\n"a c #000000",\n"b c #ffffff",\n"ab",\n"ba"\n};\n',
-    "IMT": b"width 4\nheight 4\nname a\n\x0c" + bytes(16),
+    "IMT": b"width 4\nheight 4\npixel n8\n\x0c" + bytes(16),
+    "IPTC": b"".join(
+        b"\x1c" + bytes(tag) + struct.pack(">H", len(data)) + data
+        for tag, data in (
+            ((3, 60), b"\1\0"), ((3, 20), b"\4"), ((3, 30), b"\4"), ((3, 120), b"\1"), ((8, 10), bytes(range(16))),
+        )
+    ),
     "XVTHUMB": b"P7 332\n#END_OF_COMMENTS\n4 4 255\n" + bytes(16),
     "FTEX": b"FTEX" + struct.pack("<5i", 1, 4, 4, 1, 1) + struct.pack("<2i", 1, 32) + struct.pack("<i", 48) + bytes(48),
     "MCIDAS": struct.pack(">64i", *[0, 4, 0, 0, 0, 0, 0, 0, 4, 4, 1, 0, 0, 1, 0, *[0] * 18, 256, *[0] * 30])
@@ -48,14 +66,13 @@ READ_ONLY = {
     "ICO in CUR": b"\0\0\2\0\1\0" + struct.pack("<4B2H2I", 2, 2, 0, 0, 0, 0, 72, 22)
     + struct.pack("<3I2H6I", 40, 2, 4, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(32),
     "PCD": bytes(2048) + b"PCD_" + bytes(96 * 2048 + 1024),
-    "DCX": struct.pack("<3I", 0x3ADE68B1, 12, 0) + bytes(160),
 }  # fmt: skip
 
 
 def written():
     """Return for each plugin that writes files one file of it."""
     Image.init()
-    files = dict(READ_ONLY)
+    files = {**READ_ONLY, **HEADERS}
     for plugin in sorted(set(Image.SAVE) - LEFT_OUT):
         file = io.BytesIO()
         try:
@@ -65,6 +82,7 @@ def written():
         except (OSError, KeyError):  # A Pillow without the library for it.
             continue
         files[plugin] = file.getvalue()
+    files["DCX"] = struct.pack("<3I", 0x3ADE68B1, 12, 0) + files["PCX"]
     for name, options in {
         "TIFF lzw": dict(format="TIFF", compression="tiff_lzw"),
         "TIFF deflate": dict(format="TIFF", compression="tiff_deflate"),
@@ -154,9 +172,26 @@ def test_20000_damaged_files_are_pictures_or_one_error(monkeypatch):
 
 @pytest.mark.parametrize("name", FILES)
 def test_whole_files_of_every_plugin_are_read(name):
-    if name in {"DCX", "PCD", "PIXAR", "IMT"}:  # Headers only.
-        pytest.skip("no whole file of it is as small as that")
+    if name in {"PCD", *HEADERS}:
+        pytest.skip("no whole file of it is as small as that, or none can be read")
     to_rgb(FILES[name])
+
+
+def test_every_plugin_of_pillow_has_a_file_here_that_it_knows():
+    known = set()
+    for data in FILES.values():
+        with Image.open(io.BytesIO(data)) as image:
+            known.add(image.format.upper())
+    # Two need a package of their own, and some a library that this Pillow may lack.
+    without_a_file = {"FPX", "MIC", *(plugin for plugin in Image.SAVE if plugin not in FILES)}
+    assert {name.upper() for name in {*Image.OPEN} - without_a_file} <= known
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_what_other_programs_would_have_to_draw_is_refused_and_starts_none(name, monkeypatch):
+    monkeypatch.setattr(subprocess, "check_call", None)
+    with pytest.raises(GroundingValueError, match="Pillow|no pixels"):
+        to_rgb(FILES[name])
 
 
 def png_with(kind, body):

@@ -69,7 +69,7 @@ class AdapterSet(nn.Module):
         return self.active.config.mask_spare_columns
 
     def check_new(self, name: str, config: GroundingConfig) -> None:
-        """Raise GroundingValueError where an adapter of this name and these settings cannot be added."""
+        """Raise GroundingValueError if an adapter of this name and these settings cannot be added."""
         if not name or "." in name or name in self.attached:
             raise GroundingValueError(
                 f"An adapter's name must be new and without dots, got {name!r}; there are {list(self)}."
@@ -89,7 +89,7 @@ class AdapterSet(nn.Module):
         return attached
 
     def load(self, name: str, files: AdapterFiles, is_trainable: bool, lm: nn.Module) -> None:
-        """Load a saved adapter's tensors into one that was added with its settings, or remove that where it fails."""
+        """Load a saved adapter's tensors into one that was added with its settings, or remove that if it fails."""
         attached = self[name]
         try:
             attached.load_weights(files.folder, lm)
@@ -107,7 +107,7 @@ class AdapterSet(nn.Module):
             lm.requires_grad_(False)
 
     def set(self, name: str) -> None:
-        """Make an adapter the active one; raise GroundingValueError where none has this name."""
+        """Make an adapter the active one; raise GroundingValueError if none has this name."""
         attached = self[name]
         for other in self:
             self[other].adapter.set_trainable(False)
@@ -115,8 +115,8 @@ class AdapterSet(nn.Module):
         self.active_name = name
 
     def delete(self, name: str) -> None:
-        """Remove an adapter; raise GroundingValueError where there is none, GroundingStateError where it is active."""
-        self[name]  # Raises where there is none.
+        """Remove an adapter; raise GroundingValueError if there is none, GroundingStateError if it is active."""
+        self[name]  # Raises if there is none.
         if name == self.active_name:
             raise GroundingStateError(f"{name!r} is the active adapter. Call set_adapter with another name first.")
         del self.attached[name]

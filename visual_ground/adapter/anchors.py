@@ -89,7 +89,7 @@ class Anchors:
         return torch.tensor([root(i) for i in self.images.tolist()])
 
     def take(self, count: int, seed: int = 0) -> Anchors:
-        """Return `count` of the images with their captions, drawn at random; all where there are fewer."""
+        """Return `count` of the images with their captions, drawn at random; all if there are fewer."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
         return Anchors([self.captions[i] for i in chosen.tolist()], self.features[chosen])
 
@@ -105,12 +105,12 @@ class Anchors:
 
     @classmethod
     def find(cls, folder: str | os.PathLike[str]) -> Anchors | None:
-        """Return the anchors of an adapter folder, or None where it has none."""
+        """Return the anchors of an adapter folder, or None if it has none."""
         return cls.load(folder) if resolve(folder, ANCHORS_FILE).is_file() else None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Anchors:
-        """Read the anchors of an adapter folder; raise GroundingFileError where there are none, or damaged ones."""
+        """Read the anchors of an adapter folder; raise GroundingFileError if there are none, or damaged ones."""
         path = resolve(folder, ANCHORS_FILE)
         if not path.is_file():
             raise GroundingFileError(

@@ -77,7 +77,7 @@ class AttachedAdapter(nn.Module):
         return torch.device(self.adapter.logit_scale.device)
 
     def image_tokens(self, pixel_values: Tensor | None = None, image_features: Tensor | None = None) -> Tensor | None:
-        """Return the input embeddings (n * k, d) of images, or None where there are none.
+        """Return the input embeddings (n * k, d) of images, or None if there are none.
 
         Args:
             pixel_values: (n, c, h, w).
@@ -87,7 +87,7 @@ class AttachedAdapter(nn.Module):
             image_features = self.vision(pixel_values)
         return None if image_features is None else self.adapter.image_tokens(image_features.to(self.device))
 
-    def prompt_tokens(self, pixel_values: Tensor | None) -> Tensor | None:
+    def prompt_image_tokens(self, pixel_values: Tensor | None) -> Tensor | None:
         """Return the image tokens (n * k, d) of a prompt's pixels; images seen before are not encoded again."""
         return None if pixel_values is None else self.image_tokens(image_features=self.recent_features(pixel_values))
 
@@ -137,13 +137,13 @@ class AttachedAdapter(nn.Module):
         self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
 
     def keep_encoder_name(self) -> None:
-        """Record the name that the encoder was loaded by, where the adapter was saved with none or another."""
+        """Record the name that the encoder was loaded by, if the adapter was saved with none or another."""
         if self.vision.name not in (None, self.metadata.provenance.get("vision_encoder")):
             encoder = {name: self.provenance.get(name) for name in ("vision_encoder", "vision_revision")}
             self.metadata = replace(self.metadata, provenance={**self.metadata.provenance, **encoder})
 
     def load_weights(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
-        """Load a folder's tensors, and those of the LM's PEFT adapter where that is trained together with this one.
+        """Load a folder's tensors, and those of the LM's PEFT adapter if that is trained together with this one.
 
         Raises:
             GroundingFileError: missing or damaged; nothing has changed then.
@@ -170,7 +170,7 @@ class AttachedAdapter(nn.Module):
         beside = lm_peft.writers(lm) if self.config.train_lm_adapter else {}
         if self.anchors is not None:
             beside = {**beside, ANCHORS_FILE: self.anchors.write}
-        # The file is in float32, also where somebody called `adapter.double()`.
+        # The file is in float32, also if somebody called `adapter.double()`.
         tensors = {name: tensor.float() for name, tensor in self.adapter.state_dict().items()}
         if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
             raise GroundingValueError(

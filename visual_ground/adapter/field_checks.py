@@ -10,7 +10,7 @@ from visual_ground.errors import GroundingFileError, GroundingValueError
 
 
 def check_keys(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raise GroundingFileError where a JSON object has keys besides the known ones."""
+    """Raise GroundingFileError if a JSON object has keys besides the known ones."""
     if unknown := sorted(set(values) - set(known)):
         raise GroundingFileError(
             f"Unknown keys {unknown} in the adapter's {where}; known are {sorted(known)}. Save the adapter again."
@@ -18,7 +18,7 @@ def check_keys(values: Mapping[str, Any], known: Collection[str], where: str) ->
 
 
 def check_fields(instance: Any, rules: Mapping[str, Callable[[Any], bool]]) -> None:
-    """Raise GroundingValueError where a dataclass's field does not obey its rule."""
+    """Raise GroundingValueError if a dataclass's field does not obey its rule."""
     for name, is_valid in rules.items():
         value = getattr(instance, name)
         if not is_valid(value):

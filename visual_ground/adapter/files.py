@@ -67,7 +67,7 @@ class AdapterFiles:
             GroundingFileError: no such adapter, or a damaged one.
             GroundingValueError: another format version, or a value outside its range.
         """
-        is_local = Path(name).is_dir()
+        is_local = os.path.isdir(name)
         folder = fetch_folder(name, FILES, HubOptions() if options is None else options)
         values = read_adapter_config(folder)
         metadata = AdapterMetadata.from_dict(values)
@@ -98,7 +98,7 @@ class AdapterFiles:
         """Raise unless the saved tensors are those of this adapter, which may be on the meta device.
 
         Raises:
-            GroundingValueError: names, shapes or dtypes differ; each is listed. Where only the LM is another one, the
+            GroundingValueError: names, shapes or dtypes differ; each is listed. If only the LM is another one, the
                 text says how to move the adapter to it.
         """
         needed = adapter.state_dict()
@@ -128,7 +128,7 @@ class AdapterFiles:
         )
 
     def read_tensors(self) -> dict[str, Tensor]:
-        """Read all tensors; raise GroundingFileError where they were damaged since, or are not finite."""
+        """Read all tensors; raise GroundingFileError if they were damaged since, or are not finite."""
         expected = {name: torch.empty(shape, device="meta") for name, (shape, _) in self.header.items()}
         return read_tensors(self.folder / WEIGHTS_FILE, expected)
 
@@ -180,14 +180,14 @@ def push_saved(folder: str | os.PathLike[str], repo_id: str, options: PushOption
     """Commit a saved adapter to the Hub without loading any model; return the commit's address.
 
     Args:
-        folder: a local adapter folder. Its card is published where it was edited; the Hub keeps earlier versions.
-        repo_id: made where it does not exist.
+        folder: a local adapter folder. Its card is published if it was edited; the Hub keeps earlier versions.
+        repo_id: made if it does not exist.
         options: where to, and how.
 
     Raises:
         GroundingFileError: no adapter, or a damaged one; or the Hub did not take it, and is as it was.
     """
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise GroundingFileError(f"{str(folder)!r} is no local folder. Only a saved adapter can be pushed.")
     saved = AdapterFiles.open(folder)
     tensors, metadata = saved.read_tensors(), published(saved.metadata)
@@ -202,11 +202,11 @@ def push_saved(folder: str | os.PathLike[str], repo_id: str, options: PushOption
 
 def _card_in(folder: str | os.PathLike[str]) -> str | None:
     path = resolve(folder, CARD_FILE)
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace") if os.path.isfile(path) else None
 
 
 def _refuse_paths(names: Mapping[str, str | None], adapter: Any) -> None:
-    """Raise where an adapter from the Hub would have local files loaded as its models."""
+    """Raise if an adapter from the Hub would have local files loaded as its models."""
     wrong = {name: value for name, value in names.items() if value and not is_hub_name(value)}
     if wrong:
         raise GroundingFileError(

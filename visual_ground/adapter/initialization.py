@@ -27,7 +27,7 @@ def initialize_from_lm(adapter: Adapter, embedding: EmbeddingStatistics, head: E
     Args:
         adapter: a new adapter.
         embedding: statistics of the embedding module's output.
-        head: statistics of the output head's rows; None where they are tied to the embedding.
+        head: statistics of the output head's rows; None if they are tied to the embedding.
     """
     head = embedding if head is None else head
     adapter.ret_norms.copy_(torch.tensor([embedding.mean_norm, head.mean_norm]))

@@ -92,7 +92,7 @@ class Asked:
             self.cancel()
 
     def _come_by_now(self) -> tuple[list[Part], Finished | None]:
-        """Wait until there is something; return all parts that wait to be shown, and the end where it has come."""
+        """Wait until there is something; return all parts that wait to be shown, and the end if it has come."""
         parts: list[Part] = []
         event = self._events.get()
         while not isinstance(event, Finished):

@@ -36,7 +36,7 @@ class PageSettings:
         system: the system message; everyone can change it.
         examples: questions to begin with.
         max_tokens: the most tokens of an answer.
-        max_images: the most places of an answer at which it shows pictures.
+        max_images: the most images of an answer.
         only_after_sentences: whether pictures come only where a sentence has just ended.
     """
 
@@ -62,6 +62,11 @@ class Page:
             block_title_background_fill="transparent",
             block_title_text_color="*body_text_color",
             block_title_padding="0",
+            # On a light page, the theme's own are all but white: nobody would see where to write or to tick.
+            block_border_width="1px",
+            checkbox_border_color="*neutral_400",
+            input_border_color="*neutral_200",
+            input_border_width="1px",
         )
         look = {"theme": theme, "css": STYLE, "footer_links": [], "ssr_mode": False}
         mounted: FastAPI = gr.mount_gradio_app(app, blocks, "/", max_file_size=MAX_FILE, **look)

@@ -36,7 +36,7 @@ class Wishes:
         adapter: the name of an adapter of the model.
         sampling: how tokens are chosen, and when pictures come.
         max_tokens: the most tokens of an answer.
-        system: the system message; none where empty.
+        system: the system message; none if empty.
     """
 
     album: Album | None

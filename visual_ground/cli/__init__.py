@@ -1,1 +1,1 @@
-"""The command line: one file a command, each a thin layer over the Python API; `main` lists them."""
+"""The command line: `commands` has one file a command, `shared` what they share, and `main` lists and runs them."""

@@ -8,19 +8,27 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
-from visual_ground.cli import app, chat, demo, fit, import_fromage, index, push, serve, train, transfer
-from visual_ground.cli import eval as evaluate
-from visual_ground.cli.messages import FAILED, one_line, quiet
+from visual_ground.cli.commands import app, chat, demo, fit, import_fromage, index, push, serve, train, transfer
+from visual_ground.cli.commands import eval as evaluate
+from visual_ground.cli.shared.messages import FAILED, one_line, quiet
 
-# A new command is a module with `add_parser` and `run`; its heavy imports stay inside `run`, so that --help is quick.
+# A new command is a module of `commands/` with two functions: `add_parser` returns its parser, and `run` does what the
+# parsed options say. Its heavy imports stay inside `run`, so that --help is quick.
 COMMANDS = (fit, train, transfer, index, chat, serve, app, evaluate, push, import_fromage, demo)
-
-
 INTERRUPTED = 130  # The exit code of shells for Ctrl-C.
 # Set to see where an error comes from, instead of its one line.
 TRACEBACK = "VISUAL_GROUND_TRACEBACK"
 NEGATIVE = re.compile(r"-(\d|\.\d|inf)", re.IGNORECASE)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with arguments, as commands do with all else."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program."""
+        self.exit(FAILED, f"{self.prog}: {' '.join(message.split())}; {self.prog} --help says what it takes.\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What cannot be done is one line on the standard error, and 2; Ctrl-C is 130.
     """
-    parser = argparse.ArgumentParser(prog="visual-ground", description="Give any language model eyes.")
+    parser = Parser(prog="visual-ground", description="Give any language model eyes.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('visual-ground')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_parser(commands)
+        command.add_parser(commands).set_defaults(run=command.run)
     options = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
     try:
         with quiet():

@@ -74,7 +74,7 @@ def fit_arguments(out: Path, cache: Path) -> GroundingTrainingArguments:
 
 
 def train(model: GroundedModel, pairs: Pairs, out: Path, cache: Path) -> None:
-    """Fit all parts of the adapter in closed form; `GroundingTrainer`, with the same arguments, may go on."""
+    """Fit all parts of the adapter in closed form; `GroundingTrainer`, with the same arguments, may continue."""
     fit(model, pairs.examples(), fit_arguments(out / "training", cache))
 
 
@@ -120,7 +120,7 @@ def _answers(conversations: dict[str, list[Exchange]]) -> list[str]:
 
 
 def run_demo(out: Path, cache: Path, short: bool = False, choose: bool = False) -> int:
-    """Run the demo; return 0, or 1 where the adapter that was loaded again gives other answers than the saved one.
+    """Run the demo; return 0, or 1 if the adapter that was loaded again gives other answers than the saved one.
 
     Args:
         out: folder for the page and the results.

@@ -69,7 +69,7 @@ class _Sheet:
         self.y += 8
 
     def requests(self, requests: Sequence[Request]) -> None:
-        """Draw what came for each request, framed green where it is right, with what was asked for below."""
+        """Draw what came for each request, framed green if it is right, with what was asked for below."""
         right = sum(request.is_right for request in requests)
         self.title(f"{len(requests)} requests, {right} of them answered with the right picture (green)")
         columns, font = (self.image.width - 2 * MARGIN) // (SMALL + 10), ImageFont.load_default(10)

@@ -119,7 +119,7 @@ def _write_encoder(folder: Path) -> None:
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """Give a new folder, which takes the place of `folder` where the block ends without an error."""
+    """Give a new folder, which takes the place of `folder` if the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=folder.parent))
     try:

@@ -66,7 +66,7 @@ def caption_pair_accuracy(
         wrong_images: images of other captions, drawn at random, that each caption's own is compared with.
         batch_size: captions that the LM reads at once.
         seed: of the draw.
-        groups: (n,) numbers, equal where two captions are of one image, which is not wrong then; None: nowhere.
+        groups: (n,) numbers, equal if two captions are of one image, which is not wrong then; None: nowhere.
 
     Raises:
         GroundingValueError: fewer than 2 pairs, not as many captions as images, or one image for all.

@@ -21,7 +21,7 @@ def recall_at(scores: Tensor, ks: Sequence[int] = RANKS, right: Tensor | None = 
         scores: (queries, candidates). A wrong candidate with the score of the best right one counts as better.
         ks: the ranks.
         right: (queries, candidates) bool, which candidates are right, at least one for each query; query i's right
-            candidate is i where None.
+            candidate is i if None.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ def ranks_of(scores: Tensor, right: Tensor, left_out: Tensor | None = None) -> T
     Args:
         scores: (queries, candidates).
         right: (queries, candidates) bool, which candidates are right.
-        left_out: (queries, candidates) bool, candidates that are not searched; none where None.
+        left_out: (queries, candidates) bool, candidates that are not searched; none if None.
 
     Raises:
         GroundingValueError: a score that is NaN, or a query without a right candidate.
@@ -69,7 +69,7 @@ def ranks_of(scores: Tensor, right: Tensor, left_out: Tensor | None = None) -> T
 
 
 def hits(rank: int | None, ks: Sequence[int] = RANKS) -> dict[str, list[float]]:
-    """Return for each k, as `r<k>`, 100 where a rank is at most k and 0 else, in a list; empty lists without a rank.
+    """Return for each k, as `r<k>`, 100 if a rank is at most k and 0 else, in a list; empty lists without a rank.
 
     Example:
         >>> hits(3)
@@ -87,7 +87,7 @@ def retrieval_recalls(texts: Tensor, images: Tensor, groups: Tensor) -> dict[str
     Args:
         texts: (n, q) unit vectors.
         images: (n, q) unit vectors, of each text's image.
-        groups: (n,), equal where two pairs are about the same image.
+        groups: (n,), equal if two pairs are about the same image.
     """
     scores, right = _of_images(texts, images, groups)
     return {"text_to_image": recall_at(scores, right=right), "image_to_text": recall_at(scores.T, right=right.T)}
@@ -125,7 +125,7 @@ def all_ranks(scores: Sequence[float]) -> list[int]:
 
 
 def ndcg(relevance: Sequence[float], ranks: Sequence[int]) -> float | None:
-    """Return the normalised discounted cumulative gain at k, the number of relevant candidates; None where k = 0.
+    """Return the normalised discounted cumulative gain at k, the number of relevant candidates; None if k = 0.
 
     The gain of a candidate with rank r is its relevance / log2(r + 1).
 

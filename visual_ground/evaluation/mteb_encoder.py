@@ -28,6 +28,9 @@ class MTEBEncoder:
         name: what results are filed under, "organisation/name".
         revision: of the adapter, for the same.
 
+    Raises:
+        GroundingStateError: mteb is not installed.
+
     Example:
         >>> results = mteb.evaluate(MTEBEncoder(model), mteb.get_task("Flickr30kT2IRetrieval"))  # doctest: +SKIP
     """
@@ -41,7 +44,7 @@ class MTEBEncoder:
         """Return unit vectors (n, q) of a data loader's rows, in order.
 
         Args:
-            inputs: batches with `text`, `image`, or both; where rows differ, what a row lacks is None or "".
+            inputs: batches with `text`, `image`, or both; if rows differ, what a row lacks is None or "".
             kwargs: what mteb says of its task, all without effect here.
 
         Raises:

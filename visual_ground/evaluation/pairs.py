@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from visual_ground.errors import GroundingTypeError
+from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.rows import picture_of, rows_by_number
+from visual_ground.rows import PROBLEM, picture_of, rows_by_number
 from visual_ground.vision.encoder import VisionEncoder
 from visual_ground.vision.identity import image_key
 
@@ -36,7 +36,7 @@ class EvaluationPairs:
         GroundingTypeError: several datasets, a stream, or no dataset.
 
     Attributes:
-        groups: (n,) numbers, equal where two pairs are about the same image; known once they were read.
+        groups: (n,) numbers, equal if two pairs are about the same image; known once they were read.
     """
 
     groups: Tensor
@@ -54,7 +54,7 @@ class EvaluationPairs:
 
     @classmethod
     def of(cls, pairs: Pairs | EvaluationPairs) -> EvaluationPairs:
-        """Return `pairs`, wrapped where they are not yet."""
+        """Return `pairs`, wrapped if they are not yet."""
         return pairs if isinstance(pairs, EvaluationPairs) else cls(pairs)
 
     def __len__(self) -> int:
@@ -65,6 +65,7 @@ class EvaluationPairs:
 
         Raises:
             GroundingTypeError: a pair without a caption that is a string.
+            GroundingValueError: a pair that the dataset itself cannot read.
         """
         if self._encoder is not model.vision:
             captions: list[str] = []
@@ -83,7 +84,7 @@ class EvaluationPairs:
 
 
 class Groups:
-    """Numbers pairs, equal where two have the same `group` or the same image.
+    """Numbers pairs, equal if two have the same `group` or the same image.
 
     Attributes:
         numbers: one for each pair that was added.
@@ -122,6 +123,8 @@ def _image_key(pair: Mapping[str, Any]) -> Any:
 
 
 def _caption(pair: Mapping[str, Any]) -> str:
+    if problem := pair.get(PROBLEM):
+        raise GroundingValueError(f"A pair to evaluate on cannot be used: {problem}. Mend it, or leave it out.")
     caption = pair.get("caption")
     if not isinstance(caption, str):
         raise GroundingTypeError(
@@ -137,7 +140,7 @@ def image_features(model: GroundedModel, pairs: Sequence[Mapping[str, Any]], bat
     """Return the features (n, f) of pairs' images, on the adapter's device.
 
     Args:
-        model: the grounded model, whose vision encoder runs where the features are not given.
+        model: the grounded model, whose vision encoder runs if the features are not given.
         pairs: n mappings, all with `image_features` (f,), or all with `image`.
         batch_size: images encoded at once.
     """

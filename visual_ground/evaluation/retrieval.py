@@ -53,7 +53,7 @@ def retrieval_recall(
         texts: n prompts, as in `GroundedModel.embed_text`.
         features: (n, f), their images' features.
         batch_size: prompts that the LM reads at once.
-        groups: (n,), equal where two pairs are about the same image; where None, pairs of equal features are.
+        groups: (n,), equal if two pairs are about the same image; if None, pairs of equal features are.
 
     Raises:
         GroundingValueError: no pairs, or not as many texts as images.

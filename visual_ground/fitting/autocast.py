@@ -28,7 +28,7 @@ def autocast_lm(lm: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         running[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if running:  # Not where a hook before `enter` raised.
+        if running:  # Not if a hook before `enter` raised.
             running.pop().__exit__(None, None, None)
 
     # A run that ends early, at a layer that is read, raises.

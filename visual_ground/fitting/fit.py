@@ -37,8 +37,8 @@ def fit(model: GroundedModel, pairs: Any, args: GroundingTrainingArguments | Non
 
     Args:
         model: the grounded model; its adapter is fitted in place, or, if anything fails, left as it was.
-        pairs: rows with images and captions, as for `GroundingTrainer`. Where rows have a `request`, requests and
-            captions are fitted together; where none has, captions are also put into requests.
+        pairs: rows with images and captions, as for `GroundingTrainer`. If rows have a `request`, requests and
+            captions are fitted together; if none has, captions are also put into requests.
         args: where the columns, the caches and the device are, and with `bf16` or `fp16` that the LM reads in mixed
             precision; the settings of steps are not used.
 
@@ -118,7 +118,7 @@ def _forget(model: GroundedModel) -> None:
 def _fit_ret_token(
     objective: GroundingObjective, sampled: Sequence[Mapping[str, Any]], collator: ExampleCollator
 ) -> None:
-    """Fit where `[RET]` is said, if the LM can read captions up to it and go on from there."""
+    """Fit where `[RET]` is said, if the LM can read captions up to it and continue from there."""
     if objective.prefixes is not None:
         batches = [collator.texts(batch) for batch in batched(sampled)]
         likelihoods = [objective.prefixes.likelihoods(batch) for batch in batches]

@@ -175,7 +175,7 @@ class BranchReader:
 
 @dataclass(frozen=True)
 class JoinedBranches:
-    """Branches that a step of `generate` reads besides its own id.
+    """Branches that a step of `generate` reads together with its own id.
 
     Args:
         attached: the active adapter.
@@ -188,7 +188,7 @@ class JoinedBranches:
     last: Mapping[Branch, int]
 
     def vectors(self) -> dict[Branch, Tensor]:
-        """Return the vectors (q,), on the CPU, once the step has been taken; none where it could not read them."""
+        """Return the vectors (q,), on the CPU, once the step has been taken; none if it could not read them."""
         states = self.extra.states
         if states is None:
             return {}

@@ -32,7 +32,7 @@ def with_samples(report: Report, prompts: Sequence[str], answers: Sequence[Inter
 
 
 def _small(retrieved: RetrievedImage) -> Image.Image | None:
-    """Return an image small enough for its place, or None where it is only an address, is gone or is damaged."""
+    """Return an image small enough for its place, or None if it is only an address, is gone or is damaged."""
     if not retrieved.is_readable:
         return None
     try:

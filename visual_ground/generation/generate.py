@@ -47,7 +47,7 @@ def generate(
         GroundingValueError: an index of vectors of another width, or one that another adapter built.
     """
     check_index(index, attached)
-    image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
+    image_tokens, options = with_padding(attached, attached.prompt_image_tokens(batch.get("pixel_values")), options)
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
     per_prompt = option_of(frozen_lm, options, "num_return_sequences") or 1
     listener = AnswerListener(frozen_lm, attached, mask, per_prompt=per_prompt)
@@ -126,12 +126,7 @@ def generate_ids(
 
 
 def check_index(index: Any, attached: AttachedAdapter) -> None:
-    """Raise where an index cannot be searched with this adapter's vectors.
-
-    Raises:
-        GroundingTypeError: not an index.
-        GroundingValueError: vectors of another width, or of another adapter or encoder.
-    """
+    """Raise if an index cannot be searched with this adapter's vectors."""
     if index is None:
         return
     if not isinstance(index, RetrievalIndex):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.generation.output import Part
-from visual_ground.generation.retrieval_token import RetrievalSettings, retrieve
+from visual_ground.generation.retrieval_token import RetrievalSettings, Shown, retrieve
 from visual_ground.generation.sentences import GrowingSentences
 from visual_ground.index.base import RetrievalIndex
 
@@ -119,7 +119,7 @@ class GrowingAnswer:
         self.vocabulary, self.ret_token_id = attached.processor.vocabulary, attached.processor.ret_token_id
         self.index, self.settings, self.silent = index, settings, silent
         self._text = GrowingText(attached.processor.tokenizer)
-        self._stop, self._shown = StopText(stops), set[int]()
+        self._stop, self._shown = StopText(stops), Shown()
         self.latest: list[Part] = []
         self._sentences = GrowingSentences() if settings.complete_sentences else None
 

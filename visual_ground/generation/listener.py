@@ -84,7 +84,7 @@ class AnswerListener(StoppingCriteria):
         self._tell_waiting(reader)
         vectors = self._read(input_ids, reader)
         for row, token in enumerate(input_ids[:, -1].tolist()):
-            if row in self._ended or self._waiting is not None or (self.seen and self.seen.passes(row, token)):
+            if row in self._ended or self._waiting is not None or (self.seen and self.seen.consume(row, token)):
                 continue
             if not self.on_token(row, token, vectors.get(row)):
                 self._ended.add(row)

@@ -78,8 +78,8 @@ def image(alt: str, address: str, title: str = "") -> str:
     """Return an image in Markdown.
 
     Args:
-        alt: the text in its place where it cannot be seen.
+        alt: the text in its place if it cannot be seen.
         address: as `image_address` returns it.
-        title: what is shown beside it; none where empty.
+        title: what is shown beside it; none if empty.
     """
     return f"![{escape(alt)}]({address}" + (f' "{escape(title)}")' if title else ")")

@@ -15,7 +15,7 @@ from visual_ground.lm.base.peft import base_model_of
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.prompts.processor import GroundingProcessor
 
-MAX_NEW_TOKENS = 64  # Where neither the caller nor the LM's own generation config says anything of the length.
+MAX_NEW_TOKENS = 64  # If neither the caller nor the LM's own generation config says anything of the length.
 # Options of transformers' `generate` that would replace what the prompts are, or lose their images; and why.
 REFUSED = {
     "input_ids": "the prompts are the first argument",
@@ -101,22 +101,36 @@ def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) ->
     """
     for source in sources:
         if (most := source.get("max_new_tokens")) is not None:
-            return int(most)
-        whole = source.get("max_length")
-        if whole is not None and whole != _length_by_default():
+            return _length("max_new_tokens", most)
+        given = source.get("max_length")
+        if given is not None and given != _length_by_default():
+            whole = _length("max_length", given)
             if whole <= prompt_length:
                 raise GroundingValueError(
                     f"max_length={whole} counts the prompt too, which has {prompt_length} ids, and leaves no room for "
                     "an answer. Pass max_new_tokens, which counts the answer only."
                 )
-            return int(whole) - prompt_length
-    least = next((int(most) for source in sources if (most := source.get("min_new_tokens"))), 0)
-    whole = next((int(most) for source in sources if (most := source.get("min_length"))), 0)
-    return MAX_NEW_TOKENS + max(0, least, whole - prompt_length)
+            return whole - prompt_length
+    asked = {
+        name: next((_length(name, least) for source in sources if (least := source.get(name))), 0)
+        for name in ("min_new_tokens", "min_length")
+    }
+    return MAX_NEW_TOKENS + max(0, asked["min_new_tokens"], asked["min_length"] - prompt_length)
+
+
+def _length(name: str, given: Any) -> int:
+    """Return a length that was asked for; a GroundingValueError if it is none."""
+    try:
+        length = int(given)
+    except (TypeError, ValueError, OverflowError):  # NaN and infinity are numbers too.
+        length = 0
+    if isinstance(given, (bool, str)) or length < 1 or length != given:
+        raise GroundingValueError(f"{name} must be a whole number of at least 1, got {given!r}.")
+    return length
 
 
 def _check(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
-    """Raise where other prompts are given, or where another model, or part of this one, is to draft the answer."""
+    """Raise if other prompts are given, or if another model, or part of this one, is to draft the answer."""
     for name, reason in REFUSED.items():
         if any(source.get(name) is not None and source.get(name) is not False for source in sources):
             raise GroundingValueError(f"generate takes no {name}: {reason}. Leave it out.")

@@ -31,9 +31,9 @@ class RetrievedImage:
     """An image that the model chose to show.
 
     Args:
-        id: its id in the index; None where there was no index to search.
+        id: its id in the index; None if there was no index to search.
         score: cosine with the vector that was read for the `[RET]`; None likewise.
-        image: a PIL image, a path, or an `ImageLink` that was not opened; None where the index has no images.
+        image: a PIL image, a path, or an `ImageLink` that was not opened; None if the index has no images.
         metadata: the index's metadata of it.
     """
 
@@ -44,7 +44,7 @@ class RetrievedImage:
 
     @property
     def uri(self) -> str | None:
-        """The path or address of the image, where it is kept as one."""
+        """The path or address of the image, if it is kept as one."""
         if isinstance(self.image, ImageLink):
             return self.image.address
         return os.fspath(self.image) if isinstance(self.image, (str, os.PathLike)) else None
@@ -82,7 +82,7 @@ class RetrievedImage:
         """Return what is known of it, fit for JSON; what is not known is left out.
 
         Args:
-            address: where it is found; its `uri` where None.
+            address: where it is found; its `uri` if None.
         """
         known = {
             "id": self.id,
@@ -156,7 +156,7 @@ class InterleavedOutput:
         turned into plain text.
 
         Args:
-            address_of: returns where an image is found; with None, or where it returns None, its path or address, or
+            address_of: returns where an image is found; with None, or if it returns None, its path or address, or
                 the image itself as a data URI.
 
         Example:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from visual_ground.generation.sentences import sentence_ends
 from visual_ground.index.base import ManyEntries, RetrievalIndex
 from visual_ground.index.remote_images import ImageLink
 
-SPARE = 4  # Images that are looked up besides, in case some are gone from where they were.
+EXTRA_HITS = 4  # Images that are looked up in addition, in case some are gone from where they were.
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class RetrievalSettings:
 
     Args:
         images_per_ret: images shown at each `[RET]`, at least 1.
-        max_images: the most `[RET]`s in an answer, a few by default; None for any number, 0 for none.
+        max_images: the most images of an answer, a few by default; None for any number, 0 for none. The last `[RET]`
+            shows fewer than `images_per_ret` if no more are left.
         ret_bias: added to `[RET]`'s logit; larger values give more images.
         min_new_tokens_before_ret: the fewest tokens before an answer's first `[RET]`.
         min_new_tokens_between_rets: the fewest tokens between two `[RET]`s; 0 lets one follow another at once.
@@ -43,7 +44,7 @@ class RetrievalSettings:
     """
 
     images_per_ret: int = 1
-    # With any number of them at any place, a bias that is too large would give one picture after another and no word.
+    # With any number of images at any place, a bias that is too large would give one after another and no word.
     max_images: int | None = 4
     ret_bias: float = 0.0
     min_new_tokens_before_ret: int = 0
@@ -62,13 +63,20 @@ class RetrievalSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
                 raise GroundingValueError(f"{name} must be a whole number of at least {smallest}, got {value!r}.")
-        if math.isnan(self.ret_bias):
-            raise GroundingValueError("ret_bias must be a number, got NaN, which compares with nothing. Use 0.0.")
+        bias = self.ret_bias
+        # With infinity nothing else could be sampled, and NaN compares with nothing.
+        if isinstance(bias, bool) or not isinstance(bias, Real) or not bias < math.inf:
+            raise GroundingValueError(f"ret_bias must be a finite number, got {bias!r}. Use 0.0.")
+
+    @property
+    def max_rets(self) -> int | None:
+        """The most `[RET]`s of an answer: as many as `max_images` need; None for any number."""
+        return None if self.max_images is None else -(-self.max_images // self.images_per_ret)
 
     @classmethod
     def take_from(cls, options: dict[str, Any]) -> RetrievalSettings:
         """Take these settings out of the options of `generate`; the rest are transformers'."""
-        return cls(**{field.name: options.pop(field.name) for field in fields(cls) if field.name in options})
+        return cls(**{one.name: options.pop(one.name) for one in fields(cls) if one.name in options})
 
 
 class RetLogitsProcessor(LogitsProcessor):
@@ -94,7 +102,7 @@ class RetLogitsProcessor(LogitsProcessor):
         self.settings, self.places, self._decode = settings, places, decode
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place where it may not come.
+        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place if it may not come.
 
         Scores without a column for `[RET]`, as of an LM whose adapter is disabled, stay as they are.
         """
@@ -107,8 +115,8 @@ class RetLogitsProcessor(LogitsProcessor):
         column = scores[:, self.ret_token_id] + self.settings.ret_bias
         if new.shape[1] < self.settings.min_new_tokens_before_ret:
             column = torch.full_like(column, float("-inf"))
-        elif self.settings.max_images is not None:
-            column = column.masked_fill(rets.sum(-1) >= self.settings.max_images, float("-inf"))
+        elif self.settings.max_rets is not None:
+            column = column.masked_fill(rets.sum(-1) >= self.settings.max_rets, float("-inf"))
         if gap := self.settings.min_new_tokens_between_rets:
             column = column.masked_fill(rets[:, -gap:].any(-1), float("-inf"))
         if self.settings.only_after_sentences:
@@ -146,8 +154,21 @@ def split_at_ret(ids: Sequence[int], ret_token_id: int, tokenizer: Any) -> list[
     return parts
 
 
+@dataclass
+class Shown:
+    """The images that one answer has shown: their positions in the index, and how many they are."""
+
+    positions: set[int] = field(default_factory=set)
+    count: int = 0
+
+    def room(self, settings: RetrievalSettings) -> int:
+        """Return how many images may follow at one `[RET]`."""
+        left = settings.images_per_ret if settings.max_images is None else settings.max_images - self.count
+        return max(0, min(settings.images_per_ret, left))
+
+
 def retrieve(
-    vectors: Tensor, index: RetrievalIndex | None, settings: RetrievalSettings, shown: set[int] | None = None
+    vectors: Tensor, index: RetrievalIndex | None, settings: RetrievalSettings, shown: Shown | None = None
 ) -> list[tuple[RetrievedImage, ...]]:
     """Find the images of one answer, or of a part of it.
 
@@ -155,18 +176,18 @@ def retrieve(
         vectors: (r, q), the retrieval vectors of its `[RET]`s in order.
         index: where to search; None gives one image without id for each `[RET]`.
         settings: how many images, and whether one may come twice.
-        shown: positions in the index that the answer has shown already; these images' are added.
+        shown: what the answer has shown already; these images are added.
 
     Returns:
         For each `[RET]`, its images, best first; fewer if the index has no more.
     """
     if index is None or not len(vectors):
         return [(RetrievedImage(),) for _ in vectors]
-    shown = set() if shown is None else shown
-    # Enough for each [RET] even where all the ones before it have taken its best images.
-    count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors)) + SPARE
+    shown = Shown() if shown is None else shown
+    # Enough for each [RET] even if all the ones before it have taken its best images.
+    count = settings.images_per_ret * (1 if settings.allow_repeats else len(vectors)) + EXTRA_HITS
     options = {} if settings.filter is None else {"filter": settings.filter}
-    results = index.search(vectors, count if settings.allow_repeats else count + len(shown), **options)
+    results = index.search(vectors, count if settings.allow_repeats else count + len(shown.positions), **options)
     found = [
         list(zip(positions, scores, strict=True))
         for positions, scores in zip(results.positions.tolist(), results.scores.tolist(), strict=True)
@@ -175,13 +196,15 @@ def retrieve(
     entries.look_up(_likely(found, settings, shown))
     answers = []
     for hits in found:
-        hits = [hit for hit in hits if settings.allow_repeats or hit[0] not in shown]
-        answers.append(_readable(entries, hits[: settings.images_per_ret + SPARE], settings.images_per_ret, shown))
+        room = shown.room(settings)
+        hits = [hit for hit in hits if settings.allow_repeats or hit[0] not in shown.positions]
+        answers.append(_readable(entries, hits[: room + EXTRA_HITS], room, shown.positions))
+        shown.count += len(answers[-1])
     return answers
 
 
 class _Entries:
-    """Entries of an index that were looked up; several at once where it can do so."""
+    """Entries of an index that were looked up; several at once if it can do so."""
 
     def __init__(self, index: RetrievalIndex) -> None:
         self.index, self.known = index, dict[int, tuple[str | int, Any, Mapping[str, Any]]]()
@@ -193,12 +216,13 @@ class _Entries:
         self.known |= zip(new, entries, strict=True)
 
 
-def _likely(found: list[list[tuple[int, float]]], settings: RetrievalSettings, shown: set[int]) -> list[int]:
+def _likely(found: list[list[tuple[int, float]]], settings: RetrievalSettings, shown: Shown) -> list[int]:
     """Return the positions that will be shown if every image can be fetched."""
     likely: list[int] = []
     for hits in found:
-        left = [position for position, _ in hits if settings.allow_repeats or position not in {*shown, *likely}]
-        likely += left[: settings.images_per_ret]
+        known = {*shown.positions, *likely}
+        left = [position for position, _ in hits if settings.allow_repeats or position not in known]
+        likely += left[: Shown(count=shown.count + len(likely)).room(settings)]
     return likely
 
 

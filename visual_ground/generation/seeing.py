@@ -70,17 +70,17 @@ class SeenImages(LogitsProcessor):
         for image in images:
             try:
                 opened.append(to_rgb(image.image))
-            except GroundingError:  # The file may have gone since the index was built; the answer goes on without it.
+            except GroundingError:  # The file may have gone since the index was built; the answer continues without it.
                 continue
         if not opened:
             return None
         pixels = self.attached.processor.preprocess(opened).to(self.frozen_lm.device)
-        tokens = self.attached.prompt_tokens(pixels)
+        tokens = self.attached.prompt_image_tokens(pixels)
         assert tokens is not None, "there are pixels"
         return tokens if self.image_tokens is None else tokens.to(self.image_tokens)
 
-    def passes(self, row: int, token: int) -> bool:
-        """Return whether a generated token is an image's, and no part of the text."""
+    def consume(self, row: int, token: int) -> bool:
+        """Return whether a generated token is an image's and no text; if so, the image's next token is due."""
         if token < self._first_id:
             return False
         self._due[row] = self._due.get(row, [])[1:]

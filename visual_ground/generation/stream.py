@@ -126,7 +126,7 @@ def generate_parts(
     Raises:
         GroundingValueError: beam search or speculative decoding, whose tokens may be taken back.
     """
-    image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
+    image_tokens, options = with_padding(attached, attached.prompt_image_tokens(batch.get("pixel_values")), options)
     seen = SeenImages(frozen_lm, attached, image_tokens) if settings.see_images else None
 
     def take(row: int, token: int, vector: Tensor | None) -> bool:

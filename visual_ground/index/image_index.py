@@ -16,10 +16,10 @@ from visual_ground.index.captions import check_weight, with_captions
 from visual_ground.index.engines.base import SearchResult, VectorIndex
 from visual_ground.index.engines.exact import ExactIndex
 from visual_ground.index.files import FILES, read_index, write_index
+from visual_ground.index.places import given_entries
 from visual_ground.index.publishing import publishable, push_index
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import Filter, Ids, IndexState
-from visual_ground.index.table.entries import make_entries
 from visual_ground.storage.hub import HubOptions, PushOptions, fetch_folder
 from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import ImageLike
@@ -29,14 +29,14 @@ class ImageIndex:
     """Image vectors with what they stand for.
 
     Entries can be added, removed and updated while others search: a search sees the index before a change or after it.
-    A position is given once: what a search found can be looked up even where it has been removed since.
+    A position is given once: what a search found can be looked up even if it has been removed since.
 
     Args:
         vectors: (n, q) unit vectors, searched exactly; or a search engine that holds them.
-        ids: n distinct names; 0 to n - 1 where None.
+        ids: n distinct names; 0 to n - 1 if None.
         images: n PIL images, paths or addresses on the network, or None.
         metadata: n mappings of JSON values, or None.
-        rules: which images on the network may be fetched when they are shown; none where None.
+        rules: which images on the network may be fetched when they are shown; none if None.
 
     Raises:
         GroundingValueError: lengths differ, ids repeat, or vectors are not (n, q) and finite.
@@ -65,7 +65,7 @@ class ImageIndex:
                 f"vectors must be a tensor (n, q) or a VectorIndex, got {type(engine).__name__}; "
                 "visual_ground.index.engines.base.VectorIndex lists what a search engine needs."
             )
-        made = make_entries(ids, images, metadata, len(engine), 0)
+        made = given_entries(ids, images, metadata, len(engine), 0)
         self._lock, self._state = threading.RLock(), IndexState(engine, made, None, rules or LinkRules())
 
     @classmethod
@@ -86,7 +86,7 @@ class ImageIndex:
         if not len(images):
             raise GroundingValueError("An index needs at least one image, got none.")
         check_weight(caption_weight)
-        make_entries(ids, images, metadata, len(images), 0)  # Embedding takes long: what is wrong is said before.
+        given_entries(ids, images, metadata, len(images), 0)  # Embedding takes long: what is wrong is said before.
         vectors = model.embed_images(images, batch_size=batch_size)
         index = cls(with_captions(model, vectors, metadata or [], caption_weight, batch_size), ids, images, metadata)
         index._state = replace(index._state, space=model.image_space, caption_weight=caption_weight)
@@ -125,7 +125,7 @@ class ImageIndex:
 
     @property
     def vectors(self) -> Tensor:
-        """The vectors (n, q) in order, on the CPU; a GroundingStateError where the engine is not an `ExactIndex`."""
+        """The vectors (n, q) in order, on the CPU; a GroundingStateError if the engine is not an `ExactIndex`."""
         return self._state.exact.vectors
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class ImageIndex:
         return ((entries.id(p), state.image(p), entries.metadata(p)) for p in entries.positions())
 
     def search(self, vectors: Tensor, k: int, filter: Filter | None = None) -> SearchResult:
-        """Return the k >= 1 best entries for each query (queries, q), fewer where fewer are allowed.
+        """Return the k >= 1 best entries for each query (queries, q), fewer if fewer are allowed.
 
         `filter` says which entries may be found: a filter on metadata (`visual_ground.index.table.filters`), a function
         of an entry's metadata, or a mask over positions. A column that is not there is a GroundingValueError.
@@ -163,10 +163,10 @@ class ImageIndex:
         return self._state.entries.find(ids)
 
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
-        """Return the id, image (or None) and metadata at a position, also where it was removed after a search.
+        """Return the id, image (or None) and metadata at a position, also if it was removed after a search.
 
-        An image elsewhere is shown by its thumbnail, if it has one. Without, one on the network is fetched where the
-        rules allow it, and is an `ImageLink` where not or where that fails.
+        An image elsewhere is shown by its thumbnail, if it has one. Without, one on the network is fetched if the
+        rules allow it, and is an `ImageLink` if not or if that fails.
         """
         return self._state.shown([position])[0]
 
@@ -183,11 +183,11 @@ class ImageIndex:
     ) -> list[str | int]:
         """Add entries with vectors (m, q), whole or not at all, and return their ids.
 
-        Where `ids` is None they are the numbers after the highest that ever was an id, so that no removed number comes
+        If `ids` is None they are the numbers after the highest that ever was an id, so that no removed number comes
         back. An id that is there already is a GroundingValueError.
         """
         with self._lock:
-            new = make_entries(ids, images, metadata, len(vectors), self._state.entries.next_id)
+            new = given_entries(ids, images, metadata, len(vectors), self._state.entries.next_id)
             self._state = self._state.changed([], vectors, new)
             return [new.id(row) for row in range(new.end)]
 
@@ -214,7 +214,7 @@ class ImageIndex:
             self._state = self._state.merged(more)
 
     def check_model(self, space: ImageSpace) -> None:
-        """Raise GroundingValueError where it is known that another adapter or encoder than the model's built it."""
+        """Raise GroundingValueError if it is known that another adapter or encoder than the model's built it."""
         self._state.check_space(space, "this model is")
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

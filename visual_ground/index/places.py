@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -13,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from visual_ground.errors import GroundingFileError
+from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
-from visual_ground.index.table.entries import Entries, Segment
+from visual_ground.index.table.entries import Entries, Ids, Segment, make_entries
 from visual_ground.index.table.table_file import live_tables
 from visual_ground.storage.atomic import resolve
-from visual_ground.vision.images import ImageLike, to_rgb
+from visual_ground.vision.images import ImageLike, is_single, to_rgb
 from visual_ground.vision.link_rules import is_address
 
 IMAGES_FOLDER = "images"
@@ -26,6 +27,31 @@ IMAGES_FOLDER = "images"
 IMAGE_NAME = re.compile(r"[\w.-]{1,200}(?:/[\w.-]{1,200}){0,7}", re.ASCII)
 PLAIN_NAME = r"^[0-9A-Za-z_-][0-9A-Za-z_-]*(/[0-9A-Za-z_-]+)?\.png$"  # Nearly all; the rest is looked at one by one.
 OWN_FILE = re.compile(r"\d{8,}\.png")
+
+
+def given_entries(
+    ids: Ids | None, images: Sequence[Any] | None, metadata: Sequence[Mapping[str, Any]] | None, count: int, first: int
+) -> Entries:
+    """Return what a user gives with `count` vectors as entries; see `make_entries`, and `check_images`."""
+    check_images(images)
+    return make_entries(ids, images, metadata, count, first)
+
+
+def check_images(images: Sequence[Any] | None) -> None:
+    """Raise if one of an index's images could not be saved, before anything is embedded or kept.
+
+    Raises:
+        GroundingTypeError: no image in any form.
+        GroundingValueError: an empty address, which would become the path of the working folder.
+    """
+    for number, image in enumerate(() if images is None else images):
+        if isinstance(image, (str, os.PathLike)) and not os.fspath(image):
+            raise GroundingValueError(f"Image {number} is an empty address. Give None where there is no image.")
+        if image is not None and not isinstance(image, ImageLink) and not is_single(image):
+            raise GroundingTypeError(
+                f"Image {number} is a {type(image).__name__}; an index takes PIL images, paths, addresses, files, "
+                "arrays, and None."
+            )
 
 
 def place_images(entries: Entries, source: Path | None, folder: Path) -> tuple[list[pa.Table], dict[str, Any]]:
@@ -114,7 +140,7 @@ def write_png(image: ImageLike, path: Path) -> None:
 
 
 def find_image(address: str | None, file: str | None, folder: Path | None, rules: LinkRules) -> str | ImageLink | None:
-    """Return the path of an entry's image, or a link where the rules do not allow to open it.
+    """Return the path of an entry's image, or a link if the rules do not allow to open it.
 
     Args:
         address: the column `image`.

@@ -42,13 +42,13 @@ class ImageLink:
 
 
 def shown(image: Any, thumbnail: bytes | None, name: str, rules: LinkRules) -> Any:
-    """Return the image that an answer shows: the image itself, or its thumbnail where it is elsewhere.
+    """Return the image that an answer shows: the image itself, or its thumbnail if it is elsewhere.
 
     Args:
         image: an object, a path, an address or an `ImageLink`.
         thumbnail: a JPEG file, if there is one.
         name: of the entry.
-        rules: which addresses may be fetched where there is no thumbnail.
+        rules: which addresses may be fetched if there is no thumbnail.
     """
     if thumbnail is not None and is_away(image):
         return decode_file(thumbnail, f"the thumbnail of {name!r}")
@@ -74,9 +74,9 @@ def is_away(image: Any) -> bool:
 
 
 def follow(image: Any, rules: LinkRules) -> Any:
-    """Return an image that is an address on the network as a PIL image where the rules allow to fetch it.
+    """Return an image that is an address on the network as a PIL image if the rules allow to fetch it.
 
-    It is an `ImageLink` where not, or where that fails; any other image is returned as it is.
+    It is an `ImageLink` if not, or if that fails; any other image is returned as it is.
     """
     address = image.address if isinstance(image, ImageLink) else image
     if not isinstance(address, str) or not is_url(address):

@@ -14,7 +14,7 @@ from visual_ground.errors import GroundingIndexError, GroundingStateError, Groun
 from visual_ground.index.engines.base import VectorIndex
 from visual_ground.index.engines.exact import ExactIndex
 from visual_ground.index.engines.saved import SAVED_ENGINES
-from visual_ground.index.places import find_image, movable
+from visual_ground.index.places import find_image, given_entries, movable
 from visual_ground.index.remote_images import LinkRules, shown_together
 from visual_ground.index.table.entries import Entries, make_entries
 from visual_ground.index.table.filters import parse_filter
@@ -33,9 +33,9 @@ class IndexState:
     Args:
         engine: holds the vectors. An `ExactIndex` is not changed by `changed`; any other is.
         entries: by the engine's positions.
-        folder: where the index was loaded from, in which its own images are; None where it was made here.
+        folder: where the index was loaded from, in which its own images are; None if it was made here.
         rules: which images elsewhere may be opened.
-        space: which model the vectors are of; None where that is not known.
+        space: which model the vectors are of; None if that is not known.
         caption_weight: how far it moved vectors towards those of captions, see `captions.with_captions`.
     """
 
@@ -67,7 +67,7 @@ class IndexState:
         return find_image(image, self.entries.cell(position, "file"), folder, self.rules)
 
     def images(self) -> list[Any] | None:
-        """Return all images as `image` does, in order; None where the index was given none."""
+        """Return all images as `image` does, in order; None if the index was given none."""
         return [self.image(p) for p in self.entries.positions()] if self.entries.has_images else None
 
     def shown(self, positions: Sequence[int]) -> list[tuple[str | int, Any, Mapping[str, Any]]]:
@@ -91,7 +91,7 @@ class IndexState:
         return torch.from_numpy(self.entries.chosen_by(filter))
 
     def select(self, filter: Filter | None) -> list[str | int]:
-        """Return the ids of the entries that a filter allows, all where None, in order."""
+        """Return the ids of the entries that a filter allows, all if None, in order."""
         mask = self.mask(filter)
         return [self.entries.id(p) for p in self.entries.positions() if mask is None or bool(mask[p])]
 
@@ -110,7 +110,7 @@ class IndexState:
         }
 
     def check_space(self, space: ImageSpace | None, whose: str) -> None:
-        """Raise GroundingValueError where the vectors are known to be of another space than those of `whose`."""
+        """Raise GroundingValueError if the vectors are known to be of another space than those of `whose`."""
         if space is not None and self.space is not None and not self.space.is_same(space):
             raise GroundingValueError(
                 f"This index was built with {self.space}, and {whose} {space}: the two give the same pictures other "
@@ -134,7 +134,7 @@ class IndexState:
         return state.changed([], other.exact.vectors, movable(other.entries, other.folder, other.rules))
 
     def find(self, ids: Ids) -> list[int]:
-        """Return the positions of ids; raise GroundingIndexError where one is not there."""
+        """Return the positions of ids; raise GroundingIndexError if one is not there."""
         found = self.entries.find(ids)
         if missing := [one for one in ids if one not in found]:
             raise GroundingIndexError(
@@ -161,7 +161,7 @@ class IndexState:
             images = [self.image(position) for position in positions]
         if metadata is None and entries.has_metadata:
             metadata = [entries.metadata(position) for position in positions]
-        new = make_entries(ids, images, metadata, len(positions), 0).with_thumbnails(thumbnails)
+        new = given_entries(ids, images, metadata, len(positions), 0).with_thumbnails(thumbnails)
         return self.changed(positions, self.exact.at(positions) if vectors is None else vectors, new)
 
     def changed(self, positions: Sequence[int], vectors: Tensor, new: Entries) -> IndexState:

@@ -31,7 +31,7 @@ def folders_of(entries: Entries, folder: Path | None, rules: LinkRules) -> list[
 
     Args:
         entries: of the index.
-        folder: where it was loaded from; None where it was made here.
+        folder: where it was loaded from; None if it was made here.
         rules: what it may open besides what was given here.
     """
     found = set[str]()
@@ -47,7 +47,7 @@ def folders_of(entries: Entries, folder: Path | None, rules: LinkRules) -> list[
 
 
 def trust(entries: Path, about: Path, folders: Iterable[str]) -> None:
-    """Write down the folders that a saved index opens pictures in; where that cannot be written, it opens none."""
+    """Write down the folders that a saved index opens pictures in; if that cannot be written, it opens none."""
     with suppress(GroundingFileError, OSError), replacing(_note(about)) as temporary:
         temporary.write_text(json.dumps({"entries": _digest(entries), "folders": list(folders)}), encoding="utf-8")
 

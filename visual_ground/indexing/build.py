@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias
 
-from visual_ground.errors import GroundingError
-from visual_ground.indexing.decoding import Batch, read_batches
+from visual_ground.errors import GroundingValueError
+from visual_ground.indexing.decoding import Batch, name_of, read_batches
 from visual_ground.indexing.options import BuildOptions, BuildReport, PixelEmbedder
 from visual_ground.indexing.parts import PARTS_FOLDER, finish, open_parts, write_part
-from visual_ground.indexing.sources import SourceImage, read_source
+from visual_ground.indexing.sources import SourceImage, described, read_source
 from visual_ground.processes import Processes
 from visual_ground.progress import progress_bar
 
@@ -24,7 +25,6 @@ __all__ = ["BuildOptions", "BuildReport", "PixelEmbedder", "build_index"]
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 Parts: TypeAlias = list[dict[str, Any]]
 NAMED = 10  # Unreadable images that the log names; the report has all.
 
@@ -35,7 +35,8 @@ def build_index(
     """Embed the images of a source and save them as an index.
 
     Parts that are done are kept in the folder's `.building`. After a stop, the same call continues after the last of
-    them, and makes the same index as if it had not been stopped. Memory holds one part's vectors and thumbnails and, in
+    them, and makes the same index as if it had not been stopped; a call with other options, or with another source as
+    far as `sources.described` tells, is refused. Memory holds one part's vectors and thumbnails and, in
     the end, all ids, addresses and metadata. Processes that `accelerate launch` started build together, in a folder
     that all of them see; each must call this.
 
@@ -47,7 +48,8 @@ def build_index(
 
     Raises:
         GroundingFileError: a source that leads nowhere, or a folder that cannot be written.
-        GroundingValueError: no image that can be read, ids that repeat, or an unfinished build with other options.
+        GroundingValueError: no image that can be read, ids that repeat, or an unfinished build of another source, or
+            one that has changed, or with other options.
         GroundingStateError: another of the processes has failed.
     """
     options = BuildOptions() if options is None else options
@@ -58,32 +60,27 @@ def build_index(
         builds = [builds[0] / f"{number:05d}-of-{processes.count:05d}" for number in range(processes.count)]
         options = replace(options, shard=(processes.index, processes.count))
     started = monotonic()
-    new = _together(processes, partial(_build_parts, model, source, builds[processes.index], options))
+    new = processes.together(partial(_build_parts, model, source, builds[processes.index], options))
     rate = sum(new) / max(monotonic() - started, 1e-9)
     join: Callable[[], Parts] = partial(finish, Path(folder), builds, model.image_space, options.caption_weight)
-    done = _together(processes, join if processes.is_main else list[dict[str, Any]])[0]
+    done = processes.together(join if processes.is_main else list[dict[str, Any]])[0]
     unreadable = [(name, why) for part in done for name, why in part["unreadable"]]
     if processes.is_main:
         _name(unreadable)
     return BuildReport(sum(part["count"] for part in done), unreadable, rate)
 
 
-def _together(processes: Processes, work: Callable[[], Result]) -> list[Result]:
-    """Do some work in each process, and return what it gave in all of them."""
-    result, failure = None, None
-    try:
-        result = work()
-    except GroundingError as error:
-        failure = error
-    processes.raise_together(failure)
-    return cast("list[Result]", processes.gather(result))
-
-
 def _build_parts(model: PixelEmbedder, source: Any, parts: Path, options: BuildOptions) -> int:
     """Write the parts that are missing, and return how many images they were made of."""
-    done = open_parts(parts, options, model.image_space)
+    done = open_parts(parts, options, model.image_space, described(source))
     consumed = sum(part["consumed"] for part in done)
-    items = islice(_sharded(read_source(source), options.shard or (0, 1)), consumed, None)
+    items = _sharded(read_source(source), options.shard or (0, 1))
+    before = deque(islice(items, consumed), maxlen=1)
+    if done and (not before or name_of(before[0]) != done[-1].get("last")):
+        raise GroundingValueError(
+            f"The source has changed since this build was begun: image {consumed} was {done[-1].get('last')!r}, and is "
+            f"{name_of(before[0]) if before else 'not there'!r} now. Delete {str(parts)!r}, and build again."
+        )
     batches = read_batches(
         items, model.vision.preprocessing, options.batch_size, options.workers, options.thumbnail_size
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingError, GroundingStateError, GroundingValueError
+from visual_ground.index.table.rows import check_ids, check_texts
 from visual_ground.indexing.sources import SourceImage
 from visual_ground.vision.decoding import to_thumbnail
 from visual_ground.vision.images import image_name, to_rgb
@@ -34,10 +35,11 @@ class Batch:
 
     Args:
         items: those that could be read.
-        pixels: (b, c, h, w) of them; (b, f) where the source has features.
-        thumbnails: JPEG files of them; None for each where none were asked for.
-        unreadable: names of the others, and why.
+        pixels: (b, c, h, w) of them; (b, f) if the source has features.
+        thumbnails: JPEG files of them; None for each if none were asked for.
+        unreadable: names of the others, and why; those that an index cannot hold are among them.
         consumed: how many images of the source these were, the unreadable included.
+        last: the name of the last of these.
     """
 
     items: list[SourceImage]
@@ -45,6 +47,7 @@ class Batch:
     thumbnails: list[bytes | None]
     unreadable: list[tuple[str, str]]
     consumed: int
+    last: str
 
 
 def read_batches(
@@ -121,7 +124,7 @@ def _start(preprocessing: Preprocessing, thumbnail_size: int | None) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: where that was killed, nobody else would tell it."""
+    """End this process when the one that started it is gone: if that was killed, nobody else would tell it."""
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)
@@ -131,29 +134,37 @@ def _read_there(items: list[SourceImage]) -> tuple[Any, ...]:
     batch = _read(items, _there["preprocessing"], _there["thumbnail_size"])
     # An image has served its purpose; only what the index keeps travels back, and pixels as an array, not by handles.
     kept = [SourceImage(item.id, "", item.address, item.metadata) for item in batch.items]
-    return kept, batch.pixels.numpy(), batch.thumbnails, batch.unreadable, batch.consumed
+    return kept, batch.pixels.numpy(), batch.thumbnails, batch.unreadable, batch.consumed, batch.last
 
 
 def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_size: int | None) -> Batch:
     read, pixels, thumbnails, unreadable = [], list[Tensor](), list[bytes | None](), []
     for item in items:
-        if isinstance(item.image, Tensor) and item.image.dim() == 1:  # Features; other tensors are pictures.
-            pixels.append(item.image[None])
-            read.append(item)
-            thumbnails.append(None)
-            continue
         try:
-            picture = to_rgb(item.image)
-            pixels.append(preprocessing([picture]))
+            # An entry that an index cannot hold is left out here, where it ends no build.
+            check_ids([] if item.id is None else [item.id])
+            check_texts("image", [item.address])
+            picture = None
+            if isinstance(item.image, Tensor) and item.image.dim() == 1:  # Features; other tensors are pictures.
+                pixels.append(item.image[None])
+            else:
+                picture = to_rgb(item.image)
+                pixels.append(preprocessing([picture]))
         except GroundingError as error:
-            unreadable.append((image_name(item.image) if item.id is None else str(item.id), str(error)))
+            unreadable.append((name_of(item), str(error)))
             continue
         read.append(item)
-        thumbnails.append(None if thumbnail_size is None else to_thumbnail(picture, thumbnail_size))
+        small = None if thumbnail_size is None or picture is None else to_thumbnail(picture, thumbnail_size)
+        thumbnails.append(small)
     shapes = {tuple(one.shape[1:]) for one in pixels}
     if len(shapes) > 1 and min(map(len, shapes)) == 1:
         raise GroundingValueError(
             f"Features of a source must be of one width, and have no images between them; got {sorted(shapes)}."
         )
     stacked = torch.cat(pixels) if pixels else torch.from_numpy(np.zeros((0, 3, 1, 1), dtype=np.float32))
-    return Batch(read, stacked, thumbnails, unreadable, len(items))
+    return Batch(read, stacked, thumbnails, unreadable, len(items), name_of(items[-1]))
+
+
+def name_of(item: SourceImage) -> str:
+    """Return what an image of a source is called."""
+    return image_name(item.image) if item.id is None else str(item.id)

@@ -37,8 +37,8 @@ def read_embeddings(
     Args:
         source: a folder of clip-retrieval or autofaiss, with `img_emb/*.npy` and `metadata/*.parquet`, or one .npy file
             of (n, q).
-        table: a parquet file of n rows, for one .npy file; None where there is none.
-        dim: the width that they must have; any where None.
+        table: a parquet file of n rows, for one .npy file; None if there is none.
+        dim: the width that they must have; any if None.
         space: `model.image_space` of the model that they are for, which then is checked as for an index that it built.
 
     Raises:
@@ -101,7 +101,7 @@ def _read_vectors(path: Path, dim: int | None, space: ImageSpace | None) -> torc
 
 
 def _read_rows(path: Path, count: int) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Return ids (None where no column has distinct ones), addresses (None likewise) and metadata."""
+    """Return ids (None if no column has distinct ones), addresses (None likewise) and metadata."""
     try:
         table = pq.read_table(path, partitioning=None)
     except (pa.ArrowException, OSError, ValueError) as error:

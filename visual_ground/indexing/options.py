@@ -44,10 +44,13 @@ class BuildOptions:
         part_size: images in a part, which is lost when the build is stopped before it is done; a multiple of batch_size
             is used.
         shard: (i, n) builds every n-th image from the i-th on, so that n processes build n indexes that can be merged;
-            (0, 1) all images in this process. Where None, processes that `accelerate launch` started share them.
+            (0, 1) all images in this process. If None, processes that `accelerate launch` started share them.
         progress: show a progress bar.
         caption_weight: w, from 0 to 1; the vector of an image with a caption is (1 - w) times its own and w times its
             caption's, scaled to length 1.
+
+    Raises:
+        GroundingValueError: a number out of its range.
     """
 
     batch_size: int = 32
@@ -60,8 +63,12 @@ class BuildOptions:
     caption_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.part_size, self.thumbnail_size or 1) < 1 or self.workers < 0:
-            raise GroundingValueError(f"Sizes and numbers of an index's build must be at least 1, got {self}.")
+        for name, least in {"batch_size": 1, "part_size": 1, "thumbnail_size": 1, "workers": 0}.items():
+            value = getattr(self, name)
+            if value is None and name == "thumbnail_size":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise GroundingValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
         if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
             raise GroundingValueError(f"shard must be (i, n) with 0 <= i < n, got {self.shard}.")
         check_weight(self.caption_weight)

@@ -1,4 +1,4 @@
-"""The parts of an index's build: each is written when it is done, so that a build goes on after the last of them."""
+"""The parts of an index's build: each is written when it is done, so that a build continues after the last of them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,19 @@ from visual_ground.vision.identity import ImageSpace
 PARTS_FOLDER, FINISHED_FOLDER = ".building", ".built"
 
 
-def open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[dict[str, Any]]:
-    """Return what is done of a build; start one where nothing is."""
+def open_parts(parts: Path, options: BuildOptions, space: ImageSpace, source: str) -> list[dict[str, Any]]:
+    """Return what is done of a build; start one if nothing is.
+
+    Args:
+        parts: the folder of its parts.
+        options: how it is done.
+        space: of the model.
+        source: by what its source is known again.
+
+    Raises:
+        GroundingFileError: the folder cannot be written.
+        GroundingValueError: it holds a build of another adapter or source, or with other options.
+    """
     about = {
         "format_version": FORMAT_VERSION,
         "batch_size": options.batch_size,
@@ -42,6 +53,7 @@ def open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[di
         "half": options.half,
         "shard": list(options.shard or (0, 1)),
         "caption_weight": options.caption_weight,
+        "source": source,
     }
     _check_team(parts)
     try:
@@ -52,7 +64,7 @@ def open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[di
             if begun != about or not before.is_same(space):
                 raise GroundingValueError(
                     f"{str(parts)!r} holds an unfinished build of {before} and {begun}, and this one is of {space} and "
-                    f"{about}. Continue it with the same adapter and options, or delete that folder."
+                    f"{about}. Continue it with the same adapter, source and options, or delete that folder."
                 )
         write_json(parts / "build.json", {**about, SPACE: space.to_dict()})
     except OSError as error:
@@ -61,7 +73,7 @@ def open_parts(parts: Path, options: BuildOptions, space: ImageSpace) -> list[di
 
 
 def _check_team(parts: Path) -> None:
-    """Raise where another number of processes has begun."""
+    """Raise if another number of processes has begun."""
     together = parts.name != PARTS_FOLDER
     root = parts.parent if together else parts
     begun = [one.name for one in root.glob("*-of-*") if not together or one.name[-5:] != parts.name[-5:]]
@@ -93,6 +105,7 @@ def write_part(
         items += batch.items
         thumbnails += batch.thumbnails
         part["consumed"] += batch.consumed
+        part["last"] = batch.last
         part["unreadable"] += batch.unreadable
         bar.update(batch.consumed)
     part["count"] = len(items)
@@ -134,6 +147,8 @@ def finish(folder: Path, builds: Sequence[Path], space: ImageSpace, caption_weig
     full = [path for path, part in done if part["count"]]
     if not full:
         names = [name for _, part in done for name, _ in part["unreadable"]]
+        # Nothing is done, so there is nothing to go on from: what is mended, or named instead, is looked at anew.
+        shutil.rmtree(folder / PARTS_FOLDER, ignore_errors=True)
         raise GroundingValueError(f"There is no image that can be read, and so nothing to index; tried {names[:3]}.")
     engine = ExactIndex.of_blocks(ExactIndex.load(path.with_suffix(".safetensors")) for path in full)
     segments = tuple(map(_read_segment, full))

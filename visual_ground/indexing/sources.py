@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.index.table.filters import fits_int64
 from visual_ground.index.table.rows import COLUMN_TYPES
-from visual_ground.rows import picture_of, rows_by_number, undecoded
+from visual_ground.rows import PROBLEM, picture_of, rows_by_number, undecoded
 from visual_ground.storage.shards import read_shard
+from visual_ground.storage.texts import is_unicode
 from visual_ground.vision.formats import IMAGE_SUFFIXES
 from visual_ground.vision.images import ImageLike
 from visual_ground.vision.link_rules import is_url
@@ -33,7 +36,7 @@ class SourceImage:
     Args:
         id: its name in the index; None for its number in the source.
         image: what is embedded: a PIL image, a path, `{"bytes": ..., "path": ...}`, or the encoder's features (f,).
-        address: the path or URL that the index keeps; None where it has none.
+        address: the path or URL that the index keeps; None if it has none.
         metadata: what the index keeps of it.
     """
 
@@ -41,6 +44,16 @@ class SourceImage:
     image: ImageLike | Tensor
     address: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def described(source: Any) -> str:
+    """Return by what a source is known again when a build of it is continued: its paths, or its kind and length."""
+    paths = [source] if isinstance(source, (str, os.PathLike)) else source
+    if isinstance(paths, Sequence) and paths and all(isinstance(one, (str, os.PathLike)) for one in paths):
+        names = [os.fspath(one) for one in paths]
+        digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return f"{len(names)} paths, {digest}, the first of which is {names[0]!r}"
+    return f"a {type(source).__name__}{f' of {len(source)} rows' if hasattr(source, '__len__') else ''}"
 
 
 def read_source(source: Any) -> Iterator[SourceImage]:
@@ -118,16 +131,19 @@ def _sample(path: Path, key: str, members: Mapping[str, bytes]) -> Iterator[Sour
 
 def _read_rows(rows: Iterable[Any]) -> Iterator[SourceImage]:
     column = None
-    for row in rows:
+    for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise GroundingTypeError(f"A row must be a mapping with an image, got {type(row).__name__}.")
+        if row.get(PROBLEM):
+            yield SourceImage(f"row {number}", {"bytes": b"", "path": f"row {number}: {row[PROBLEM]}"})
+            continue
         if column is None:
             column = next((name for name in (FEATURES_COLUMN, *IMAGE_COLUMNS) if name in row), None)
-        if column is None or column not in row:
+        if column is None:
             columns = [*IMAGE_COLUMNS, FEATURES_COLUMN]
             raise GroundingValueError(f"A row needs an image in a column {columns}; it has {sorted(row)}.")
-        image, id = picture_of(row[column]), row.get("id")
-        if column == FEATURES_COLUMN:
+        image, id = picture_of(row.get(column)), row.get("id")
+        if column == FEATURES_COLUMN and image is not None:
             image = torch.as_tensor(image, dtype=torch.float32)
         address = _url(row) or (image if isinstance(image, str) else None)
         metadata = _plain({name: value for name, value in row.items() if name not in (column, "id", "url")})
@@ -143,4 +159,11 @@ def _url(values: Mapping[str, Any]) -> str | None:
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keep strings, numbers and booleans; the rest, such as arrays of a dataset, is not for an index."""
     kept = {name: value for name, value in values.items() if type(value) in COLUMN_TYPES and isinstance(name, str)}
-    return {name: value for name, value in kept.items() if not isinstance(value, float) or math.isfinite(value)}
+    return {name: value for name, value in kept.items() if is_unicode(name) and _can_be_kept(value)}
+
+
+def _can_be_kept(value: Any) -> bool:
+    """Return whether a string has whole characters, and a number is finite and of 64 bits at most."""
+    if isinstance(value, str):
+        return is_unicode(value)
+    return math.isfinite(value) if isinstance(value, float) else fits_int64(value)

@@ -9,7 +9,7 @@ from visual_ground.lm.virtual_tokens import VirtualTokens
 
 
 def virtual_tokens_of(lm: nn.Module) -> VirtualTokens | None:
-    """Return the hooks that are on an LM; None where it is not grounded."""
+    """Return the hooks that are on an LM; None if it is not grounded."""
     hooks = base_model_of(lm)._forward_pre_hooks.values()
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return next((owner for owner in owners if isinstance(owner, VirtualTokens)), None)

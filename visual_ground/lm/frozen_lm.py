@@ -81,7 +81,7 @@ class FrozenLM:
 
     @property
     def max_length(self) -> int | None:
-        """How many ids the LM's context holds; None where its config does not say."""
+        """How many ids the LM's context holds; None if its config does not say."""
         limit = getattr(self.lm.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -242,7 +242,7 @@ class FrozenLM:
         return embeddings[0].view(*ids.shape, -1)
 
     def statistics(self) -> tuple[EmbeddingStatistics, EmbeddingStatistics | None]:
-        """Return the statistics of the input embeddings, and of the output embeddings where they are not tied."""
+        """Return the statistics of the input embeddings, and of the output embeddings if they are not tied."""
         count = min(self.vocabulary.num_rows, self.vocabulary.num_tokens)
         with self.bare():
             inputs = EmbeddingStatistics.of(embedding_vectors(self.lm, count))

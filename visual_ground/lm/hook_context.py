@@ -98,7 +98,7 @@ class HookContext:
         holds already, CPM-Ant puts ids of its own in front, Reformer fills up its last chunk with padding.
 
         Returns:
-            Which of these ids are virtual, and their rows in the table; None where they are not this call's ids.
+            Which of these ids are virtual, and their rows in the table; None if they are not this call's ids.
         """
         safe, virtual, index = self.safe_ids, self.virtual, self.table_index
         assert safe is not None and virtual is not None and index is not None, "they are set together"

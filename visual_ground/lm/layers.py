@@ -13,7 +13,7 @@ from visual_ground.lm.frozen_lm import FrozenLM
 
 @torch.no_grad()
 def find_layers(frozen_lm: FrozenLM) -> list[nn.Module]:
-    """Return the LM's layers in order, or none where they cannot be identified.
+    """Return the LM's layers in order, or none if they cannot be identified.
 
     They are the longest `nn.ModuleList` whose members all run, once and in order, and return states (b, s, width).
     """

@@ -1,4 +1,4 @@
-"""Reading the LM: the results of one run at chosen positions, and ids that a step of `generate` reads besides."""
+"""Reading the LM: the results of one run at chosen positions, and further ids that a step of `generate` reads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LMReading:
     Args:
         head_input: (r, h), what the output head read.
         states: one (r, width) for each layer that was asked for.
-        logits: (r, v + 1), or fewer positions where `max_logits` was given.
+        logits: (r, v + 1), or fewer positions if `max_logits` was given.
         output: the LM's own output, with its cache.
     """
 
@@ -53,7 +53,7 @@ class ExtraIds:
     A forward of one id takes about as long as one of several, because all weights are read once for either.
 
     Args:
-        cache: the keys and values (1, heads, p, width) that the step goes on from, in plain layers.
+        cache: the keys and values (1, heads, p, width) that the step continues from, in plain layers.
         ids: (1, 1 + w), the step's own id and then the others.
         positions: (1, 1 + w), of each in its sequence.
         mask: (1, 1, 1 + w, p + 1 + w), added to the attention scores.
@@ -69,7 +69,7 @@ class ExtraIds:
     states: Tensor | None = None
 
     def join(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the arguments of the step's forward with the other ids in them; None where it is another forward."""
+        """Return the arguments of the step's forward with the other ids in them; None if it is another forward."""
         own, cache = options.get("input_ids"), next((options[name] for name in CACHES if name in options), None)
         if cache is not self.cache or own is None or not torch.equal(own, self.ids[:, :1]):
             return None

@@ -64,11 +64,7 @@ class VirtualTokens:
         self._keeps_infinity: bool | None = None
 
     def attach(self, frozen: FreezeGuard | None = None) -> None:
-        """Put the hooks on the LM.
-
-        Args:
-            frozen: restored when the hooks are taken off.
-        """
+        """Put the hooks on the LM; what is `frozen` is restored when they are taken off."""
         if self._handles:
             raise GroundingStateError("The hooks are attached already; call detach() first.")
         self._ends, self._frozen = LMEnds(self.lm), frozen
@@ -233,10 +229,10 @@ class VirtualTokens:
         return self._forbid_columns(output, context)
 
     def _forbid_columns(self, output: Any, context: HookContext) -> Any:
-        """Set columns of ids that must not be generated to -inf again, where the LM capped or scaled its logits."""
+        """Set columns of ids that must not be generated to -inf again, if the LM capped or scaled its logits."""
         if not hasattr(output, "logits") or not output.logits.shape[1]:
             return None
-        # Looking has to wait for the GPU; so where the caller set `has_virtual` (training), the last result is reused.
+        # Looking has to wait for the GPU; so if the caller set `has_virtual` (training), the last result is reused.
         if self._keeps_infinity is None or context.has_virtual is None:
             self._keeps_infinity = self.vocabulary.forbids(output.logits, self.masks_spare_columns())
         if self._keeps_infinity:

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.prompts.parts import Parts, is_given, read_content, read_part
 from visual_ground.prompts.template import render_template
-from visual_ground.prompts.types import ChatMessage, PromptPart, Prompts
+from visual_ground.prompts.types import ChatMessage, ImagePart, PromptPart, Prompts
 from visual_ground.vision.images import is_single
 
 # As a system message, it makes a small LM say something about the thing that is asked for, instead of that it is a
@@ -20,26 +20,35 @@ ILLUSTRATED = (
 
 # Besides its content, what a message without words may have.
 CALLS = ("tool_calls", "function_call", "tool_call_id")
-# Where the messages of other programs have images besides the content; none of these says which part it belongs to.
-IMAGES_ELSEWHERE = ("image", "files", "attachments", "experimental_attachments")
+# Where the messages of other programs have images, sounds and films besides the content; none of these says which part
+# it belongs to.
+ELSEWHERE = (
+    *("image", "image_url", "image_urls", "files", "attachments", "experimental_attachments"),
+    *("audio", "audios", "video", "videos"),
+)
 
 
 def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
-    """Return a chat message of texts and images; a string is an image where `is_image_string` says so.
+    """Return a chat message of texts and images; a string is an image if `is_image_string` says so.
 
     Example:
         >>> chat_message("user", ["What is it?"])
         {'role': 'user', 'content': [{'type': 'text', 'text': 'What is it?'}]}
+        >>> chat_message("user", ["cat.png"])["content"]
+        [{'type': 'image', 'image': 'cat.png'}]
     """
-    read = [one for part in parts for one in read_part(part)]
-    return typed_message(role, [part if isinstance(part, str) else part.image for part in read])
+    return typed_message(role, [one for part in parts for one in read_part(part)])
 
 
 def typed_message(role: str, parts: Sequence[Any]) -> dict[str, Any]:
-    """Return a chat message of texts and images that say what they are, so that no text is taken for a path."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
-    ]
+    """Return a chat message of texts and images that say what they are, so that no text is taken for a path.
+
+    A string is a text; an image that may be a string too, a path, comes as an `ImagePart`.
+    """
+    content: list[dict[str, Any]] = []
+    for part in parts:
+        image = part.image if isinstance(part, ImagePart) else part
+        content.append({"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": image})
     return {"role": role, "content": content}
 
 
@@ -70,12 +79,19 @@ def render_chat(tokenizer: Any, messages: Sequence[Any]) -> Parts:
 
 
 def as_message(message: Any) -> ChatMessage:
-    """Return a message as a mapping: agents and clients have objects, with roles that may be enums."""
+    """Return a message as a mapping: agents and clients have objects, with roles that may be enums.
+
+    Raises:
+        GroundingTypeError: a role that is no text.
+    """
     if not isinstance(message, Mapping):
-        names = ("role", "content", "name", "images", "parts", *CALLS, *IMAGES_ELSEWHERE)
+        names = ("role", "content", "name", "images", "parts", *CALLS, *ELSEWHERE)
         message = {name: getattr(message, name, None) for name in names}
         message = {name: value for name, value in message.items() if value is not None or name == "content"}
-    return {**message, "role": str(getattr(message["role"], "value", message["role"]))}
+    role = getattr(message["role"], "value", message["role"])
+    if not isinstance(role, str):
+        raise GroundingTypeError(f'The role of a message is a text, such as "user", got {type(role).__name__}.')
+    return {**message, "role": role}
 
 
 def read_message(message: ChatMessage) -> Parts:
@@ -88,16 +104,17 @@ def read_message(message: ChatMessage) -> Parts:
         GroundingValueError: an image part without an image.
     """
     role = message["role"]
-    if elsewhere := [key for key in IMAGES_ELSEWHERE if is_given(message.get(key))]:
+    if elsewhere := [key for key in ELSEWHERE if is_given(message.get(key))]:
         raise GroundingTypeError(
-            f"A message of {role!r} has {elsewhere}, which would not be read. Put the images into its content, as "
-            '{"type": "image", "image": ...}.'
+            f"A message of {role!r} has {elsewhere}, which would not be read. Put images into its content, as "
+            '{"type": "image", "image": ...}; sounds and films cannot be read.'
         )
     content = message["parts"] if message.get("content") is None and "parts" in message else message.get("content")
     # Beside a call of a tool, there may be no words.
     if content is None and not any(is_given(message.get(name)) for name in (*CALLS, "images")):
         raise GroundingTypeError(f"A message of {role!r} has no content. Give it a text, or leave the message out.")
-    images = message.get("images") or ()
+    given: Any = message.get("images")
+    images = [given] if is_single(given) else given if is_given(given) else ()
     return [
         *(part for image in images for part in read_content({"type": "image", "image": image}, role)),
         *read_content(content, role),

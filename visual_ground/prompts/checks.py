@@ -1,4 +1,4 @@
-"""Whether a language model can read the ids of prompts, and whether its tokenizer is still the one that it had."""
+"""Whether an LM can read the texts and ids of prompts, and whether its tokenizer is still the one that it had."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.encoded import EncodedPrompt
+from visual_ground.storage.texts import is_unicode
+from visual_ground.vision.images import shortened
 
 
 def check_ids(
     encoded: Sequence[EncodedPrompt], tokenizer: Any, vocabulary: VirtualVocabulary, max_length: int | None
 ) -> None:
-    """Raise GroundingValueError where ids exceed the LM's context, or are tokens without an embedding in the LM."""
+    """Raise GroundingValueError if ids exceed the LM's context, or are tokens without an embedding in the LM."""
     length = max((len(prompt.ids) for prompt in encoded), default=0)
     if max_length is not None and max_length < length:
         raise GroundingValueError(f"A prompt has {length} ids, and the LM's context holds {max_length}. Shorten it.")
@@ -26,8 +28,17 @@ def check_ids(
         )
 
 
+def check_text(text: str) -> None:
+    """Raise GroundingValueError if a text has half a character, which no tokenizer takes."""
+    if not is_unicode(text):
+        raise GroundingValueError(
+            f"The text {shortened(text)} has half a character, as from bytes that are not UTF-8. Leave it out, or read "
+            'it with errors="replace".'
+        )
+
+
 def check_tokenizer(tokenizer: Any, vocabulary: VirtualVocabulary, ret_token: str) -> None:
-    """Raise GroundingStateError where tokens were added to the tokenizer whose ids are `[RET]`'s or an image's."""
+    """Raise GroundingStateError if tokens were added to the tokenizer whose ids are `[RET]`'s or an image's."""
     ret, first = vocabulary.ret_token_id, vocabulary.first_image_id
     if taken := sorted(token for token, i in tokenizer.get_vocab().items() if i == ret or i >= first):
         raise GroundingStateError(

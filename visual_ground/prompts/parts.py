@@ -30,6 +30,10 @@ IMAGE_KEYS = (
     "url",
     "value",
 )
+# Where a part says what kind of file it has.
+MEDIA_KEYS = ("mime_type", "media_type", "mimeType", "mediaType")
+# How many mappings deep a part's image may be.
+DEEPEST = 8
 # Of these, the ones that beside a text are certain to be an image.
 CERTAIN_KEYS = ("image", "image_url", "images", "bytes", "inline_data", "inlineData")
 
@@ -69,6 +73,9 @@ def _read(part: Any, place: str, role: str) -> Parts:
         if not is_image_string(part):
             return [part]
         return [ImagePart(part if is_image_file(part) else part.strip())]
+    # Clients have objects for parts, with the same names.
+    if not isinstance(part, Mapping) and isinstance(getattr(part, "type", None), str) and hasattr(part, "__dict__"):
+        part = {name: vars(value) if hasattr(value, "url") else value for name, value in vars(part).items()}
     if isinstance(part, Mapping):
         return _read_mapping(part, f"{place} of a message of {role!r}" if role else place)
     if has_pixels(part) or isinstance(part, (bytes, bytearray, memoryview, ImageFile)) or hasattr(part, "__fspath__"):
@@ -109,7 +116,7 @@ def is_given(value: Any) -> bool:
 
 
 def _refuse_others(part: Mapping[str, Any], keys: Sequence[str], place: str) -> None:
-    """Raise where a part that is typed text holds an image too, or the other way round: one of them would be lost."""
+    """Raise if a part that is typed text holds an image too, or the other way round: one of them would be lost."""
     if found := [key for key in keys if is_given(part.get(key))]:
         raise GroundingTypeError(
             f"{place} has the type {part['type']!r} and {found} besides, which would be lost. Make two parts of it."
@@ -124,13 +131,13 @@ def _text_of(part: Mapping[str, Any], key: str, place: str) -> str:
     return text
 
 
-def _image_of(part: Mapping[str, Any], place: str) -> Any:
+def _image_of(part: Mapping[str, Any], place: str, depth: int = 0) -> Any:
     """Return the image of a part, which may be some mappings deep: {"image_url": {"url": ...}}."""
-    media = part.get("mime_type") or part.get("media_type") or part.get("mimeType") or "image/"
+    media = next((part[key] for key in MEDIA_KEYS if part.get(key)), "image/")
     if not str(media).startswith("image/"):
         raise GroundingTypeError(f"{place} is a file of the kind {media!r}, and a prompt holds texts and images.")
     key = next((key for key in IMAGE_KEYS if part.get(key) is not None), None)
-    if key is None:
+    if key is None or depth > DEEPEST:
         raise GroundingValueError(
             f'{place} is an image part and holds no image: it needs "image", "path", "url", "image_url" or "bytes", '
             f"got the keys {sorted(map(str, part))}."
@@ -142,5 +149,5 @@ def _image_of(part: Mapping[str, Any], place: str) -> Any:
         except ValueError as error:
             raise GroundingValueError(f"{place} has {shortened(value)} under {key!r}: no base64 ({error}).") from error
     if isinstance(value, Mapping):
-        return _image_of(value, place)
+        return _image_of(value, place, depth + 1)
     return value[0] if key == "value" and isinstance(value, (list, tuple)) and value else value

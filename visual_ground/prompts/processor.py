@@ -14,7 +14,7 @@ from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.chat import as_batch, is_chat, render_chat
-from visual_ground.prompts.checks import check_ids, check_tokenizer
+from visual_ground.prompts.checks import check_ids, check_text, check_tokenizer
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.prompts.parts import read_part
 from visual_ground.prompts.types import Prompt, Prompts
@@ -30,7 +30,7 @@ class GroundingProcessor:
         config: which tokens stand for `[RET]` and in front of captions, and k, the ids per image.
         vocabulary: which ids are the LM's and which are virtual.
         preprocess: maps a list of images to pixels (n, c, h, w).
-        max_length: how many ids the LM's context holds; None where that is unknown.
+        max_length: how many ids the LM's context holds; None if that is unknown.
 
     `link_rules` says which hosts the images of prompts may be fetched from: none, unless the user sets other rules.
     """
@@ -52,7 +52,7 @@ class GroundingProcessor:
         return self.batch([self.encode(prompt) for prompt in as_batch(prompts)], padding_side)
 
     def batch(self, encoded: Sequence[EncodedPrompt], padding_side: str = "left") -> BatchFeature:
-        """Pad encoded prompts into input_ids and attention_mask (b, s), with pixel_values where there are images."""
+        """Pad encoded prompts into input_ids and attention_mask (b, s), with pixel_values if there are images."""
         self.check_ids(encoded)
         ids, mask = pad_batch(encoded, self.vocabulary.first_image_id, self.pad_token_id, padding_side)
         batch = BatchFeature({"input_ids": ids, "attention_mask": mask})
@@ -61,7 +61,7 @@ class GroundingProcessor:
         return batch
 
     def check_ids(self, encoded: Sequence[EncodedPrompt]) -> None:
-        """Raise where the LM cannot read these ids, or the tokenizer has grown; see `checks`."""
+        """Raise if the LM cannot read these ids, or the tokenizer has grown; see `checks`."""
         if len(self.tokenizer) != self._num_tokens:  # Reading a whole vocabulary at each call would take long.
             check_tokenizer(self.tokenizer, self.vocabulary, self.config.ret_token)
         check_ids(encoded, self.tokenizer, self.vocabulary, self.max_length)
@@ -98,9 +98,7 @@ class GroundingProcessor:
         given: Sequence[Any] = prompt if isinstance(prompt, (list, tuple)) else [prompt]
         chat = is_chat(given)  # A chat template writes the opening ids itself.
         parts = render_chat(self.tokenizer, given) if chat else [one for part in given for one in read_part(part)]
-        ids: list[int] = []
-        images: list[Image.Image] = []
-        has_text = False
+        ids, images, has_text = list[int](), list[Image.Image](), False
         for part in parts:
             if isinstance(part, str):
                 opens = not (chat or has_text) and (self.config.image_first or not images)
@@ -128,7 +126,7 @@ class GroundingProcessor:
         return queries
 
     def retrieval_suffix(self, ids: Sequence[int]) -> list[int]:
-        """Return the ids of the retrieval prompt, or `[RET]`'s where that is empty, put after these ids."""
+        """Return the ids of the retrieval prompt, or `[RET]`'s if that is empty, put after these ids."""
         prompt = self.config.retrieval_prompt.strip()
         if not prompt:
             return [self.ret_token_id]
@@ -155,7 +153,8 @@ class GroundingProcessor:
         return joined, [len(ids) for ids in texts]
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens in front; `[RET]` in it becomes its id."""
+        """Return the ids of a text without special tokens in front; `[RET]` in it becomes its id; see `check_text`."""
+        check_text(text)
         ids: list[int] = []
         for i, part in enumerate(text.split(self.config.ret_token)):
             ids += [self.ret_token_id] if i else []
@@ -185,7 +184,7 @@ class GroundingProcessor:
         return [*self.sink, *ids] if self.config.image_first else ids
 
     def caption_prefix(self, image: bool) -> list[int]:
-        """Return the ids before a caption: the sink token and the prompt, which holds the image where `image` is True.
+        """Return the ids before a caption: the sink token and the prompt, which holds the image if `image` is True.
 
         With `image_first` the sink token belongs to the caption: it comes after the image, and is predicted from it.
         """

@@ -21,7 +21,7 @@ def render_template(tokenizer: Any, messages: Sequence[ChatMessage], contents: S
     """Render messages, and return the texts and images in the order in which the template puts them.
 
     Some templates read a message's content as a string, and some as a list of parts; either kind drops the other
-    without a word. So both forms are rendered where the first one loses anything.
+    without a word. So both forms are rendered if the first one loses anything.
 
     Args:
         tokenizer: has the template.
@@ -143,7 +143,7 @@ class _Marked:
 
 
 def _check(rendered: _Rendered, marked: _Marked, messages: Sequence[ChatMessage]) -> None:
-    """Raise where images or the last text are lost; warn where an earlier text is."""
+    """Raise if images or the last text are lost; warn if an earlier text is."""
     forms = "whether contents are strings or lists of parts"
     advice = "Set tokenizer.chat_template to one that does not, send fewer messages, or write the prompt as a list."
     if rendered.wrong_images:

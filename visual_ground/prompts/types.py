@@ -12,7 +12,7 @@ from visual_ground.vision.decoding import is_image
 from visual_ground.vision.formats import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from visual_ground.vision.images import ImageLike, is_base64_image
 
-# A text or an image; a string is an image where `is_image_string` says so. Or a typed part, {"type": "text", ...}.
+# A text or an image; a string is an image if `is_image_string` says so. Or a typed part, {"type": "text", ...}.
 PromptPart: TypeAlias = ImageLike | Mapping[str, Any]
 # `{"role": ..., "content": ...}`, as in transformers' chat templates; see `visual_ground.prompts.chat.chat_message`.
 ChatMessage: TypeAlias = Mapping[str, Any]
@@ -47,7 +47,7 @@ def is_image_file(text: str) -> bool:
 def is_image_string(text: str) -> bool:
     """Return whether a string that nothing types as text or image is an image.
 
-    It is where it is the path of an image that exists, whatever its ending, and where it reads like the path or URL of
+    It is where it is the path of an image that exists, whatever its ending, and if it reads like the path or URL of
     one, or is the base64 of one: then it must be opened, and is no text if it is missing. Words that end with a file's
     name are text.
 

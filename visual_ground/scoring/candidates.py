@@ -53,7 +53,7 @@ class CandidateScorer:
         Args:
             prompt: as from `GroundingProcessor.encode`.
             candidates: n texts, put after the prompt.
-            image_features: (m, f), of the images in the prompt; where None, the images are encoded.
+            image_features: (m, f), of the images in the prompt; if None, the images are encoded.
 
         Raises:
             GroundingValueError: no candidates, or one with no tokens.

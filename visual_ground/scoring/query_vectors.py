@@ -105,8 +105,8 @@ def vectors_after(
 def opening_contexts(attached: AttachedAdapter, prompt: Sequence[int], answer: Sequence[int]) -> list[Sequence[int]]:
     """Return the contexts whose vectors are averaged into that of an answer's first `[RET]`.
 
-    These are the prompt, and in a longer chat its last turn as if it were the first. There are none where the prompt
-    opens no turn of a chat, or where the answer has no words before its `[RET]`, which may have drifted from what was
+    These are the prompt, and in a longer chat its last turn as if it were the first. There are none if the prompt
+    opens no turn of a chat, or if the answer has no words before its `[RET]`, which may have drifted from what was
     asked for. Later pictures are about what the answer has come to, and are read in their place only.
 
     Args:

@@ -26,7 +26,7 @@ Event = tuple[int, Part | Finished]
 
 
 def encode(engine: Engine, request: ChatRequest, attached: AttachedAdapter | None = None) -> EncodedPrompt:
-    """Return a request's prompt, as `attached` reads it, or the active adapter where None.
+    """Return a request's prompt, as `attached` reads it, or the active adapter if None.
 
     Raises:
         RequestFailure: a prompt that the LM cannot read, or has no room to answer.
@@ -110,7 +110,7 @@ class Chat:
         return safe.to_markdown(shown.get("uri"))
 
     async def whole(self) -> dict[str, Any]:
-        """Return OpenAI's `chat.completion`; RequestFailure where an answer failed or came too late."""
+        """Return OpenAI's `chat.completion`; RequestFailure if an answer failed or came too late."""
         answers: list[list[Part]] = [[] for _ in self.jobs]
         reasons = [""] * len(self.jobs)
         async for choice, event in self.events():

@@ -143,7 +143,7 @@ class Engine:
             model.set_adapter(str(jobs[0].adapter))
         attached = model.active
         batch = attached.processor.batch([job.prompt for job in jobs]).to(model.frozen_lm.device)
-        image_tokens = attached.prompt_tokens(batch.get("pixel_values"))
+        image_tokens = attached.prompt_image_tokens(batch.get("pixel_values"))
         ends = end_ids(model.frozen_lm, attached)
 
         image_tokens, padding = with_padding(attached, image_tokens, {})

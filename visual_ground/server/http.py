@@ -29,6 +29,7 @@ try:
     from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     message = "The server needs fastapi and uvicorn; install them with: pip install 'visual-ground[serve]'"
     raise GroundingStateError(message) from error
@@ -46,8 +47,9 @@ class ServerSettings:
         api_key: what clients must send; None lets everybody in.
         rules: where images of requests may be fetched from; nowhere by default.
         max_bytes: the largest body of a request.
-        max_tokens: the length of answers where a request gives none.
-        max_images: the most places of an answer at which it shows pictures, where a request gives none.
+        body_seconds: within which a body must have come.
+        max_tokens: the length of answers if a request gives none.
+        max_images: the most images of an answer, if a request gives none.
         origins: of web pages that may call the server; none by default.
         limits: the engine's.
     """
@@ -56,6 +58,7 @@ class ServerSettings:
     api_key: str | None = None
     rules: LinkRules = LinkRules()
     max_bytes: int = 20_000_000
+    body_seconds: float = 60.0
     max_tokens: int = 64
     max_images: int | None = RetrievalSettings().max_images
     origins: Sequence[str] = ()
@@ -101,16 +104,20 @@ class Routes:
                 return Response(status_code=499)
         return JSONResponse(answer.result())
 
-    async def _body(self, request: Request) -> Any:
+    async def _body(self, request: Request) -> dict[str, Any]:
         try:
             text = (await request.body()).decode()
             body = json.loads(text)
             if "\\ud" in text.lower():  # Half a character, which no tokenizer takes, can only come in this form.
                 json.dumps(body, ensure_ascii=False).encode()
+        except ClientDisconnect as error:
+            raise RequestFailure(499, "The body ended before it was whole.") from error
         except (ValueError, RecursionError) as error:
             message = "The body is not valid JSON in UTF-8."
             raise RequestFailure(400, message, code="invalid_json") from error
-        asked = body.get("model", self.settings.model_name) if isinstance(body, dict) else None
+        if not isinstance(body, dict):
+            raise RequestFailure(400, "The body must be a JSON object.")
+        asked = body.get("model")
         if asked is not None and asked != self.settings.model_name:
             raise self._no_model(asked)
         return body
@@ -125,7 +132,7 @@ class Routes:
     async def search(self, request: Request) -> Response:
         """`/v1/images/search`."""
         body = await self._body(request)
-        count = number(body if isinstance(body, dict) else {}, "n", 5, 1, 100, whole=True)
+        count = number(body, "n", 5, 1, 100, whole=True)
         async with self._vectors:
             given = self.model, body, self.pictures, self.settings.rules, count
             return JSONResponse(await asyncio.to_thread(search, *given))
@@ -197,7 +204,13 @@ def create_app(
         app.add_exception_handler(kind, _refuse)
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=[*settings.origins], allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(Gate, metrics=routes.metrics, max_bytes=settings.max_bytes, api_key=settings.api_key)
+    app.add_middleware(
+        Gate,
+        metrics=routes.metrics,
+        max_bytes=settings.max_bytes,
+        api_key=settings.api_key,
+        body_seconds=settings.body_seconds,
+    )
     return app
 
 

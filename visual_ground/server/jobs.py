@@ -39,7 +39,7 @@ class Job:
         answer: turns tokens into texts and images, up to a stop.
         emit: takes each part, and `Finished` at the end; called in the engine's thread.
         deadline: of `time.monotonic`.
-        adapter: the name of the adapter that answers; the active one where None.
+        adapter: the name of the adapter that answers; the active one if None.
     """
 
     prompt: EncodedPrompt
@@ -63,7 +63,7 @@ class Job:
         return not self._cancelled.is_set() and time.monotonic() < self.deadline
 
     def take(self, token: int, vector: Tensor | None, is_end: bool) -> bool:
-        """Take a token; return whether the answer goes on."""
+        """Take a token; return whether the answer continues."""
         if not self.is_wanted:
             return self.drop()
         self.tokens += 1

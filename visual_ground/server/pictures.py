@@ -69,7 +69,7 @@ def kept(picture: Image.Image) -> Image.Image:
 
 
 def read_address(address: Any, rules: LinkRules, pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the image of an `image_url`: a data URL, or an address of the web where the rules allow it.
+    """Return the image of an `image_url`: a data URL, or an address of the web if the rules allow it.
 
     Raises:
         RequestFailure: any other address, no image that can be read, or one of more pixels than are allowed.
@@ -143,7 +143,7 @@ class Pictures:
         return hmac.new(self._secret.encode(), name.encode(), hashlib.sha256).hexdigest()[:32]
 
     def check(self, name: str, signature: str) -> None:
-        """Raise RequestFailure where an address was not given out by this server."""
+        """Raise RequestFailure if an address was not given out by this server."""
         if self._secret is not None and not hmac.compare_digest(self._signature(name).encode(), signature.encode()):
             raise RequestFailure(401, "The signature does not fit this picture.", "authentication_error")
 
@@ -158,7 +158,7 @@ class Pictures:
         return {**shown, "thumbnail": self.address(picture.id, "thumbnails")} if picture.is_readable else shown
 
     def find(self, name: str) -> Any:
-        """Return a picture by id, as the index has it, or None where it has none that can be read."""
+        """Return a picture by id, as the index has it, or None if it has none that can be read."""
         if self.index is None:
             return None
         found = self.index.find([name, int(name)] if name.isdecimal() and len(name) < 19 else [name])

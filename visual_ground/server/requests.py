@@ -17,6 +17,26 @@ MAX_CHOICES = 8
 MAX_STOPS, MAX_STOP_LENGTH = 4, 1000
 # Settings of `RetrievalSettings` that are true or false.
 FLAGS = ("only_after_sentences", "allow_repeats", "complete_sentences", "see_images")
+# What other servers can do and this one cannot, with the values that ask for nothing. Leaving such a field unread would
+# give another answer than was asked for.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -42,7 +62,7 @@ class ChatRequest:
 
 
 def number(body: Mapping[str, Any], name: str, default: Any, low: float, high: float, whole: bool = False) -> Any:
-    """Return a number of a request, or its default where it is left out or null."""
+    """Return a number of a request, or its default if it is left out or null."""
     value = body.get(name)
     if value is None:
         return default
@@ -55,15 +75,29 @@ def number(body: Mapping[str, Any], name: str, default: Any, low: float, high: f
 
 
 def flag(body: Mapping[str, Any], name: str) -> bool:
-    """Return a yes or no of a request; no where it is left out or null."""
+    """Return a yes or no of a request; no if it is left out or null."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise RequestFailure(400, f"{name} must be true or false, got {str(value)[:40]!r}.")
     return bool(value)
 
 
+def refuse_unread(body: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise RequestFailure where a request asks for something that this server cannot do.
+
+    Args:
+        body: the request's JSON.
+        refused: names of fields, with the values that ask for nothing; null always does.
+    """
+    for name, harmless in refused.items():
+        value = body.get(name)
+        if value is not None and value not in harmless:
+            message = f"This server cannot do what {name} asks for: {str(value)[:40]!r}. Leave {name} out."
+            raise RequestFailure(400, message, code="unsupported_parameter")
+
+
 def chat_request(
-    body: Any, pictures: Pictures, rules: LinkRules, default_tokens: int, default_images: int | None
+    body: Mapping[str, Any], pictures: Pictures, rules: LinkRules, default_tokens: int, default_images: int | None
 ) -> ChatRequest:
     """Return a checked request.
 
@@ -71,14 +105,13 @@ def chat_request(
         body: the request's JSON.
         pictures: the index's.
         rules: where its images may be fetched from.
-        default_tokens: the length of an answer, where the request gives none.
-        default_images: the most places of an answer with pictures, where the request gives none; None for any number.
+        default_tokens: the length of an answer, if the request gives none.
+        default_images: the most places of an answer with pictures, if the request gives none; None for any number.
 
     Raises:
         RequestFailure: a field that is missing or out of its range.
     """
-    if not isinstance(body, Mapping):
-        raise RequestFailure(400, "The body must be a JSON object.")
+    refuse_unread(body, REFUSED)
     stop = body.get("stop") or ()
     stop = (stop,) if isinstance(stop, str) else stop
     is_list = isinstance(stop, (list, tuple)) and len(stop) <= MAX_STOPS
@@ -88,13 +121,15 @@ def chat_request(
     tokens = number(body, "max_completion_tokens", None, 1, 1e6, whole=True)
     tokens = tokens or number(body, "max_tokens", default_tokens, 1, 1e6, whole=True)
     options, given = body.get("stream_options"), Given(rules)
+    if options is not None and not isinstance(options, Mapping):
+        raise RequestFailure(400, f"stream_options must be an object, got {str(options)[:40]!r}.")
     return ChatRequest(
         [_message(message, pictures, given) for message in _list(body, "messages")],
         _samplings(body, default_images),
         tokens,
         tuple(stop),
         flag(body, "stream"),
-        isinstance(options, Mapping) and flag(options, "include_usage"),
+        flag(options or {}, "include_usage"),
     )
 
 
@@ -127,6 +162,7 @@ def _message(message: Any, pictures: Pictures, images: Given) -> dict[str, Any]:
     role = ROLES.get(str(message.get("role"))) if isinstance(message, Mapping) else None
     if role is None:
         raise RequestFailure(400, f"Each message must have a role, one of {', '.join(ROLES)}.")
+    refuse_unread(message, {"tool_calls": ([],), "function_call": ()})
     content = message.get("content")
     parts: list[Any] = []
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import unquote
 
-# An escaped character, the beginning of a picture, or the end of its text, with the address where there is one. Each
+# An escaped character, the beginning of a picture, or the end of its text, with the address if there is one. Each
 # character is read a few times at most, whatever a stranger writes: no part of an address can begin another one.
 _PIECE = re.compile(r'\\.|(!\[)|\](?:\(([^()\s]*)(?: "(?:\\.|[^"\\])*")?\))?', re.DOTALL)
 

@@ -15,18 +15,26 @@ from visual_ground.index.remote_images import LinkRules
 from visual_ground.model import GroundedModel
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.pictures import Given, Pictures
+from visual_ground.server.requests import refuse_unread
 
 MAX_INPUTS = 256
 
 
-def embeddings(model: GroundedModel, body: Any, rules: LinkRules, name: str) -> dict[str, Any]:
-    """Return OpenAI's `list` of embeddings, of texts and `image_url` parts."""
-    given = body.get("input") if isinstance(body, Mapping) else None
+def embeddings(model: GroundedModel, body: Mapping[str, Any], rules: LinkRules, name: str) -> dict[str, Any]:
+    """Return OpenAI's `list` of embeddings, of texts and `image_url` parts.
+
+    Raises:
+        RequestFailure: inputs that are neither, or too many.
+    """
+    given = body.get("input")
     inputs = given if isinstance(given, list) else [given]
     if not 1 <= len(inputs) <= MAX_INPUTS:
         raise RequestFailure(400, f"input must have 1 to {MAX_INPUTS} entries, got {len(inputs)}.")
+    refuse_unread(body, {"dimensions": (model.config.retrieval_dim,)})
+    if (form := body.get("encoding_format") or "float") not in ("float", "base64"):
+        raise RequestFailure(400, f"encoding_format must be float or base64, got {str(form)[:40]!r}.")
     vectors = [_vector(model, one, rules) for one in inputs]
-    as_base64 = body.get("encoding_format") == "base64"
+    as_base64 = form == "base64"
     data = [
         {"object": "embedding", "index": i, "embedding": _base64(vector) if as_base64 else vector.tolist()}
         for i, vector in enumerate(vectors)
@@ -55,12 +63,17 @@ def _vector(model: GroundedModel, given: Any, rules: LinkRules) -> Tensor:
     raise RequestFailure(400, 'An input must be a text that is not empty, or {"type": "image_url", "image_url": ...}.')
 
 
-def search(model: GroundedModel, body: Any, pictures: Pictures, rules: LinkRules, count: int) -> dict[str, Any]:
-    """Return the pictures that are nearest to a text or an image, best first."""
+def search(
+    model: GroundedModel, body: Mapping[str, Any], pictures: Pictures, rules: LinkRules, count: int
+) -> dict[str, Any]:
+    """Return the pictures that are nearest to a text or an image, best first.
+
+    Raises:
+        RequestFailure: no query, or no index.
+    """
     if pictures.index is None:
         raise RequestFailure(404, "This server has no index to search. Start it with --index.", code="no_index")
-    query = body.get("query") if isinstance(body, Mapping) else None
-    found = pictures.index.search(_vector(model, query, rules)[None], count)
+    found = pictures.index.search(_vector(model, body.get("query"), rules)[None], count)
     data = []
     for position, score in zip(found.positions[0].tolist(), found.scores[0].tolist(), strict=True):
         name, image, metadata = pictures.index.entry(position)

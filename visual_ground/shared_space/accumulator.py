@@ -26,9 +26,9 @@ FOLDS, SAMPLED_GROUPS = 5, 256
 MIN_HELD_OUT = 10
 # Recalls are counted at these ranks.
 RANKS = (1, 5, 10)
-# The middle of the candidates is what was best on the study's data; it is taken where nothing can be held out.
+# The middle of the candidates is what was best on the study's data; it is taken if nothing can be held out.
 DEFAULT = Penalties()
-# Where only the text side is fitted, its penalty is that of a ridge regression.
+# If only the text side is fitted, its penalty is that of a ridge regression.
 TEXT_CANDIDATES = tuple(Penalties(text) for text in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
 CANDIDATES = tuple(Penalties(text, image) for text, image in product((0.3, 1.0, 3.0), (1.0, 3.0, 10.0)))
 
@@ -116,8 +116,8 @@ class MomentAccumulator:
         """Return the shared space, with the penalties whose recalls of held-out groups are best, both ways.
 
         Args:
-            width: q. Where texts or images have fewer dimensions, the last ones are zero.
-            candidates: penalties to choose from, the usual ones where None. Where no fold has `MIN_HELD_OUT` groups,
+            width: q. If texts or images have fewer dimensions, the last ones are zero.
+            candidates: penalties to choose from, the usual ones if None. If no fold has `MIN_HELD_OUT` groups,
                 `DEFAULT` is taken.
 
         Raises:
@@ -136,9 +136,9 @@ class MomentAccumulator:
         return self._space(Solver(total), width, penalties)
 
     def _choose(self, total: Moments, candidates: Sequence[Penalties]) -> Penalties:
-        """Return the candidate with the best held-out recalls, but `DEFAULT` where that is within one standard error.
+        """Return the candidate with the best held-out recalls, but `DEFAULT` if that is within one standard error.
 
-        A few hundred groups leave the recalls of neighbouring penalties within their noise. Where only texts are
+        A few hundred groups leave the recalls of neighbouring penalties within their noise. If only texts are
         fitted there is no usual choice.
         """
         scores: list[Tensor] = []

@@ -7,7 +7,7 @@ the moments :math:`C_{tt}, C_{xx}, C_{tx}`, and :math:`c_t, c_x` are the mean ei
     P = (C_{tt} + a c_t I)^{-1/2}, \quad R = (C_{xx} + b c_x I)^{-1/2}, \quad U S V^\top = P C_{tx} R, \quad
     \text{text}(t) = S^{1/2} U^\top P t, \quad \text{image}(x) = S^{1/2} V^\top R x
 
-Computed in float64, which Apple's MPS lacks: move tensors to the CPU first. What was tried besides, and by how much it
+Computed in float64, which Apple's MPS lacks: move tensors to the CPU first. What else was tried, and by how much it
 was worse, is in docs/recipe.md.
 """
 

@@ -31,7 +31,7 @@ class AppendOnlyStore:
     """Records of bytes by key; holds no open file, so it pickles.
 
     Args:
-        folder: where the files are; made where it is missing.
+        folder: where the files are; made if it is missing.
         data_name: name of the file with the records.
         record_size: bytes of each record; None writes their sizes to the index.
         durable: wait for the disk, so that a power cut costs no more than a killed process does.
@@ -53,12 +53,12 @@ class AppendOnlyStore:
         self._forget()
 
     def refresh(self) -> None:
-        """Read what any process has added since the last time; GroundingFileError where the folder cannot be made."""
+        """Read what any process has added since the last time; GroundingFileError if the folder cannot be made."""
         with self._locked():
             self._read_index()
 
     def add(self, records: Mapping[str, bytes]) -> None:
-        """Append the records of keys that the store lacks, all or none; GroundingFileError where the disk is full."""
+        """Append the records of keys that the store lacks, all or none; GroundingFileError if the disk is full."""
         with self._locked():
             self._read_index()
             try:
@@ -114,7 +114,7 @@ class AppendOnlyStore:
                 self._index_end += len(line)
 
     def _parse(self, line: bytes) -> tuple[list[str], list[int]]:
-        """Return the keys of the index's next line and where their records end; none where the line is damaged."""
+        """Return the keys of the index's next line and where their records end; none if the line is damaged."""
         count = len(self.numbers)
         try:
             entry = json.loads(line) if line.endswith(b"\n") else {}
@@ -130,13 +130,13 @@ class AppendOnlyStore:
 
     def _forget(self) -> None:
         self.numbers: dict[str, int] = {}
-        # Where each record ends; empty where all have one size. An array: there may be millions.
+        # Where each record ends; empty if all have one size. An array: there may be millions.
         self._ends = array("q")
         self._index_end = 0
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock; an error names the folder where it cannot be made or written."""
+        """Hold the lock; an error names the folder if it cannot be made or written."""
         lock = FileLock(self.folder / LOCK_FILE)
         with naming_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,5 +157,5 @@ def _append(file: BinaryIO, end: int, data: bytes, durable: bool) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Return the size of a file, 0 where there is none."""
+    """Return the size of a file, 0 if there is none."""
     return path.stat().st_size if path.is_file() else 0

@@ -44,7 +44,9 @@ def naming_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except GroundingError:
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, ValueError) and "null byte" not in str(error):
+            raise
         # The name of a temporary file or folder would say nothing to anyone.
         reason = getattr(error, "strerror", None) or str(error)
         parts = Path(path).parts
@@ -89,12 +91,12 @@ def write_folder(folder: str | os.PathLike[str], writers: Mapping[str, Callable[
     """Write a set of files into a folder, all of them or none.
 
     They are staged in a subfolder, and the new set is valid from the moment at which that is renamed to `.commit`. Then
-    its files are moved over the old ones; `finish_commit` does the rest where that was cut short. So a process or
+    its files are moved over the old ones; `finish_commit` does the rest if that was cut short. So a process or
     machine that stops at any point leaves the old set or the new one, and never a mix. Other files in the folder stay
     as they are. One process or thread may write a folder at a time; a second one is refused.
 
     Args:
-        folder: where to; made where it is missing.
+        folder: where to; made if it is missing.
         writers: for each file's name, which may have folders in it, a function that writes the path it is given.
 
     Raises:
@@ -137,7 +139,7 @@ def finish_commit(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     commit = folder / COMMIT_FOLDER
-    if not commit.is_dir():
+    if not os.path.isdir(commit):  # Which is also no error where the folder's name can be none.
         return
     names = sorted(path.relative_to(commit) for path in commit.rglob("*"))
     subfolders = [name for name in names if (commit / name).is_dir()]
@@ -149,7 +151,7 @@ def finish_commit(folder: str | os.PathLike[str]) -> None:
                 os.replace(commit / name, folder / name)
     for name in [*subfolders, Path()]:
         sync(folder / name)
-    # Only rmdir, never rmtree: where another process has just put a newer commit here, it fails and removes nothing.
+    # Only rmdir, never rmtree: if another process has just put a newer commit here, it fails and removes nothing.
     for name in [*reversed(subfolders), Path()]:
         with suppress(OSError):
             (commit / name).rmdir()
@@ -158,13 +160,13 @@ def finish_commit(folder: str | os.PathLike[str]) -> None:
 def resolve(folder: str | os.PathLike[str], name: str) -> Path:
     """Return where a file of the folder's present set is to be read; it need not exist.
 
-    A commit that was cut short is finished first, or read in place where the folder cannot be written.
+    A commit that was cut short is finished first, or read in place if the folder cannot be written.
     """
     folder = Path(folder)
     with suppress(OSError):
         finish_commit(folder)
     waiting = folder / COMMIT_FOLDER / name
-    return waiting if waiting.is_file() else folder / name
+    return waiting if os.path.isfile(waiting) else folder / name
 
 
 def sync(path: Path) -> None:

@@ -70,7 +70,7 @@ def fetch_folder(name: str | os.PathLike[str], files: Sequence[str], options: Hu
         GroundingFileError: no local folder, and not to be had from the Hub.
     """
     local, subfolder = Path(name), options.subfolder
-    if not local.is_dir():
+    if not os.path.isdir(local):
         from huggingface_hub import snapshot_download
 
         if not is_hub_name(str(name)):
@@ -100,7 +100,7 @@ class PushOptions:
 
     Args:
         private: whether a new repository is private; None: the account's default.
-        revision: branch, made where it does not exist; None: the default branch.
+        revision: branch, made if it does not exist; None: the default branch.
         token: of the Hub; None: the one saved by logging in.
         commit_message: its first line.
         create_pr: open a pull request instead of committing to the branch.
@@ -120,7 +120,7 @@ class PushOptions:
 
 
 def make_repository(repo_id: str, options: PushOptions, kind: str = "model") -> str:
-    """Make a repository where it does not exist; return its full name, with the user's where `repo_id` had none.
+    """Make a repository if it does not exist; return its full name, with the user's if `repo_id` had none.
 
     Raises:
         GroundingFileError: the Hub did not take it.
@@ -144,7 +144,7 @@ def push_folder(
 
     Args:
         save: writes the files into the folder that it is given, where the repository's README.md may be.
-        repo_id: made where it does not exist.
+        repo_id: made if it does not exist.
         options: where to, and how.
         owned: patterns of the files that belong to what is saved; those that it no longer has are removed.
         kind: "model" or "dataset".
@@ -161,7 +161,7 @@ def push_folder(
 
     def push() -> str:
         created = api.create_repo(repo_id, private=options.private, repo_type=kind, exist_ok=True)
-        name = str(created.repo_id)  # With the user's name before it, where `repo_id` had none.
+        name = str(created.repo_id)  # With the user's name before it, if `repo_id` had none.
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(name, branch=revision, repo_type=kind, exist_ok=True)
         return _commit(api, save, name, options, owned, kind)
@@ -198,7 +198,7 @@ def _commit(
 
 
 def _retry(act: Callable[[], str]) -> str:
-    """Act, and act again after the time that the Hub asks for where its answer is one of `RETRIED_STATUSES`."""
+    """Act, and act again after the time that the Hub asks for if its answer is one of `RETRIED_STATUSES`."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for attempt in range(1, ATTEMPTS + 1):
@@ -208,7 +208,7 @@ def _retry(act: Callable[[], str]) -> str:
             if attempt == ATTEMPTS or error.response.status_code not in RETRIED_STATUSES:
                 raise
             seconds = error.response.headers.get("Retry-After", "")
-            time.sleep(min(int(seconds) if seconds.isdigit() else 2**attempt, LONGEST_WAIT))
+            time.sleep(min(int(seconds) if seconds.isdecimal() else 2**attempt, LONGEST_WAIT))
     raise AssertionError("the last attempt returns or raises")
 
 

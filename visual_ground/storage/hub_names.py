@@ -42,6 +42,6 @@ def rooted(name: str) -> str:
 
 
 def check_name(name: str, what: str) -> None:
-    """Raise GroundingFileError where a model's name is no local path that exists and could be none of the Hub's."""
+    """Raise GroundingFileError if a model's name is no local path that exists and could be none of the Hub's."""
     if not os.path.exists(name) and not is_hub_name(name):
         raise GroundingFileError(f"There is no folder {name!r} to load the {what} from. Give a folder, or a Hub id.")

@@ -38,7 +38,7 @@ class _Page:
 
 
 def render_page(metadata: Mapping[str, Any], body: str, earlier: str | None = None) -> str:
-    """Return a page of metadata and Markdown, with what people wrote into its earlier version, where there is one."""
+    """Return a page of metadata and Markdown, with what people wrote into its earlier version, if there is one."""
     body = f"\n{body.strip()}\n"
     page = _Page("", {}, None, "", "\n", "\n") if earlier is None else _parse(earlier)
     if page is None or (page.hashes is None and page.before.strip()):
@@ -47,7 +47,7 @@ def render_page(metadata: Mapping[str, Any], body: str, earlier: str | None = No
     kept = {key: value for key, value in page.metadata.items() if generated.get(key) != _hash(value)}
     new = {key: value for key, value in metadata.items() if key in page.metadata or key not in generated}
     values = {**new, **kept}
-    # Comments inside the YAML survive only where nothing in it changes.
+    # Comments inside the YAML survive only if nothing in it changes.
     front = page.yaml if page.metadata == values else _to_yaml(values)
     hashes = _hashes(metadata, body)
     if page.hashes and page.hashes.get("body") != _hash(page.body):
@@ -64,7 +64,7 @@ def is_edited(text: str) -> bool:
 
 
 def _parse(text: str) -> _Page | None:
-    """Cut a page into its parts; return None where its metadata or hashes cannot be read."""
+    """Cut a page into its parts; return None if its metadata or hashes cannot be read."""
     import yaml
 
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")

@@ -1,4 +1,4 @@
-"""Tar shards as webdataset has them, read to their end also where they are damaged."""
+"""Tar shards as webdataset has them, read to their end also if they are damaged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def read_shard(path: str | os.PathLike[str]) -> Iterator[Sample]:
         stem, _, suffix = parts.name.partition(".")
         if not stem:
             continue
-        if str(parts.parent / stem) != key:
+        # A member that is there already belongs to the next sample, which has the same name.
+        if str(parts.parent / stem) != key or suffix.lower() in members:
             if members:
                 yield Sample(key, members)
             key, members = str(parts.parent / stem), {}
@@ -72,7 +73,7 @@ def _members(path: str | os.PathLike[str]) -> Iterator[tuple[str, bytes | str]]:
 
 
 def _next(shard: tarfile.TarFile, size: int) -> tarfile.TarInfo | None:
-    """Return the next member, or None at the end; where a header that others belong to is damaged, the one after it."""
+    """Return the next member, or None at the end; if a header that others belong to is damaged, the one after it."""
     while True:
         try:
             return shard.next()

@@ -82,7 +82,7 @@ def write_rows(
 
 
 def map_tensor(path: str | os.PathLike[str], name: str) -> Tensor:
-    """Return a tensor of a safetensors file, mapped into memory; GroundingFileError where it is missing or damaged."""
+    """Return a tensor of a safetensors file, mapped into memory; GroundingFileError if it is missing or damaged."""
     with _opened(path) as stored:
         tensor: Tensor = stored.get_tensor(name)
     return tensor

@@ -49,7 +49,7 @@ class Conversation:
         self.turns, self._messages, self._waiting = [], [], []
 
     def show(self, path: str) -> None:
-        """Keep an image for the next line; raise GroundingValueError where it is no image file."""
+        """Keep an image for the next line; raise GroundingValueError if it is no image file."""
         if not is_image_file(path):
             raise GroundingValueError(f"{path!r} is not an image file. Give the path of a PNG, JPEG, GIF or WebP file.")
         self._waiting.append(path)

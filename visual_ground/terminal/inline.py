@@ -14,7 +14,7 @@ from visual_ground.errors import GroundingError
 from visual_ground.vision.decoding import to_png
 from visual_ground.vision.images import to_rgb
 
-# Names the protocol where it cannot be told from the terminal's own variables.
+# Names the protocol if it cannot be told from the terminal's own variables.
 SETTING = "VISUAL_GROUND_IMAGES"
 PROTOCOLS = ("kitty", "iterm2", "sixel")
 SIDE = 320  # Pixels of the longer side; about a quarter of a window.
@@ -24,7 +24,7 @@ BAND = 6  # Rows that one line of sixels holds.
 
 
 def protocol_of(stream: TextIO, environment: Mapping[str, str]) -> str | None:
-    """Return how a terminal takes pictures, or None where it takes none or that is not known.
+    """Return how a terminal takes pictures, or None if it takes none or that is not known.
 
     Args:
         stream: where the pictures are to go; files and pipes take none.
@@ -45,7 +45,7 @@ def protocol_of(stream: TextIO, environment: Mapping[str, str]) -> str | None:
 
 
 def drawn(image: Any, protocol: str) -> str | None:
-    """Return what makes a terminal draw an image, or None where the image cannot be opened.
+    """Return what makes a terminal draw an image, or None if the image cannot be opened.
 
     Args:
         image: in any form.

@@ -24,11 +24,15 @@ REFUSED: dict[str, tuple[object, str]] = {
     "torch_compile": (False, "the losses read the LM through hooks; compile the LM itself, with lm.compile()"),
     "debug": ([], "it stops at infinite logits, which ids that must not be said have"),
 }
+NOT_NEGATIVE = (
+    *("caption_loss_scale", "retrieval_loss_scale", "max_grad_norm"),
+    *("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "num_logged_examples"),
+)
 
 
 @dataclass
 class GroundingTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with the published optimizer settings, and what grounding needs besides.
+    """transformers' `TrainingArguments` with the published optimizer settings, and what grounding needs in addition.
 
     Args:
         caption_loss_scale: weight of the captioning loss.
@@ -37,7 +41,7 @@ class GroundingTrainingArguments(TrainingArguments):
         captioning_fraction: the part of each batch, in (0, 1], that is captioned; all of it is retrieved.
         end_captions: whether captioning also predicts the end of a caption.
         max_caption_length: length of a caption with its `[RET]`, in tokens; longer captions are cut.
-        feature_cache: folder of the cached image features; "features" in the output folder where None.
+        feature_cache: folder of the cached image features; "features" in the output folder if None.
         cache_features: compute the features of all images once, before training; False runs the vision encoder in
             every step.
         prefix_cache_gb: memory, in GiB, for the keys and values of the captions' tokens before `[RET]`, which are then
@@ -52,15 +56,15 @@ class GroundingTrainingArguments(TrainingArguments):
         max_skipped: the part of the images and captions, in [0, 1], that may be unreadable or empty. They are reported
             and left out; if there are more, the run stops.
         data_dependent_init: fit the start values of a new adapter to the training pairs before the first step, see
-            `training.initialization`; without effect where the adapter's `scaling` is "none".
-        projector_learning_rate: learning rate of the layer from image features to image tokens; `learning_rate` where
+            `training.initialization`; without effect if the adapter's `scaling` is "none".
+        projector_learning_rate: learning rate of the layer from image features to image tokens; `learning_rate` if
             None.
         retrieval_learning_rate: learning rate of the two layers into the retrieval space, whose start values need only
-            small changes; `learning_rate` where None, and where they have no such start values: with
+            small changes; `learning_rate` if None, and if they have no such start values: with
             `data_dependent_init=False` or the adapter's `scaling` "none".
         held_out: the part of the training data's groups, in [0, 1), that is not trained on. The start and ten states of
             the run are scored on it, and the best is the result. Without effect for streams, with
-            `load_best_model_at_end`, with start values as above, and where it would be fewer than ten groups.
+            `load_best_model_at_end`, with start values as above, and if it would be fewer than ten groups.
         patience: scores in a row without a better one, after which the run ends.
         num_logged_examples: pairs drawn on the contact sheet of each evaluation; 0 draws none.
 
@@ -113,6 +117,7 @@ class GroundingTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # Nothing that is not used is read in the first place.
+        self.max_grad_norm = 0.0 if self.max_grad_norm is None else self.max_grad_norm  # Neither clips.
         super().__post_init__()  # type: ignore[no-untyped-call]  # transformers' is untyped
         for name in ("concat_captions_prob", "captioning_fraction", "max_skipped"):
             if not 0 <= getattr(self, name) <= 1:
@@ -127,15 +132,20 @@ class GroundingTrainingArguments(TrainingArguments):
             raise GroundingValueError(
                 f"max_caption_length must be at least 2, a token and [RET], got {self.max_caption_length}."
             )
-        for name in ("prefix_cache_gb", "prefix_disk_gb", "mini_batch_size", "num_logged_examples"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise GroundingValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.gradient_accumulation_steps < 1:
+            raise GroundingValueError(
+                f"gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}."
+            )
         self._refuse_what_has_no_meaning()
 
     def _refuse_what_has_no_meaning(self) -> None:
         for name, number in vars(self).items():
-            if isinstance(number, float) and math.isnan(number):
-                raise GroundingValueError(f"{name} must be a number, got NaN.")
+            clips_nothing = (name, number) == ("max_grad_norm", math.inf)
+            if isinstance(number, float) and not math.isfinite(number) and not clips_nothing:
+                raise GroundingValueError(f"{name} must be a finite number, got {number}.")
         for name, (nothing, reason) in REFUSED.items():
             if (value := getattr(self, name)) not in (None, nothing):
                 raise GroundingValueError(f"{name}={value!r} has no meaning here: {reason}. Leave it out.")
@@ -162,5 +172,5 @@ class GroundingTrainingArguments(TrainingArguments):
 
     @property
     def sampling_seed(self) -> int:
-        """The seed of the order of the examples, and of which caption and image is drawn where one has several."""
+        """The seed of the order of the examples, and of which caption and image is drawn if one has several."""
         return self.seed if self.data_seed is None else self.data_seed

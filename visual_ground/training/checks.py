@@ -34,7 +34,7 @@ REFUSED_OPTIONS = {
 }
 
 # Callbacks of transformers that can upload more than an adapter, by the variable that asks for it, and what it is. Two
-# make a plain `Trainer` of the whole objective, which also uploads the output folder where `push_to_hub` is set.
+# make a plain `Trainer` of the whole objective, which also uploads the output folder if `push_to_hub` is set.
 WHOLE_UPLOADS = {
     "WandbCallback": ("WANDB_LOG_MODEL", "the whole language model"),
     "DVCLiveCallback": ("HF_DVCLIVE_LOG_MODEL", "the whole language model, or the output folder"),
@@ -45,7 +45,7 @@ NOT_ASKED = ("", "0", "false", "no", "off", "none")
 
 
 def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingArguments:
-    """Return the settings of a run; the default ones where None.
+    """Return the settings of a run; the default ones if None.
 
     Raises:
         GroundingTypeError: another class of settings, or an argument of `Trainer` that has no meaning here.
@@ -62,14 +62,23 @@ def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingA
     return GroundingTrainingArguments() if args is None else args
 
 
-def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise GroundingValueError where a callback would upload the LM, or the evaluation pictures of the output folder.
+def check_callbacks(callbacks: Iterable[TrainerCallback], args: Any, publishes: bool) -> None:
+    """Raise GroundingValueError if a callback would upload more than an adapter.
 
     Args:
         callbacks: of the run, those of `report_to` among them.
+        args: the run's settings.
+        publishes: whether the run goes to the Hub, of which callbacks hear.
     """
     for callback in callbacks:
-        for name in {base.__name__ for base in type(callback).__mro__} & set(WHOLE_UPLOADS):
+        names = {base.__name__ for base in type(callback).__mro__}
+        makes_space = getattr(args, "trackio_static_space_id", False) is not False and args.trackio_space_id is None
+        if publishes and makes_space and "TrackioCallback" in names:
+            raise GroundingValueError(
+                "When a run is pushed, TrackioCallback makes a Space of its log and its settings, local paths among "
+                "them. Set trackio_static_space_id=False, or trackio_space_id to a Space that you want them in."
+            )
+        for name in names & set(WHOLE_UPLOADS):
             variable, what = WHOLE_UPLOADS[name]
             # Wandb's is an enumeration.
             asked = getattr(callback, "_log_model", None) or os.environ.get(variable, "")
@@ -81,7 +90,7 @@ def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise where a model cannot be trained: it is not a `GroundedModel`, or its adapter is frozen."""
+    """Raise if a model cannot be trained: it is not a `GroundedModel`, or its adapter is frozen."""
     if not isinstance(model, GroundedModel):
         raise GroundingTypeError(f"GroundingTrainer trains a GroundedModel, got {type(model).__name__}.")
     if not any(parameter.requires_grad for parameter in model.adapter.parameters()):
@@ -113,7 +122,7 @@ def freeze_others(model: GroundedModel) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, model: GroundedModel) -> None:
-    """Raise GroundingValueError where an optimizer would change anything but what is saved with the adapter."""
+    """Raise GroundingValueError if an optimizer would change anything but what is saved with the adapter."""
     saved = {id(parameter) for parameter in _saved_parameters(model)}
     optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     foreign = [parameter for parameter in optimized if id(parameter) not in saved]
@@ -126,7 +135,7 @@ def check_optimizer(optimizer: Optimizer, model: GroundedModel) -> None:
 
 
 def check_resumed_optimizer(optimizer: Optimizer, checkpoint: str | os.PathLike[str]) -> None:
-    """Raise GroundingValueError where a checkpoint's optimizer state is one of another optimizer."""
+    """Raise GroundingValueError if a checkpoint's optimizer state is one of another optimizer."""
     path = Path(checkpoint) / OPTIMIZER_NAME
     if not path.is_file():
         return

@@ -39,7 +39,7 @@ class SheetEntry:
     """What the sheet shows of one pair.
 
     Args:
-        image: the validation image, or None where there are only features of it.
+        image: the validation image, or None if there are only features of it.
         caption: its caption.
         generated: the caption that the model generates for the image.
         retrieved: the images that it retrieves for the caption, best first.

@@ -46,7 +46,7 @@ class RunEvaluation:
 
     @torch.no_grad()
     def run(self, objective: GroundingObjective, examples: Examples, prefix: str, step: int) -> dict[str, float]:
-        """Return the metrics by name, each with the prefix and, where it has one, its dataset's name before it."""
+        """Return the metrics by name, each with the prefix and, if it has one, its dataset's name before it."""
         objective.eval()
         metrics: dict[str, float] = {}
         datasets = examples if isinstance(examples, dict) else {} if examples is None else {"": examples}

@@ -26,7 +26,7 @@ def set_compute_plan(
 ) -> None:
     """Set how an objective computes its losses: the fast paths that this LM supports, and what the settings ask for.
 
-    Where an LM adapter is trained too, keys and values of a prefix change with it, and no fast path applies.
+    If an LM adapter is trained too, keys and values of a prefix change with it, and no fast path applies.
 
     Args:
         objective: the losses.
@@ -53,12 +53,12 @@ def refill_prefix_cache(
     batches: int,
     on_device: Callable[[dict[str, Any]], Mapping[str, Any]],
 ) -> None:
-    """Compute again what the prefix cache of a killed run held in memory, so that the run goes on bit for bit.
+    """Compute again what the prefix cache of a killed run held in memory, so that the run continues bit for bit.
 
     The batches must be the same, since sums of floats depend on what else is in a batch.
 
     Args:
-        cache: the empty cache; None where the LM has no such fast path.
+        cache: the empty cache; None if the LM has no such fast path.
         loader_of: returns the batches of an epoch.
         sampler: the loader's; a stream has none, and its cache starts empty.
         batches: how many the killed run had trained on.

@@ -39,10 +39,10 @@ class FiniteCheck:
         self._examples.append(examples)
 
     def run(self, gradients: Iterable[Tensor | None], step: int) -> None:
-        """Raise, naming step and examples, where a loss since the last call or a gradient is not finite."""
+        """Raise, naming step and examples, if a loss since the last call or a gradient is not finite."""
         losses, examples = self._losses, self._examples
         self.start()
-        # The largest absolute value is finite exactly where all values are. (A 2-norm could overflow.) Clipping, which
+        # The largest absolute value is finite exactly if all values are. (A 2-norm could overflow.) Clipping, which
         # comes before this, keeps what is not finite so: 0 times infinity is NaN.
         largest = [torch.linalg.vector_norm(gradient, ord=math.inf) for gradient in gradients if gradient is not None]
         values = [value.float() for value in (*losses, *largest)]

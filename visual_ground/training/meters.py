@@ -84,7 +84,7 @@ def set_tensorboard_folder(callbacks: CallbackHandler, folder: str) -> None:
 
 
 def log_image(callbacks: CallbackHandler, name: str, pixels: np.ndarray, step: int) -> None:
-    """Log an image (h, w, 3) to TensorBoard, where it is one of the run's callbacks."""
+    """Log an image (h, w, 3) to TensorBoard, if it is one of the run's callbacks."""
     for callback in callbacks.callbacks:
         writer = getattr(callback, "tb_writer", None)
         if writer is not None:

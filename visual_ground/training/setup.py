@@ -95,11 +95,13 @@ def training_examples(rows: Any, preparation: Preparing) -> ExampleDataset | Exa
 
 def evaluation_examples(rows: Any, preparation: Preparing) -> ExampleDataset | dict[str, ExampleDataset]:
     """Return the examples of a dataset, or of several by name, each with its first image and caption."""
-    if isinstance(rows, dict):
-        return {str(name): preparation.examples(of_name, sample=False) for name, of_name in rows.items()}
-    if is_stream(rows):
+    several = rows if isinstance(rows, dict) else {"": rows}
+    if not several:
+        raise GroundingValueError("eval_dataset={} has no dataset to evaluate on. Leave it out, or name some.")
+    if any(map(is_stream, several.values())):
         raise GroundingTypeError("A stream has no end to evaluate at; give eval_dataset=list(stream.take(500)).")
-    return preparation.examples(rows, sample=False)
+    examples = {str(name): preparation.examples(of_name, sample=False) for name, of_name in several.items()}
+    return examples if several is rows else examples[""]
 
 
 def build_sampler(
@@ -112,7 +114,7 @@ def build_sampler(
 
 
 def check_batches(examples: ExampleDataset | ExampleStream | None, args: GroundingTrainingArguments) -> None:
-    """Raise where no batch can be trained on; set `max_steps` to the epochs of a cached stream, whose length is known.
+    """Raise if no batch can be trained on; set `max_steps` to the epochs of a cached stream, whose length is known.
 
     Raises:
         GroundingValueError: a batch of one, fewer examples than a batch, or a stream of unknown length without
@@ -184,7 +186,7 @@ def has_start_values(config: GroundingConfig, args: GroundingTrainingArguments) 
 def training_data(
     model: GroundedModel, rows: Any, preparation: Preparing, args: GroundingTrainingArguments
 ) -> tuple[ExampleDataset | ExampleStream | None, ExampleDataset | None]:
-    """Return the examples to train on, and those that choose the best state; None where there are none."""
+    """Return the examples to train on, and those that choose the best state; None if there are none."""
     examples = None if rows is None else training_examples(rows, preparation)
     is_chosen = args.load_best_model_at_end or not has_start_values(model.config, args)
     if is_chosen or not isinstance(examples, ExampleDataset):

@@ -48,7 +48,7 @@ class GroundingTrainer(Trainer):
         evaluator: one `visual_ground.evaluation.Evaluator` or several, run at each evaluation. Their metrics are logged
             as `eval_<name>_<metric>`, and `metric_for_best_model="<name>"` stands for an evaluator's primary metric.
         loss: a `losses.objective.Loss`, called with the objective and a batch; `FromageLoss` with the scales of
-            `args` where None. It has no trainable parameters of its own.
+            `args` if None. It has no trainable parameters of its own.
         options: `callbacks`, `optimizers` and `optimizer_cls_and_kwargs`, as for `Trainer`.
 
     Raises:
@@ -118,7 +118,7 @@ class GroundingTrainer(Trainer):
     ) -> TrainOutput:
         """Train, as `Trainer.train` does; a new adapter first gets start values from the training pairs.
 
-        `resume_from_checkpoint=True` takes the run's last complete checkpoint; where there is none, the run starts.
+        `resume_from_checkpoint=True` takes the run's last complete checkpoint; if there is none, the run starts.
 
         Raises:
             GroundingFileError: the checkpoint is not complete, or none could be written.
@@ -127,7 +127,7 @@ class GroundingTrainer(Trainer):
         checkpoint = self._checkpoints.find(resume_from_checkpoint)
         steps_done = 0 if checkpoint is None else checkpoints.global_step(checkpoint)
         batches = steps_done * self.args.gradient_accumulation_steps
-        checks.check_callbacks(self.callback_handler.callbacks)
+        checks.check_callbacks(self.callback_handler.callbacks, self.args, self.args.push_to_hub)
         checks.freeze_others(self.grounded)
         self._best.load(checkpoint)
         if checkpoint is not None and (self._best.is_over or 0 < self.args.max_steps <= steps_done):
@@ -139,8 +139,7 @@ class GroundingTrainer(Trainer):
                 loader_of, on_device = self.get_train_dataloader, self._prepare_inputs
                 refill_prefix_cache(self.model.prefixes, loader_of, self._sampler, batches, on_device)
             record_settings(self.grounded, self.args, self.train_dataset)
-            resumed = None if checkpoint is None else os.fspath(checkpoint)
-            output = super().train(resumed, trial, ignore_keys_for_eval)
+            output = super().train(str(checkpoint) if checkpoint else None, trial, ignore_keys_for_eval)
         self._best.restore()
         if self.args.push_to_hub:
             self.push_to_hub()
@@ -162,7 +161,7 @@ class GroundingTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of a batch, with the other outputs of the objective where `return_outputs`."""
+        """Return the loss of a batch, with the other outputs of the objective if `return_outputs`."""
         outputs: GroundingLoss = model(**inputs)
         if model.training:
             self.meters.count(inputs, outputs)
@@ -192,7 +191,7 @@ class GroundingTrainer(Trainer):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, and push it where `push_to_hub` is set; every process has all of it."""
+        """Write the adapter, and push it if `push_to_hub` is set; every process has all of it."""
         self._checkpoints.save_adapter(output_dir)
         if self.args.push_to_hub and not _internal_call and self.is_world_process_zero():
             self._publisher.push("Model save")
@@ -201,6 +200,7 @@ class GroundingTrainer(Trainer):
         self, commit_message: str | None = "End of training", blocking: bool = True, **options: Any
     ) -> str | None:
         """Commit what `GroundedModel.push_to_hub` commits, as blocking as that; `options` are as in `Trainer`."""
+        checks.check_callbacks(self.callback_handler.callbacks, self.args, True)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -213,7 +213,7 @@ class GroundingTrainer(Trainer):
             self._publisher.write_card(self._checkpoints.folder / CARD_FILE, **card)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository of `hub_model_id`, or of the output folder's name, where it does not exist."""
+        """Make the repository of `hub_model_id`, or of the output folder's name, if it does not exist."""
         if self.is_world_process_zero():
             self._publisher.open(token, private)
 
@@ -224,7 +224,7 @@ class GroundingTrainer(Trainer):
         return self._sampler  # The order is a function of seed and epoch alone, so that a restart needs no saved state.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # A checkpoint is many files, and counts once all are on disk; callbacks hear of it only where nothing failed.
+        # A checkpoint is many files, and counts once all are on disk; callbacks hear of it only if nothing failed.
         written = self._checkpoints.writing(self.state, self.accelerator.wait_for_everyone)
         with written as folder, optimizer_unsharded(self):
             super()._save_checkpoint(model, trial)

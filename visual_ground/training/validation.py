@@ -74,7 +74,7 @@ class Validation:
         return {**metrics, "ret_rate": float(self._gathered(predicts_ret, count).mean())}
 
     def loss(self, loss_of: Callable[[Sequence[Mapping[str, Any]]], Tensor]) -> float:
-        """Return the mean loss of the dataset's full batches; raise where that of a batch is not finite."""
+        """Return the mean loss of the dataset's full batches; raise if that of a batch is not finite."""
         size, count = self.batch_size, max(1, len(self.examples) // self.batch_size)
         batches = [range(i * size, (i + 1) * size) for i in range(count)]
         shares = counted(Processes.launched().share(batches), "evaluation: loss", "batches", self.progress, leave=False)

@@ -34,7 +34,7 @@ def caption_states(model: GroundedModel, captions: Sequence[str], fit_ret_token:
         model: the grounded model.
         captions: n captions.
         fit_ret_token: first fit the embedding of `[RET]`, so that it is likely after these captions
-            (`initialization.ret_token`), if the LM can run captions up to `[RET]` and go on from there.
+            (`initialization.ret_token`), if the LM can run captions up to `[RET]` and continue from there.
     """
     position = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     unique, positions = list(position), [position[caption] for caption in captions]
@@ -74,7 +74,7 @@ def fit_states(states: Tensor, vectors: Tensor, images: Tensor, groups: Tensor |
         states: what the text layers read.
         vectors: unit vectors of the anchors' images.
         images: (n,), the number of each state's image.
-        groups: (n,), equal where two states are about the same thing; None: one group an image.
+        groups: (n,), equal if two states are about the same thing; None: one group an image.
     """
     mean, std = mean_and_std(states)
     standardized = (states - mean) / std

@@ -36,7 +36,7 @@ def from_array(array: Any, name: str) -> Image.Image:
 
     Args:
         array: (h, w), (h, w, channels) or (channels, h, w), with 1, 3 or 4 channels (2, grey and alpha, only as the
-            last axis). Where both axes could be the channels, a tensor's are the first and an array's are the last.
+            last axis). If both axes could be the channels, a tensor's are the first and an array's are the last.
         name: for messages.
 
     Raises:

@@ -77,7 +77,7 @@ def load_open_clip(name: str) -> tuple[nn.Module, Any]:
 
 
 def _check_open_clip(architecture: str, pretrained: str) -> None:
-    """Raise GroundingError where open_clip has no such architecture, or no such weights, and no file has them."""
+    """Raise GroundingError if open_clip has no such architecture, or no such weights, and no file has them."""
     import open_clip
 
     if architecture not in open_clip.list_models():

@@ -22,6 +22,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow starts Ghostscript for these, with whatever a stranger has written into them.
+DRAWN_BY_PROGRAMS = ("EPS",)
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 JPEG_QUALITY = 85  # Of thumbnails.
 BITS_PER_SAMPLE = 258  # A TIFF tag.
@@ -31,7 +33,8 @@ def decode_file(data: bytes, name: str) -> Image.Image:
     """Return the bytes of an image's file as upright RGB; `name` is for messages.
 
     Raises:
-        GroundingValueError: not an image, damaged, truncated, without pixels, or over Pillow's decompression limit.
+        GroundingValueError: not an image, damaged, truncated, without pixels, over Pillow's decompression limit, or of
+            a kind that Pillow leaves to another program.
     """
     try:
         opened = open_image(data)
@@ -42,6 +45,11 @@ def decode_file(data: bytes, name: str) -> Image.Image:
     except Exception as error:  # Plugins raise errors of any kind for a damaged header.
         raise _damaged(name, error) from error
     with opened:
+        if opened.format in DRAWN_BY_PROGRAMS:
+            raise GroundingValueError(
+                f"{name} is not an image that Pillow can read by itself: it is {opened.format}, which another program "
+                "would have to draw. Save it as PNG."
+            )
         limit = Image.MAX_IMAGE_PIXELS
         # Pillow itself only warns at its limit, and raises at twice as much.
         if limit is not None and opened.width * opened.height > limit:
@@ -98,7 +106,7 @@ def is_image(data: File) -> bool:
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     """Return pixels turned as the EXIF of the image says that they were made of."""
     try:
-        # ImageOps.exif_transpose would write the EXIF anew, which fails where any other entry of it is damaged.
+        # ImageOps.exif_transpose would write the EXIF anew, which fails if any other entry of it is damaged.
         way = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # A picture whose EXIF is damaged is shown as it lies.
         return pixels

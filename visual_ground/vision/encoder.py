@@ -29,7 +29,7 @@ class VisionEncoder(nn.Module):
         model: a transformers, open_clip or timm model, or any module from pixels (n, c, h, w) to features (n, f).
         image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`.
         name: the string it was loaded by, or None.
-        feature_dim: f, where it is known; found by running an image where None.
+        feature_dim: f, if it is known; found by running an image if None.
         num_patch_tokens: k parts of the picture besides the pooled features; 0 for none.
         use_pooler: False takes the mean of the tokens, for a model whose `pooler_output` is untrained.
 
@@ -116,7 +116,7 @@ class VisionEncoder(nn.Module):
     # Running the model.
 
     def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return pooled features (n, f) and, where k is not 0, parts of the picture (n, k, patch_dim)."""
+        """Return pooled features (n, f) and, if k is not 0, parts of the picture (n, k, patch_dim)."""
         model: Any = self.model
         k = self.num_patch_tokens
         reference = next(model.parameters(), None)
@@ -184,7 +184,7 @@ class VisionEncoder(nn.Module):
         self._mask_ratio, config.mask_ratio = config.mask_ratio, 0.0
         order = getattr(entry(pixels.to(next(entry.parameters()))), "ids_restore", None)
         if order is not None and "noise" in parameter_names(entry):
-            # It sorts patches by noise even where it keeps them all; rising noise leaves them in order.
+            # It sorts patches by noise even if it keeps them all; rising noise leaves them in order.
             self.preprocessing.extras["noise"] = torch.arange(order.shape[1], dtype=torch.float32).unsqueeze(0)
 
 

@@ -1,4 +1,4 @@
-"""Where pixels go into a vision model: image features where a whole model offers them, else its vision tower."""
+"""Where pixels go into a vision model: image features if a whole model offers them, else its vision tower."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def entry_of(model: nn.Module) -> Any:
-    """Return what is called with pixels: image features where a whole model offers them, else the tower's forward."""
+    """Return what is called with pixels: image features if a whole model offers them, else the tower's forward."""
     if has_method(model, "get_image_features"):
         return _ImageFeatures(model)
     base = getattr(model, "base_model", model)

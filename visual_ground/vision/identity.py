@@ -72,7 +72,7 @@ class ImageSpace:
 
     @classmethod
     def from_dict(cls, values: Any, dim: int) -> ImageSpace:
-        """Read what `to_dict` returned, of vectors of width `dim`; a GroundingFileError where it is damaged."""
+        """Read what `to_dict` returned, of vectors of width `dim`; a GroundingFileError if it is damaged."""
         try:
             space = cls(tuple(tuple(map(float, row)) for row in values["vectors"]), **_names(values))
         except (TypeError, ValueError, KeyError) as error:
@@ -104,7 +104,7 @@ def _gradient() -> Image.Image:
 
 def image_key(image: ImageLike) -> str:
     """Return the key of an image's content: the SHA-256 of its file, or of size and RGB bytes
-    where it is a PIL image or an array.
+    if it is a PIL image or an array.
 
     A file has a key without being decoded. The same picture as a file and as a PIL image has two keys.
 

@@ -60,7 +60,7 @@ def to_rgb(image: ImageLike, rules: LinkRules | None = None) -> Image.Image:
         image: a PIL image of any mode (also palette, RGBA, CMYK, 16-bit), a path (`~` is the home folder), a `file:`,
             `data:` or `http(s):` URL, a file's bytes or their base64, a file object, `{"bytes": ..., "path": ...}`, or
             an array or tensor (h, w), (h, w, channels) or (channels, h, w).
-        rules: the hosts that images may be fetched from; none where None.
+        rules: the hosts that images may be fetched from; none if None.
 
     Returns:
         An RGB image. A file that was opened here is closed again.
@@ -95,7 +95,7 @@ def is_single(images: Any) -> bool:
 
 
 def image_name(image: Any) -> str:
-    """Return what an image is called in messages: its path where it has one.
+    """Return what an image is called in messages: its path if it has one.
 
     Example:
         >>> image_name({"bytes": b"", "path": "shard/000.jpg"})
@@ -111,7 +111,7 @@ def image_name(image: Any) -> str:
 
 
 def shortened(address: str | bytes) -> str:
-    """Return a path or URL in quotes, its middle left out where it is long."""
+    """Return a path or URL in quotes, its middle left out if it is long."""
     half, rest = NAME_LENGTH // 2, len(address) - NAME_LENGTH
     # The name of a file stands at the end.
     return repr(address) if rest <= 0 else f"{address[:half]!r}... ({rest:,} more) ...{address[-half:]!r}"
@@ -202,7 +202,7 @@ def _read_data_url(url: str) -> bytes:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """Return what base64 of either alphabet stands for, with or without its padding; None where it is none."""
+    """Return what base64 of either alphabet stands for, with or without its padding; None if it is none."""
     text = re.sub(r"\s|=", "", text).translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

@@ -30,7 +30,7 @@ def load_vision(
             of your own (see `visual_ground.vision.checkpoints`), a loaded module, or a `VisionEncoder` made by hand. A
             Hub id or folder may end with "#SUBMODULE": "openai/clip-vit-large-patch14#vision_model" is CLIP's tower
             alone, before its projection.
-        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found where it can be.
+        image_processor: maps a list of PIL images to `{"pixel_values": (n, c, h, w)}`; found if it can be.
         revision: of a Hub id.
         num_patch_tokens: parts of the picture to read besides the pooled features; 0 for none.
         hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
@@ -100,7 +100,7 @@ def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple
 
 
 def processor_of(model: nn.Module, name: str | None = None, **hub: Any) -> Any:
-    """Find the preprocessing that belongs to a loaded model of this name, or of that in its config where None."""
+    """Find the preprocessing that belongs to a loaded model of this name, or of that in its config if None."""
     if getattr(model, "pretrained_cfg", None) is not None:
         from timm import data
 

@@ -94,7 +94,7 @@ def patches(output: Any, count: int, num_prefix_tokens: int | None = None) -> Te
 
 
 def _as_grid(tokens: Tensor, num_prefix_tokens: int | None) -> Tensor:
-    """Return tokens (n, t, f) as (n, f, side, side), or as (n, f, t) where they form no square."""
+    """Return tokens (n, t, f) as (n, f, side, side), or as (n, f, t) if they form no square."""
     total = tokens.shape[1]
     prefix = total - math.isqrt(total) ** 2 if num_prefix_tokens is None else num_prefix_tokens
     side = math.isqrt(total - prefix)

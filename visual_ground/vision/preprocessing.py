@@ -13,7 +13,7 @@ from visual_ground.errors import GroundingTypeError
 from visual_ground.vision.entry_point import parameter_names
 from visual_ground.vision.images import ImageLike, to_rgb
 
-# Where a processor keeps an image's own shape, images are made squares of at least this side first, so that they can
+# If a processor keeps an image's own shape, images are made squares of at least this side first, so that they can
 # be batched. Larger than the input of most encoders, so that little detail is lost.
 SQUARE_SIDE = 512
 # Processors that scale the short side to a few hundred pixels make gigabytes of an image of 5000 x 1. Panoramas are
@@ -33,7 +33,7 @@ class Preprocessing:
 
     Attributes:
         pixels_key: the name under which the processor returns pixels and the model takes them.
-        square_side: the side of the squares that images are resized to first; None where the processor resizes them.
+        square_side: the side of the squares that images are resized to first; None if the processor resizes them.
         extras: further inputs of the model that are the same for all images, (1, ...) each.
 
     Raises:
@@ -100,7 +100,8 @@ class Preprocessing:
 
     def _resized(self, image: Image.Image) -> Image.Image:
         size = bounded_size(*image.size) if self.square_side is None else (self.square_side, self.square_side)
-        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+        # Averaged first, because Pillow's weights for shrinking millions of pixels to a few thousand take gigabytes.
+        return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def bounded_size(width: int, height: int) -> tuple[int, int]:

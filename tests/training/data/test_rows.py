@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from tests.tiny import grounded, picture
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingTrainer
-from visual_ground.errors import GroundingError, GroundingTypeError
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError
+from visual_ground.evaluation import EvaluationPairs
+from visual_ground.indexing.build import BuildOptions, build_index
 from visual_ground.training.data.columns import Columns, forbidden_words, open_rows, usable_rows
-from visual_ground.training.data.loading import load_rows
+from visual_ground.training.data.loading import column_names, load_rows
 from visual_ground.training.data.rows import is_missing
 from visual_ground.training.data.skipped import Skipped
 from visual_ground.training.data.streams import prepare_stream
@@ -127,16 +129,103 @@ def test_anything_with_rows_by_number_is_read_once_through(rows):
     assert usable(rows)[0] == list(range(len(ROWS)))
 
 
+class OneByOne(torch.utils.data.IterableDataset):
+    """A torch dataset without numbers."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+
+class Damaged(Endless):
+    """A torch dataset that opens its pictures itself, and fails where they are damaged."""
+
+    def __init__(self, faults):
+        self.faults = faults
+
+    def __getitem__(self, number):
+        fault = self.faults.get(number)
+        if isinstance(fault, Exception):
+            raise fault
+        return ROWS[number] if number not in self.faults else fault
+
+
+FAULTS = {
+    "raises OSError": OSError("image file is truncated"),
+    "raises KeyError": KeyError("image"),
+    "raises IndexError": IndexError("list index out of range"),
+    "is None": None,
+    "is a tuple": ("a.png", "w4"),
+    "lacks its image": {"caption": "w4"},
+    "lacks its caption": {"image": picture(1)},
+    "lacks all": {},
+}
+
+
+@pytest.mark.parametrize("place", [0, 5, 11])
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+def test_a_row_that_a_dataset_itself_cannot_read_is_left_out_by_name(cache, fault, place, tmp_path):
+    if place == 0 and not isinstance(fault, Exception):
+        pytest.skip("a first row of another kind says that this is no dataset")
+    model, rows = grounded(), Damaged({place: fault})
+    arguments_of = lambda limit: arguments(tmp_path, cache_features=cache, max_skipped=limit)  # noqa: E731
+    examples = data_preparation(model, arguments_of(0.2)).examples(rows, sample=True)
+    seen = {examples[i]["caption"] for i in range(len(examples))}
+    assert seen == {row["caption"] for i, row in enumerate(ROWS) if i != place}
+    with pytest.raises(GroundingError, match=rf"row {place}: it"):
+        data_preparation(model, arguments_of(0.01)).examples(rows, sample=True)
+    report = build_index(model, rows, tmp_path / "index", BuildOptions(progress=False))
+    kept = len(ROWS) if fault == {"image": FAULTS["lacks its caption"]["image"]} else len(ROWS) - 1
+    assert report.num_images == kept
+    if "caption" not in (fault if isinstance(fault, dict) else {}):
+        with pytest.raises(GroundingError):
+            EvaluationPairs(rows).read(model)
+
+
+def test_a_row_that_cannot_be_read_any_more_is_passed_over_in_training(tmp_path):
+    rows = Damaged({})
+    args = arguments(tmp_path, cache_features=False, data_dependent_init=False, max_steps=3, max_skipped=0.5)
+    trainer = GroundingTrainer(grounded(), args, rows)
+    rows.faults = {number: OSError("gone") for number in (2, 3)}
+    trainer.train()
+    assert trainer.state.global_step == 3 and any("gone" in name for name in trainer.skipped.names)
+
+
+def test_a_stream_that_cannot_be_read_is_one_error(tmp_path):
+    (tmp_path / "broken.json").write_text('[{"image": "0.png", "caption": "a"}, {"image": "1.png", "capt')
+    rows = load_rows(str(tmp_path / "broken.json"), streaming=True)
+    for read in (column_names, lambda rows: open_rows(rows, Columns())):
+        with pytest.raises(GroundingFileError):
+            read(rows)
+    with pytest.raises(GroundingFileError, match="ZeroDivisionError"):
+        open_rows(table().to_iterable_dataset().map(lambda row: 1 / 0), Columns())
+
+
+def test_a_dataset_of_which_nothing_can_be_read_is_named():
+    with pytest.raises(GroundingError, match="No row of the dataset can be read.*gone"):
+        open_rows(Damaged(dict.fromkeys(range(len(ROWS)), OSError("gone"))), Columns())
+
+
+@pytest.mark.parametrize(
+    "rows", [{}, {"a": datasets.IterableDataset.from_generator(lambda: iter(ROWS))}], ids=["none", "stream"]
+)
+def test_what_cannot_be_evaluated_on_is_named_before_the_first_step(rows, tmp_path):
+    with pytest.raises(GroundingError, match="eval_dataset="):
+        GroundingTrainer(grounded(), arguments(tmp_path), ROWS, eval_dataset=rows)
+
+
 @pytest.mark.parametrize(
     "rows, words",
     [
+        (torch.utils.data.ChainDataset([OneByOne()]), "ChainDataset.*from_generator"),
+        (OneByOne(), "from_generator makes a stream"),
         (datasets.DatasetDict(train=datasets.Dataset.from_list([{"caption": "w4"}])), r"DatasetDict.*ds\['train'\]"),
         ({"image": [1], "caption": ["w4"]}, "dict.*from_dict"),
         ("photos", "str.*load_dataset"),
         ([("a.png", "w4")], "Row 0 of the dataset is a tuple"),
         (iter(ROWS), "len"),
     ],
-    ids=["splits", "columns", "name", "tuples", "iterator"],
+    ids=["chain", "iterable", "splits", "columns", "name", "tuples", "iterator"],
 )
 def test_what_is_no_dataset_is_named(rows, words):
     with pytest.raises(GroundingTypeError, match=words):

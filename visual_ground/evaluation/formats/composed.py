@@ -129,7 +129,7 @@ def read_fashioniq(folder: Path, category: str, split: str) -> tuple[ComposedSet
 
 
 def _checked(queries: list[ComposedQuery], images: dict[str, str], path: Path) -> ComposedSet:
-    """Raise where a query is there twice, or an image that a query names is not among those that are searched."""
+    """Raise if a query is there twice, or an image that a query names is not among those that are searched."""
     files.check_unique((query.name for query in queries), f"{path.name}, ids of queries")
     for query in queries:
         for image in query.named:

@@ -92,7 +92,7 @@ def entries_of(mapping: Any, key: str, kind: type[T], where: str) -> list[T]:
 
 
 def placed(values: Any, where: str) -> list[tuple[str, Any]]:
-    """Return the values of a list, each with its place for messages; raise GroundingValueError where there are none."""
+    """Return the values of a list, each with its place for messages; raise GroundingValueError if there are none."""
     if not isinstance(values, list) or not values:
         found = "an empty one" if isinstance(values, list) else _kind_of(values)
         raise GroundingValueError(
@@ -102,7 +102,7 @@ def placed(values: Any, where: str) -> list[tuple[str, Any]]:
 
 
 def check_same_ids(ids: Iterable[Any], others: Iterable[Any], what: str, where: tuple[str, str]) -> None:
-    """Raise GroundingValueError where only one of two files is about an id, naming the first few."""
+    """Raise GroundingValueError if only one of two files is about an id, naming the first few."""
     one, other = set(ids), set(others)
     if one != other:
         raise GroundingValueError(
@@ -113,14 +113,14 @@ def check_same_ids(ids: Iterable[Any], others: Iterable[Any], what: str, where: 
 
 
 def number_in(sequence: Sequence[T], number: int, where: str) -> T:
-    """Return an entry by number; raise GroundingValueError where there are not so many."""
+    """Return an entry by number; raise GroundingValueError if there are not so many."""
     if not 0 <= number < len(sequence):
         raise GroundingValueError(f"{where} is {number}, and there are {len(sequence)} entries, numbered from 0.")
     return sequence[number]
 
 
 def check_unique(ids: Iterable[Any], what: str) -> None:
-    """Raise GroundingValueError where an id comes twice, naming some of them."""
+    """Raise GroundingValueError if an id comes twice, naming some of them."""
     seen, twice = set(), []
     for one in ids:
         if one in seen:

@@ -22,7 +22,7 @@ class VQAQuestion:
         image: the image's file, relative to the folder.
         question: in words.
         answer_type: "yes/no", "number" or "other".
-        answers: what each of ten people answered; none where there are no annotations.
+        answers: what each of ten people answered; none if there are no annotations.
         common_answer: the most common of these.
     """
 

@@ -35,7 +35,7 @@ def caption_scores(
     Args:
         captions: by image id.
         references: by the same ids, one or more of each.
-        tokenise: `tokenise_in_python` where None; or `tokenise_with_java`.
+        tokenise: `tokenise_in_python` if None; or `tokenise_with_java`.
 
     Raises:
         GroundingStateError: `pycocoevalcap` is not installed.

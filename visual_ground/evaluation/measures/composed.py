@@ -1,6 +1,6 @@
 """The metrics of composed retrieval, in which an image and a wish to change it look for another image.
 
-A ranking is best first. Where a right and a wrong image have the same score, the wrong one comes first.
+A ranking is best first. If a right and a wrong image have the same score, the wrong one comes first.
 """
 
 from __future__ import annotations

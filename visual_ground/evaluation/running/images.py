@@ -75,9 +75,9 @@ class ImageFeatures:
         names, size = list(there), self._batch_size
         batches = [names[start : start + size] for start in range(0, len(names), size)]
         if self._processes.count > 1:
-            for batch in self._shown(self._processes.share(batches)):
-                self._place([there[name] for name in batch])
-            self._processes.wait()  # From now on the features are only looked up.
+            share = self._shown(self._processes.share(batches))
+            # From then on the features are only looked up.
+            self._processes.together(lambda: [self._place([there[name] for name in batch]) for batch in share])
         rows = [row for batch in self._shown(batches) for row in self._place([there[name] for name in batch])]
         readable = [name for name, row in zip(names, rows, strict=True) if row >= 0]
         found = [row for row in rows if row >= 0]

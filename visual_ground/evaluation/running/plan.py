@@ -34,7 +34,7 @@ class Plan:
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def check(self, name: str) -> None:
-        """Raise GroundingValueError where there is nothing to measure, saying what was left out, or ids come twice."""
+        """Raise GroundingValueError if there is nothing to measure, saying what was left out, or ids come twice."""
         if not self.units:
             left_out = "; ".join(f"{len(names)} {reason}" for reason, names in self.missing.items() if names)
             raise GroundingValueError(

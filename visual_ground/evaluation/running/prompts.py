@@ -78,7 +78,7 @@ def embed_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt]) -> Ten
 
 @torch.no_grad()
 def answer_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt], **options: Any) -> list[str]:
-    """Return the text that the LM writes after each prompt, greedily where the options say nothing else.
+    """Return the text that the LM writes after each prompt, greedily if the options say nothing else.
 
     Args:
         model: the grounded model.

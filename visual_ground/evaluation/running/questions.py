@@ -89,7 +89,7 @@ class QuestionPrompt:
 def likeliest(model: GroundedModel, prompts: Sequence[list[Any]], choices: Sequence[str], gap: str = " ") -> list[int]:
     """Return which choice is likeliest after each prompt, its log-likelihood summed over its tokens; n numbers.
 
-    Each prompt is read once. A choice of several tokens is no likelier than its first one, so it is read only where
+    Each prompt is read once. A choice of several tokens is no likelier than its first one, so it is read only if
     that is likelier than every choice of a single token.
 
     Args:

@@ -55,7 +55,7 @@ class Records:
         self._store.add(lines)
 
     def join(self, processes: Processes) -> None:
-        """Give every process the records that it lacks, where their folders are on different disks."""
+        """Give every process the records that it lacks, if their folders are on different disks."""
         processes.wait()
         self._store.refresh()
         held = processes.gather(set(self._store.numbers))

@@ -66,7 +66,7 @@ class Evaluation:
 
     Args:
         task: the task.
-        work_dir: where image features and records are kept. A killed evaluation goes on from there, and the same one
+        work_dir: where image features and records are kept. A killed evaluation continues from there, and the same one
             is not measured again; in several processes, all use it. None keeps nothing.
         batch_size: units measured at once.
         seed: of the bootstrap.
@@ -110,6 +110,7 @@ class Evaluation:
         Raises:
             GroundingValueError: nothing to measure, ids that come twice, or numbers that are not finite.
             GroundingFileError: nothing can be written to `work_dir`.
+            GroundingStateError: another of the processes has failed.
         """
         was_training, processes = model.training, Processes.launched()
         model.eval()
@@ -133,10 +134,14 @@ class Evaluation:
         todo = [batch for batch in batches if not all(units[number] in known for number in batch)]
         share = processes.share(todo)
         total = sum(map(len, share))
-        with progress_bar(self.name, self.task.unit, total, progress) as bar:
-            for batch in share:
-                records.add([units[number] for number in batch], plan.measure(list(batch)))
-                bar.update(len(batch))
+
+        def measure() -> None:
+            with progress_bar(self.name, self.task.unit, total, progress) as bar:
+                for batch in share:
+                    records.add([units[number] for number in batch], plan.measure(list(batch)))
+                    bar.update(len(batch))
+
+        processes.together(measure)
         records.join(processes)
 
     def _about(self, model: GroundedModel, plan: Plan) -> dict[str, Any]:

@@ -28,8 +28,8 @@ def evaluate(
     Args:
         model: the grounded model.
         task: its name, or a task of your own.
-        data: the folder with its official files, where it reads any; see the page on evaluation.
-        work_dir: where image features and records are kept. A killed evaluation goes on from there, with the same
+        data: the folder with its official files, if it reads any; see the page on evaluation.
+        work_dir: where image features and records are kept. A killed evaluation continues from there, with the same
             report as one that was not killed. None keeps nothing.
         batch_size: units measured at once.
         seed: of the bootstrap that gives the intervals.
@@ -38,8 +38,9 @@ def evaluate(
 
     Raises:
         GroundingValueError: no such task, nothing to measure, or numbers that are not finite.
-        GroundingTypeError: a setting that the task does not have, or no data where it needs some.
+        GroundingTypeError: a setting that the task does not have, or no data if it needs some.
         GroundingFileError: a file of the data is missing, damaged, or of another kind.
+        GroundingStateError: a package that the task needs is not installed.
 
     Example:
         >>> report = evaluate(model, "vist", data="VIST", work_dir="work")  # doctest: +SKIP

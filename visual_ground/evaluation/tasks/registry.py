@@ -10,7 +10,7 @@ from typing import Any
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.evaluation.running.task import Task
 
-# Each is "module:class", imported where it is first asked for. A class takes the folder of the data, where it needs
+# Each is "module:class", imported where it is first asked for. A class takes the folder of the data, if it needs
 # one, and its settings by name.
 TASKS: dict[str, str] = {
     "captions": "visual_ground.evaluation.tasks.answers.captions:Captions",
@@ -32,12 +32,12 @@ def load_task(name: str, data: str | os.PathLike[str] | None = None, **settings:
 
     Args:
         name: see `TASKS`.
-        data: the folder with its official files, where it reads any.
+        data: the folder with its official files, if it reads any.
         settings: of the task, see its class.
 
     Raises:
         GroundingValueError: no such task, or a setting out of its range.
-        GroundingTypeError: a setting that the task does not have, or no data where it needs some.
+        GroundingTypeError: a setting that the task does not have, or no data if it needs some.
         GroundingFileError: a file is missing or of another kind.
     """
     if name not in TASKS:

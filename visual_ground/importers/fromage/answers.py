@@ -89,7 +89,7 @@ def answer_as_published(
     if not ret_positions:
         return InterleavedOutput((_cut(_text(model, ids[0, start:].tolist())),))
     vectors = _ret_vectors(model, ids, ret_positions, image_tokens)
-    retrieved = retrieve(vectors, index, RetrievalSettings(images_per_ret=decoding.max_img_per_ret))
+    retrieved = retrieve(vectors, index, RetrievalSettings(images_per_ret=decoding.max_img_per_ret, max_images=None))
     parts: list[Any] = []
     for position, images in zip(ret_positions, retrieved, strict=True):
         parts += [part for part in (_cut(_text(model, ids[0, start:position].tolist())), *images) if part]

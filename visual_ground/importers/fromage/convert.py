@@ -62,7 +62,7 @@ def read_official(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[
 
     Args:
         folder: holds `model_args.json` and the checkpoint.
-        checkpoint: the checkpoint's path, where it is not `pretrained_ckpt.pth.tar` in the folder.
+        checkpoint: the checkpoint's path, if it is not `pretrained_ckpt.pth.tar` in the folder.
 
     Raises:
         GroundingFileError: a file that is missing, damaged, or holds more than tensors.
@@ -87,7 +87,7 @@ def read_official(folder: str | os.PathLike[str], checkpoint: str | os.PathLike[
 
 
 def read_official_index(folder: str | os.PathLike[str]) -> ImageIndex | None:
-    """Read the pickled image embeddings of an official folder, or return None where it has none.
+    """Read the pickled image embeddings of an official folder, or return None if it has none.
 
     Returns:
         An index whose ids are the images' numbers in the files, in the files' order, and whose images are the
@@ -152,7 +152,7 @@ def _official_names(config: GroundingConfig) -> dict[str, str]:
 
 
 def _translate(stored: Mapping[str, Tensor], config: GroundingConfig) -> dict[str, Tensor]:
-    """Return the adapter's state dict; the frozen models, where a checkpoint has them, are left out."""
+    """Return the adapter's state dict; the frozen models, if a checkpoint has them, are left out."""
     names = _official_names(config)
     needed = [*names.values(), RET_KEY]
     frozen = re.compile(r"model\.(lm|visual_model|input_embeddings)\.")

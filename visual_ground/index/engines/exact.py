@@ -21,7 +21,7 @@ STORED = {"F32": torch.float32, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class _Rows:
-    """Vectors by position, in blocks; never changed, so that a reader can go on while a writer makes the next one."""
+    """Vectors by position, in blocks; never changed, so that a reader can finish while a writer makes the next one."""
 
     blocks: tuple[Tensor, ...]
     removed: Tensor | None = None
@@ -123,7 +123,7 @@ class ExactIndex:
         self._rows = self.changed([], vectors)._rows
 
     def remove(self, positions: Sequence[int]) -> None:
-        """Take vectors out, or none where one is not there (GroundingIndexError); the others keep their positions."""
+        """Take vectors out, or none if one is not there (GroundingIndexError); the others keep their positions."""
         self._rows = self._rows.without(positions)
 
     def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
@@ -182,7 +182,7 @@ class ExactIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExactIndex:
-        """Open what `save` wrote, mapped into memory and unread; GroundingFileError where it is damaged."""
+        """Open what `save` wrote, mapped into memory and unread; GroundingFileError if it is damaged."""
         path = Path(path)
         shapes = read_shapes(path)
         shape, dtype = shapes.get("vectors", ((), ""))
@@ -209,7 +209,7 @@ class ExactIndex:
 
 
 def as_block(vectors: Tensor) -> Tensor:
-    """Return vectors (n, q), finite ones, as float16 or float32 on the CPU, without a copy where they are."""
+    """Return vectors (n, q), finite ones, as float16 or float32 on the CPU, without a copy if they are."""
     # The smallest and largest show a NaN or infinity, and need no memory beside the vectors as `isfinite` does.
     if vectors.dim() != 2 or (vectors.numel() and not bool(torch.isfinite(torch.stack(vectors.aminmax())).all())):
         raise GroundingValueError(f"vectors must be finite and (n, q), got shape {tuple(vectors.shape)}.")
@@ -217,7 +217,7 @@ def as_block(vectors: Tensor) -> Tensor:
 
 
 def _chunk_rows(queries: int, block: Tensor) -> int:
-    """Return how many vectors are scored at once: bound by their scores, and by their copy where they are float16."""
+    """Return how many vectors are scored at once: bound by their scores, and by their copy if they are float16."""
     width = max(queries, 1 if block.dtype == torch.float32 else block.shape[1])
     return max(1, CHUNK_NUMBERS // max(1, width))
 

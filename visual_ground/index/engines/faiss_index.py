@@ -46,7 +46,7 @@ class FaissIndex:
 
     Args:
         vectors: (n, q), or an `ExactIndex` that holds them.
-        kind: "flat", "hnsw", or "ivfpq", which is smallest; by the number of vectors where None.
+        kind: "flat", "hnsw", or "ivfpq", which is smallest; by the number of vectors if None.
         target_recall: the part of the 10 best entries that a search should find; it costs time.
 
     Attributes:
@@ -111,7 +111,7 @@ class FaissIndex:
     def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
         """Return the k best entries that faiss finds for each query; see `VectorIndex.search`.
 
-        Where a filter allows few vectors, or faiss finds fewer than it should, all that are allowed are compared.
+        If a filter allows few vectors, or faiss finds fewer than it should, all that are allowed are compared.
         """
         allowed = self.exact.allowed(filter)
         count = self.exact.end if allowed is None else int(allowed.sum())
@@ -134,7 +134,7 @@ class FaissIndex:
         write_json(f"{path}.faiss.json", whole.about(""))
 
     def whole(self) -> FaissIndex:
-        """Return the index without removed vectors, built again where there are any; those after them move up."""
+        """Return the index without removed vectors, built again if there are any; those after them move up."""
         if self.exact.end == len(self):
             return self
         too_few = self.kind == "ivfpq" and len(self) < FEWEST_TO_LEARN
@@ -154,7 +154,7 @@ class FaissIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FaissIndex:
-        """Open what `save` wrote, mapped into memory; GroundingFileError where the files are damaged."""
+        """Open what `save` wrote, mapped into memory; GroundingFileError if the files are damaged."""
         return cls.beside(ExactIndex.load(path), f"{path}.faiss")
 
     @classmethod

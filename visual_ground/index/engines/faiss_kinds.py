@@ -17,7 +17,7 @@ KINDS = {"IndexFlat": "flat", "IndexFlatIP": "flat", "IndexHNSWFlat": "hnsw", "I
 # for each centroid that it learns, and a byte has 256.
 NUMBERS_A_BYTE, LEARNT_FROM, FEWEST_TO_LEARN = 4, 40, 39 * 256
 CODE_ROUNDS = 10  # Of learning the codes; faiss does 25, of which the last ones change next to nothing.
-CANDIDATES = 10  # That are compared exactly, for each entry that is wanted, where their codes are not exact.
+CANDIDATES = 10  # That are compared exactly, for each entry that is wanted, if their codes are not exact.
 
 
 def kind_for(count: int) -> str:

@@ -70,7 +70,7 @@ class Collection:
         name = self.name.removesuffix(BUILDING)
 
         def rename(client: Any) -> None:
-            if client.has_collection(self.name):  # Not so where the first try was carried out and its answer lost.
+            if client.has_collection(self.name):  # Not so if the first try was carried out and its answer lost.
                 client.rename_collection(self.name, name)
             client.load_collection(name)
 
@@ -96,7 +96,7 @@ class Collection:
     def append(self, rows: Iterable[dict[str, Any]], count: int, columns: set[str], next_id: int) -> range:
         """Append `count` rows, which lack only their position, all or none, and return their positions.
 
-        The positions are taken first, in the counter. Where a process dies before all rows are there, the next one that
+        The positions are taken first, in the counter. If a process dies before all rows are there, the next one that
         writes deletes those that are.
         """
         before = self.clean()

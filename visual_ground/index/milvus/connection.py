@@ -15,7 +15,7 @@ from visual_ground.errors import GroundingStateError, GroundingValueError, needi
 
 logger = logging.getLogger(__name__)
 
-COLLECTION = "images"  # Where none is named.
+COLLECTION = "images"  # If none is named.
 LITE_SUFFIX = ".db"  # By which pymilvus knows a file of Milvus Lite from the address of a server.
 LONGEST_PAUSE = 5.0
 # What gRPC calls a server that is not there, or does not answer in time.
@@ -29,8 +29,8 @@ class MilvusServer:
 
     Args:
         uri: a file of Milvus Lite, `images.db`, or the address of a server or cluster, `http://localhost:19530`.
-        token: `user:password` or an API key, where the server asks for one.
-        database: of the server; its default where empty.
+        token: `user:password` or an API key, if the server asks for one.
+        database: of the server; its default if empty.
         timeout: seconds that a call may take before it is tried again.
         tries: how often a call is tried while Milvus is away.
         pause: seconds before the second try; doubled before each further one.
@@ -75,7 +75,7 @@ def server_at(place: Place) -> MilvusServer:
 def named_place(name: str) -> tuple[MilvusServer, str] | None:
     """Return the server and the collection of a name such as `images.db` or `http://localhost:19530#photos`.
 
-    The token is in the environment variable MILVUS_TOKEN, because a command line is there for all to see. None where
+    The token is in the environment variable MILVUS_TOKEN, because a command line is there for all to see. None if
     the name is of something else, such as a folder or a repository of the Hub.
     """
     place, _, collection = name.partition("#")
@@ -85,7 +85,7 @@ def named_place(name: str) -> tuple[MilvusServer, str] | None:
 
 
 def lite_file(path: str | os.PathLike[str]) -> str:
-    """Return the name of a file of Milvus Lite; its ending is added where it is not there."""
+    """Return the name of a file of Milvus Lite; its ending is added if it is not there."""
     name = os.fspath(path)
     return name if name.endswith(LITE_SUFFIX) else name + LITE_SUFFIX
 
@@ -103,7 +103,7 @@ class Connection:
         self.call(lambda client: client.list_collections(timeout=server.timeout))
 
     def call(self, use: Callable[[Any], Any], again: Callable[[Any], Any] | None = None) -> Any:
-        """Return what a function of the client returns; it is called again, on a new connection, where one is lost.
+        """Return what a function of the client returns; it is called again, on a new connection, if one is lost.
 
         Args:
             use: what to do. It must do no harm twice, unless there is `again`.

@@ -46,7 +46,7 @@ class Counter:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Any], name: str) -> Counter:
-        """Read the counter from what a query for it returned; where it is not there or damaged, GroundingFileError."""
+        """Read the counter from what a query for it returned; if it is not there or damaged, GroundingFileError."""
         values = rows[0].get("entry") if rows else None
         if not isinstance(values, dict) or type(values.get("end")) is not int:
             raise GroundingFileError(f"The Milvus collection {name!r} is damaged: it has no counter. Build it again.")

@@ -65,8 +65,8 @@ class MilvusIndex:
             place: a file `images.db` of Milvus Lite, the address of a server, or a `MilvusServer`.
             vectors: unit vectors, or an `ExactIndex` of them.
             collection: its name.
-            entries: what the vectors stand for, one each; nothing where None.
-            search: how Milvus finds them; by its own choice where None.
+            entries: what the vectors stand for, one each; nothing if None.
+            search: how Milvus finds them; by its own choice if None.
             progress: show a progress bar.
 
         Raises:
@@ -88,7 +88,7 @@ class MilvusIndex:
 
     @classmethod
     def open(cls, place: Place, collection: str = COLLECTION, search: MilvusSearch | None = None) -> MilvusIndex:
-        """Open a collection; GroundingStateError where there is none, GroundingFileError for another kind."""
+        """Open a collection; GroundingStateError if there is none, GroundingFileError for another kind."""
         return cls(Collection(Connection(server_at(place)), collection), search)
 
     @property
@@ -151,7 +151,7 @@ class MilvusIndex:
             raise
 
     def remove(self, positions: Sequence[int]) -> None:
-        """Take vectors out, or none where one is not there (GroundingIndexError); the others keep their positions."""
+        """Take vectors out, or none if one is not there (GroundingIndexError); the others keep their positions."""
         found = self.collection.at(positions)
         if missing := [one for one in positions if one not in found or one < 0]:
             raise GroundingIndexError(f"Positions {missing} hold no vector of this index.")

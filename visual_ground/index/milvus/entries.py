@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.index.milvus.rows import Entry
+from visual_ground.index.places import check_images
 from visual_ground.index.remote_images import ImageLink, LinkRules, is_url
 from visual_ground.index.state import Ids, IndexState
 from visual_ground.index.table.rows import THUMBNAIL, check_counts, check_distinct, check_ids, check_metadata
@@ -25,8 +26,9 @@ def make_entries(
 
     Raises:
         GroundingValueError: lengths differ, ids repeat, or metadata that is no JSON.
-        GroundingTypeError: ids that are neither strings nor integers.
+        GroundingTypeError: ids that are neither strings nor integers, or images that are none.
     """
+    check_images(images)
     check_counts(count, ids=ids, images=images, metadata=metadata)
     check_ids(ids)
     check_metadata(metadata or [])
@@ -48,7 +50,7 @@ def entries_of(state: IndexState) -> Iterator[Entry]:
 
 
 def image_of(entry: Entry, rules: LinkRules) -> str | ImageLink | None:
-    """Return the path of an entry's image where the rules let it be opened, and else a link.
+    """Return the path of an entry's image if the rules let it be opened, and else a link.
 
     An index in Milvus has no folder of its own, and may have been written by anyone.
     """

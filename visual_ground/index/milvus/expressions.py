@@ -2,7 +2,7 @@
 
 Metadata are stored by the kind of their values, `entry["number"]["year"]`, `entry["string"]["licence"]`, so that a
 comparison only ever meets values of its own kind. Milvus Lite knows `in` for plain columns only, and it and the server
-disagree on `not` where a value is missing: an `in` becomes several comparisons, and a `not` is moved down to them.
+disagree on `not` if a value is missing: an `in` becomes several comparisons, and a `not` is moved down to them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import json
 import math
 from typing import Any
 
-from visual_ground.index.table.filters import COMPARISONS, Comparison, Condition, kind_of
+from visual_ground.index.table.filters import COMPARISONS, Comparison, Condition, fits_int64, kind_of
 
 SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OPPOSITES = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 # Position -1 is no image, see `collection`.
 ALL, NONE = "position >= 0", "position < -1"
-INT64 = range(-(2**63), 2**63)
 
 
 def expression(condition: Condition) -> str:
@@ -71,7 +70,7 @@ def _compare(one: Comparison, holds: bool) -> str:
 
 
 def _leaf(column: str, how: str, value: Any, holds: bool) -> str:
-    """Return whether a comparison holds, or does not: then also where there is no value of its kind."""
+    """Return whether a comparison holds, or does not: then also if there is no value of its kind."""
     if column == "id" and how == "eq" and (isinstance(value, str) or type(value) is int):
         return f"key {'==' if holds else '!='} {quote(key_of(value))}"
     kind = kind_of(value)
@@ -94,4 +93,4 @@ def _literal(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return quote(value)
-    return repr(float(value)) if isinstance(value, float) or value not in INT64 else str(value)
+    return repr(float(value)) if isinstance(value, float) or not fits_int64(value) else str(int(value))

@@ -36,7 +36,7 @@ class MilvusImageIndex:
 
     Args:
         engine: the vectors; `create`, `from_folder` and `open` make one.
-        rules: which images elsewhere may be opened when they are shown; none where None.
+        rules: which images elsewhere may be opened when they are shown; none if None.
 
     Example:
         >>> import tempfile
@@ -110,7 +110,7 @@ class MilvusImageIndex:
         )
 
     def search(self, vectors: Tensor, k: int, filter: Filter | None = None) -> SearchResult:
-        """Return the best entries for each query (queries, q), fewer than k where fewer are allowed.
+        """Return the best entries for each query (queries, q), fewer than k if fewer are allowed.
 
         `filter` is as in `ImageIndex.search`. A mapping is evaluated by Milvus. A function is called here, with entry
         after entry from the best one on.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.index.milvus.expressions import INT64, key_of
-from visual_ground.index.table.filters import kind_of
+from visual_ground.index.milvus.expressions import key_of
+from visual_ground.index.table.filters import fits_int64, kind_of
 
 LONGEST = 65_535  # Bytes that Milvus keeps in one cell.
 KINDS = ("number", "string", "bool")
@@ -34,7 +34,7 @@ class Entry:
 
 
 def to_row(entry: Entry | None) -> dict[str, Any]:
-    """Return the cells of an entry that Milvus can keep; of a vector that stands for nothing where None."""
+    """Return the cells of an entry that Milvus can keep; of a vector that stands for nothing if None."""
     if entry is None:
         return {"key": "", "entry": {}, "thumbnail": ""}
     cells: dict[str, Any] = {"id": {"string" if isinstance(entry.id, str) else "number": entry.id}}
@@ -42,7 +42,7 @@ def to_row(entry: Entry | None) -> dict[str, Any]:
         cells["image"] = entry.image
     for name, value in entry.metadata.items():
         # What no filter compares stays out of the way of filters, and so do whole numbers beyond Milvus's 64 bits.
-        plain = kind_of(value) if name and (type(value) is not int or value in INT64) else None
+        plain = kind_of(value) if name and (type(value) is not int or fits_int64(value)) else None
         cells.setdefault(plain or "other", {})[name] = value
     row = {
         "key": key_of(entry.id),

@@ -46,7 +46,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries by position; never changed, so that a reader can go on while a writer makes the next ones.
+    """Entries by position; never changed, so that a reader can continue while a writer makes the next ones.
 
     Args:
         segments: in order of their positions.
@@ -103,7 +103,7 @@ class Entries:
         return self._locate(position)[0].given
 
     def from_elsewhere(self) -> Entries:
-        """Return entries whose images are opened only where rules allow it."""
+        """Return entries whose images are opened only if rules allow it."""
         return replace(self, segments=tuple(replace(segment, given=False) for segment in self.segments))
 
     def _locate(self, position: int) -> tuple[Segment, int]:
@@ -149,7 +149,7 @@ class Entries:
         )
 
     def with_thumbnails(self, thumbnails: Sequence[bytes | None]) -> Entries:
-        """Return entries of one segment with thumbnails, JPEG files, where any is there."""
+        """Return entries of one segment with thumbnails, JPEG files, if any is there."""
         if not any(thumbnails):
             return self
         table = self.segments[0].table.append_column(THUMBNAIL, pa.array(thumbnails, pa.binary()))
@@ -192,7 +192,7 @@ class Entries:
 def make_entries(
     ids: Ids | None, images: Sequence[Any] | None, metadata: Sequence[Mapping[str, Any]] | None, count: int, first: int
 ) -> Entries:
-    """Check what comes with `count` vectors and return it as entries; ids are `first` and on where None.
+    """Check what comes with `count` vectors and return it as entries; ids are `first` and on if None.
 
     Raises:
         GroundingValueError: lengths differ, ids repeat, or metadata that is no JSON.

@@ -38,7 +38,7 @@ FORMS = 'such as {"licence": "CC0"}, {"year": {"ge": 1990}}, {"licence": ["CC0",
 
 @dataclass(frozen=True)
 class Comparison:
-    """One column compared with one value, or with several where the operator is "in"."""
+    """One column compared with one value, or with several if the operator is "in"."""
 
     column: str
     operator: str
@@ -65,6 +65,11 @@ Condition: TypeAlias = Comparison | Group
 def same_kind(value: Any, other: Any) -> bool:
     """Return whether two values can be compared: two strings, two numbers, or two booleans."""
     return kind_of(value) is not None and kind_of(value) == kind_of(other)
+
+
+def fits_int64(number: int) -> bool:
+    """Return whether a whole number fits into 64 bits; `number in range(...)` would count where it is of a subclass."""
+    return -(2**63) <= number < 2**63
 
 
 def kind_of(value: Any) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from visual_ground.index.table.filters import COMPARISONS, ORDERED, Comparison, Condition, kind_of
+from visual_ground.index.table.filters import COMPARISONS, ORDERED, Comparison, Condition, fits_int64, kind_of
 from visual_ground.index.table.rows import RESERVED, read_others
 
 ARROW_KINDS = {pa.string(): "string", pa.int64(): "number", pa.float64(): "number", pa.bool_(): "bool"}
@@ -18,7 +18,7 @@ Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def rows_where(table: pa.Table, condition: Condition) -> Mask:
-    """Return a mask over a table's rows, True where a condition holds."""
+    """Return a mask over a table's rows, True if a condition holds."""
     if isinstance(condition, Comparison):
         return _compare(table, condition)
     masks: Iterator[Any] = (rows_where(table, one) for one in condition.conditions)
@@ -52,7 +52,7 @@ def _compare_column(column: Any, one: Comparison) -> Mask:
     functions = {"eq": pc.equal, "ne": pc.not_equal, "lt": pc.less, "le": pc.less_equal}
     functions |= {"gt": pc.greater, "ge": pc.greater_equal}
     for value in comparable:
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        if isinstance(value, int) and not fits_int64(value):
             valid = column.is_valid().to_numpy()
             found |= valid & COMPARISONS[how](0.0, float("inf") if value > 0 else float("-inf"))
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,19 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
+from visual_ground.index.table.filters import fits_int64
 from visual_ground.index.table.nulls import shared_nulls
+from visual_ground.storage.texts import is_unicode
 
 # Metadata that fit no column of one type: nested values, None, mixed types, whole numbers beyond 64 bits; as JSON.
 OTHERS = "other_metadata"
 # An entry's id is in `id` or, if it is a number, in `id_number`; its image is an address in `image`, a file of the
 # index's own folder in `file`, or both are empty.
 FIXED = {"id": pa.string(), "id_number": pa.int64(), "image": pa.string(), "file": pa.string(), OTHERS: pa.string()}
-THUMBNAIL = "thumbnail"  # A JPEG file, where the index was built with thumbnails.
+THUMBNAIL = "thumbnail"  # A JPEG file, if the index was built with thumbnails.
 RESERVED = frozenset({*FIXED, THUMBNAIL})
 COLUMN_TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 # Keys that are in hardly any entry go to OTHERS, because each column costs something for every entry.
 MOST_COLUMNS = 64
-INT64 = range(-(2**63), 2**63)
 
 
 def make_table(
@@ -45,12 +47,7 @@ def make_table(
         if not is_path and image is not None:
             pictures[row] = image
     check_ids(ids)
-    for name, values in (("image", addresses), ("id", ids)):
-        if (broken := next((v for v in values if isinstance(v, str) and not _is_text(v)), None)) is not None:
-            raise GroundingValueError(
-                f"The {name} {broken!r} holds half a character (a file name that is not UTF-8?), and cannot be saved. "
-                "Rename it."
-            )
+    check_texts("image", addresses)
     count = len(ids)
     columns = {
         "id": pa.array([one if isinstance(one, str) else None for one in ids], pa.string()),
@@ -64,16 +61,30 @@ def make_table(
 
 
 def check_ids(ids: Sequence[Any]) -> None:
-    """Raise unless ids are strings, or integers of 64 bits."""
+    """Raise unless ids are strings of whole characters, or integers of 64 bits."""
     for one in ids:
         if isinstance(one, bool) or not isinstance(one, (str, int)):
-            raise GroundingTypeError(f"An id must be a string or an integer, got {one!r} of type {type(one).__name__}.")
-        if isinstance(one, int) and one not in INT64:
-            raise GroundingValueError(f"An id that is a number must fit into 64 bits, got {one}; make it a string.")
+            raise GroundingTypeError(
+                f"An id must be a string or an integer, got {_named(one)} of type {type(one).__name__}."
+            )
+        if isinstance(one, int) and not fits_int64(one):
+            raise GroundingValueError(
+                f"An id that is a number must fit into 64 bits, got {_named(one)}; make it a string."
+            )
+    check_texts("id", ids)
+
+
+def check_texts(name: str, values: Sequence[Any]) -> None:
+    """Raise GroundingValueError if one of the strings among some values holds half a character."""
+    if (broken := next((v for v in values if isinstance(v, str) and not is_unicode(v)), None)) is not None:
+        raise GroundingValueError(
+            f"The {name} {_named(broken)} holds half a character (a file name that is not UTF-8?), and cannot be "
+            "saved. Rename it."
+        )
 
 
 def check_distinct(ids: Sequence[Any]) -> None:
-    """Raise GroundingValueError where an id comes twice."""
+    """Raise GroundingValueError if an id comes twice."""
     if len(set(ids)) != len(ids):
         twice = next(one for i, one in enumerate(ids) if one in ids[:i])
         raise GroundingValueError(f"ids must be distinct, and {twice!r} comes twice; give each image its own.")
@@ -97,19 +108,19 @@ def check_metadata(metadata: Sequence[Any]) -> None:
         if not isinstance(values, Mapping):
             raise GroundingTypeError(f"Metadata {number} must be a mapping, got {type(values).__name__}.")
         for key, value in values.items():
-            if type(value) in (bool, int) and type(key) is str and key.isascii():
+            if type(value) in (bool, int) and fits_int64(value) and type(key) is str and key.isascii():
                 continue
             _check_value(number, key, value)
 
 
 def _check_value(number: int, key: Any, value: Any) -> None:
-    where = f"Metadata {number} has {key!r}: {value!r}"
+    where = f"Metadata {number} has {_named(key)}: {_named(value)}"
     if not isinstance(key, str):
         raise GroundingTypeError(f"{where}; its keys must be strings.")
     try:
         text = json.dumps({key: value}, ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")
-        if isinstance(value, (dict, list)) and json.loads(text) != {key: value}:
+        if isinstance(value, (dict, list, tuple)) and json.loads(text) != {key: value}:
             raise TypeError("keys within it must be strings, and sequences lists")
     except (TypeError, RecursionError) as error:
         raise GroundingTypeError(
@@ -117,6 +128,14 @@ def _check_value(number: int, key: Any, value: Any) -> None:
         ) from error
     except ValueError as error:
         raise GroundingValueError(f"{where}, which JSON has not: {error}. Leave it out, or use None.") from error
+
+
+def _named(value: Any) -> str:
+    """Return a value for messages: short, whatever is in it."""
+    try:
+        return reprlib.repr(value)
+    except (ValueError, RecursionError):  # A number of more digits than Python writes out.
+        return f"a {type(value).__name__} that is too large to be shown"
 
 
 def _metadata_columns(metadata: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
@@ -148,15 +167,7 @@ def _metadata_columns(metadata: Sequence[Mapping[str, Any]]) -> dict[str, pa.Arr
 
 
 def _column_type(value: Any) -> type:
-    return object if type(value) is int and value not in INT64 else type(value)
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return object if type(value) is int and not fits_int64(value) else type(value)
 
 
 def row_id(table: pa.Table, row: int) -> str | int:

@@ -19,13 +19,13 @@ ROWS_AT_ONCE = 4096  # Some 50 MB of thumbnails are in memory while they are wri
 
 
 def thumbnails_of(entries: Entries) -> list[str]:
-    """Return the name of the file for the thumbnails of entries; none where no entry came with one."""
+    """Return the name of the file for the thumbnails of entries; none if no entry came with one."""
     there = any(THUMBNAIL in segment.table.column_names for segment in entries.segments)
     return [THUMBNAILS_FILE] if there else []
 
 
 def write_thumbnails(path: str | os.PathLike[str], entries: Entries) -> None:
-    """Write the thumbnails of entries that were not removed, in order; null where there is none."""
+    """Write the thumbnails of entries that were not removed, in order; null if there is none."""
     with replacing(path) as temporary, pa.ipc.new_file(os.fspath(temporary), SCHEMA) as file:
         for column in _columns(entries):
             for start in range(0, len(column), ROWS_AT_ONCE):
@@ -44,7 +44,7 @@ def _columns(entries: Entries) -> Iterator[pa.ChunkedArray]:
 
 
 def read_thumbnails(path: str | os.PathLike[str], count: int) -> pa.ChunkedArray:
-    """Return the thumbnails of `count` entries, mapped into memory; GroundingFileError where there are others."""
+    """Return the thumbnails of `count` entries, mapped into memory; GroundingFileError if there are others."""
     path = resolve(Path(path).parent, Path(path).name)
     try:
         with pa.memory_map(os.fspath(path)) as file, pa.ipc.open_file(file) as opened:

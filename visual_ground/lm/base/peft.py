@@ -1,4 +1,4 @@
-"""PEFT adapters inside an LM (LoRA and the like): trained together with ours where asked, and saved beside it."""
+"""PEFT adapters inside an LM (LoRA and the like): trained together with ours if asked, and saved beside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def base_model_of(lm: nn.Module) -> nn.Module:
 
 
 def tuner_layers(lm: nn.Module) -> list[Any]:
-    """Return the layers of an LM that PEFT has replaced; raise GroundingValueError where there are none."""
+    """Return the layers of an LM that PEFT has replaced; raise GroundingValueError if there are none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [layer for layer in lm.modules() if isinstance(layer, BaseTunerLayer)]

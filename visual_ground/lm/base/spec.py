@@ -25,7 +25,7 @@ class LMSpec:
         text_dims: widths of the hidden states named by `text_layers`.
         tied: whether input and output embeddings are one: one weight, and no scaling inside the embedding.
         vocabulary: which ids are the LM's and which are virtual.
-        fingerprint: identifies the LM; None where its weights are not loaded yet.
+        fingerprint: identifies the LM; None if its weights are not loaded yet.
     """
 
     embedding_dim: int
@@ -54,7 +54,7 @@ def read_spec(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> LM
     frozen = FreezeGuard(lm)
     try:
         sampled = embedding(torch.tensor([spread(count, SAMPLED_ROWS)], device=ids.device))[0]
-        # Only where needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
+        # Only if needed: transformers leaves hooks of its own on an LM that was asked for hidden states.
         embedded, head_input, output, widens = _run_once(lm, ids, any(layer != -1 for layer in text_layers))
     finally:
         frozen.restore()

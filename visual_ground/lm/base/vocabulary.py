@@ -59,7 +59,7 @@ class VirtualVocabulary:
         return (ids == self.ret_token_id) | (ids >= self.first_image_id)
 
     def refuse_virtual(self, ids: Tensor) -> None:
-        """Raise GroundingStateError where ids are virtual: with its hooks off, the LM would take them for its own."""
+        """Raise GroundingStateError if ids are virtual: with its hooks off, the LM would take them for its own."""
         if bool(self.is_virtual(ids).any()):
             raise GroundingStateError(
                 "The adapter is disabled here, so neither images nor [RET] can be read. Leave disable_adapter()."
@@ -100,7 +100,7 @@ class VirtualVocabulary:
         return all(not column.numel() or bool(column[0] == float("-inf")) for column in columns)
 
     def forbid(self, logits: Tensor, mask_spare: bool) -> Tensor:
-        """Return logits (..., columns) whose forbidden columns are -inf; written in place where nothing is trained."""
+        """Return logits (..., columns) whose forbidden columns are -inf; written in place if nothing is trained."""
         logits = logits.clone() if logits.requires_grad else logits
         for part in self.forbidden_columns(mask_spare):
             logits[..., part] = float("-inf")

@@ -159,7 +159,7 @@ class LMEnds:
         return getattr(self.embedding, "num_embeddings", None), getattr(self.head, "out_features", None)
 
     def check(self, lm: nn.Module) -> None:
-        """Raise GroundingStateError where these are not the LM's ends any more, or have other sizes."""
+        """Raise GroundingStateError if these are not the LM's ends any more, or have other sizes."""
         replaced = lm.get_input_embeddings() is not self.embedding or lm.get_output_embeddings() is not self.head
         if replaced or self._read_sizes() != self._sizes:
             raise GroundingStateError(

@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.errors import GroundingError, GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.rows import picture_of, rows_by_number, undecoded
+from visual_ground.rows import PROBLEM, picture_of, rows_by_number, undecoded
+from visual_ground.storage.texts import is_unicode
 from visual_ground.training.data.prompts import PROMPT, SplitPrompt, is_given, prompt_problem
 from visual_ground.training.data.rows import (
-    PROBLEM,
     check_not_empty,
     has_images,
     is_missing,
-    is_unicode,
     named_by,
 )
 from visual_ground.training.data.skipped import Skipped
@@ -49,19 +48,19 @@ class Columns:
 
     def images(self, row: Mapping[str, Any]) -> list[Any]:
         """Return a row's images as they are: PIL images, arrays, paths, or `{"bytes": ..., "path": ...}`."""
-        images = _as_list(picture_of(row[self.image]))
+        images = _as_list(picture_of(row.get(self.image)))
         return [self._resolve(picture_of(image)) for image in images if not is_missing(image)]
 
     def captions(self, row: Mapping[str, Any]) -> list[str]:
         """Return a row's captions that can be used."""
-        return [caption for caption in _as_list(row[self.caption]) if self.problem(caption) is None]
+        return [caption for caption in _as_list(row.get(self.caption)) if self.problem(caption) is None]
 
     def texts(self, row: Mapping[str, Any], name: str) -> list[str]:
         """Return the texts of an optional column that can be used."""
         return [text for text in _as_list(row.get(name)) if self.problem(text) is None]
 
     def problem(self, text: Any) -> str | None:
-        """Return why a caption or another text cannot be used; None where it can."""
+        """Return why a caption or another text cannot be used; None if it can."""
         if is_missing(text):
             return "is empty"
         if not isinstance(text, str):
@@ -72,10 +71,10 @@ class Columns:
         return None if found is None else f"contains {found}, which must not stand in a text"
 
     def problem_of(self, row: Mapping[str, Any]) -> str | None:
-        """Return why a row or its texts cannot be used; None where one text of each kind can."""
+        """Return why a row or its texts cannot be used; None if one text of each kind can."""
         if row.get(PROBLEM):
             return str(row[PROBLEM])
-        texts = _as_list(row[self.caption])
+        texts = _as_list(row.get(self.caption))
         problems = [self.problem(text) for text in texts]
         if None not in problems:
             return f"its caption {problems[0] if problems else 'is empty'}"
@@ -87,13 +86,13 @@ class Columns:
         return None if problem is None else f"its prompt {problem}"
 
     def prompt(self, row: Mapping[str, Any]) -> Any:
-        """Return a row's prompt as it is, or None where it has none."""
+        """Return a row's prompt as it is, or None if it has none."""
         # Datasets of generated pictures call their captions so.
         given = self.caption != PROMPT and is_given(row.get(PROMPT))
         return row[PROMPT] if given else None
 
     def split_prompt(self, row: Mapping[str, Any]) -> SplitPrompt | None:
-        """Return a row's prompt, which has no problem, with its images apart; None where it has none."""
+        """Return a row's prompt, which has no problem, with its images apart; None if it has none."""
         prompt = self.prompt(row)
         return None if prompt is None else SplitPrompt.of(prompt, self._resolve)
 
@@ -126,11 +125,19 @@ def open_rows(rows: Any, columns: Columns) -> Any:
         The rows, whose images are not decoded.
 
     Raises:
+        GroundingFileError: a stream whose first row cannot be read.
         GroundingTypeError: neither of these, or a stream with a caption among its first that is no string.
         GroundingValueError: no rows, or columns missing.
     """
     rows = rows_by_number(rows)
-    first = check_not_empty(undecoded(rows, [columns.image]))
+    try:
+        first = check_not_empty(undecoded(rows, [columns.image]))
+    except GroundingError:
+        raise
+    except Exception as error:  # What a stream reads is damaged, or the function that it maps rows with.
+        raise GroundingFileError(
+            f"The dataset cannot be read, already its first row ({type(error).__name__}: {error})."
+        ) from error
     required = [columns.caption] if "image_features" in first else [columns.image, columns.caption]
     if missing := [name for name in required if name not in first]:
         raise GroundingValueError(
@@ -184,8 +191,8 @@ def is_stream(rows: Any) -> bool:
 
 
 def _has_caption(row: Mapping[str, Any], number: int, columns: Columns) -> bool:
-    """Return whether a row has a caption at all; raise GroundingTypeError where it is no string."""
-    captions = [caption for caption in _as_list(row[columns.caption]) if not is_missing(caption)]
+    """Return whether a row has a caption at all; raise GroundingTypeError if it is no string."""
+    captions = [caption for caption in _as_list(row.get(columns.caption)) if not is_missing(caption)]
     for caption in captions:
         if not isinstance(caption, str):
             raise GroundingTypeError(

@@ -16,22 +16,22 @@ from visual_ground.prompts.chat import typed_message
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.training.data.columns import Columns, open_rows, without_images
 from visual_ground.training.data.prompts import PromptIds
-from visual_ground.training.data.reading import example_of, prompt_of, read_image, without_prompt
+from visual_ground.training.data.reading import example_of, is_readable, prompt_of, read_image, without_prompt
 from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.sampler import first, happens, turns
 from visual_ground.training.data.sequences import TokenSequence, number_images, with_retrieval_prompt
 
-# Stands for the image where a chat template is rendered; only its place in the ids matters.
+# Stands for the image when a chat template is rendered; only its place in the ids matters.
 _PLACEHOLDER = Image.new("RGB", (1, 1))
 
 
 class ExampleDataset(Dataset[dict[str, Any]]):
-    """The rows of a dataset as examples, with image features where these are known.
+    """The rows of a dataset as examples, with image features if these are known.
 
     What is sampled depends on the seed and the index alone, not on what was sampled before, so it is the same in any
-    process and after any restart. Indices go on past the last row: `len + i` is row i in the second epoch.
+    process and after any restart. Indices continue past the last row: `len + i` is row i in the second epoch.
 
-    Where `sample` is True, an image that cannot be read is noted in the example's `skipped`, and the next row is used
+    If `sample` is True, an image that cannot be read is noted in the example's `skipped`, and the next row is used
     instead; else it is an error. `Preparing` leaves out such rows before.
 
     Args:
@@ -83,6 +83,8 @@ class ExampleDataset(Dataset[dict[str, Any]]):
             number = (draw + offset) % len(self)
             choose = turns(self.seed, number, draw // len(self)) if self.sample else first
             row = self._texts[number]
+            if not is_readable(row, number, skipped, self.sample):
+                continue
             example = example_of(row, self.columns, choose)
             if self.captions is not None:
                 example["caption"] = self.columns.captions(row)[self.captions[number]]
@@ -126,7 +128,7 @@ class ExampleDataset(Dataset[dict[str, Any]]):
         return selected
 
     def image(self, number: int) -> Any:
-        """Return a row's first image as it is in the dataset, or None where that has only features."""
+        """Return a row's first image as it is in the dataset, or None if that has only features."""
         row = self.rows[number]
         return self.columns.images(row)[0] if self.columns.image in row else None
 
@@ -197,7 +199,7 @@ class ExampleCollator:
         Returns:
             `captioning` and `retrieval`, lists of `TokenSequence`; `groups` and `rows`, (b,); and `image_features`
             (b, f) or `pixel_values` (b, c, h, w). The captioning sequences use the first of the images, in order.
-            Where prompts have images, also `prompt_features` (m, f) or `prompt_pixels` (m, c, h, w).
+            If prompts have images, also `prompt_features` (m, f) or `prompt_pixels` (m, c, h, w).
         """
         captioned = examples[: max(1, round(self.captioning_fraction * len(examples)))]
         sequences = [self.captioning(example) for example in captioned]
@@ -235,12 +237,12 @@ class ExampleCollator:
         return self._read([self.retrieval(without_prompt(example)) for example in examples])
 
     def _read(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-        """Return `checked` sequences, also where the retrieval prompt comes after each."""
+        """Return `checked` sequences, also if the retrieval prompt comes after each."""
         read = [with_retrieval_prompt(self.processor, sequence) for sequence in sequences]
         self.processor.check_ids([EncodedPrompt(sequence.ids, ()) for sequence in read])
         return self.checked(sequences)
 
     def checked(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-        """Return sequences whose image tokens are numbered, or raise where the LM cannot read their ids."""
+        """Return sequences whose image tokens are numbered, or raise if the LM cannot read their ids."""
         self.processor.check_ids([EncodedPrompt(sequence.ids, ()) for sequence in sequences])
         return number_images(sequences, self.model.frozen_lm.vocabulary.first_image_id)

@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Any
 
 from visual_ground.errors import GroundingFileError
+from visual_ground.rows import PROBLEM
 from visual_ground.storage.shards import read_shard
-from visual_ground.training.data.rows import KEY, PROBLEM
+from visual_ground.training.data.rows import KEY
 from visual_ground.vision.formats import IMAGE_SUFFIXES
 
 # Samples of shards in which the columns are looked for; one of them may lack some.
@@ -115,7 +116,7 @@ def dated(files: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def generated(read: Any, arguments: dict[str, Any], features: Any, streaming: bool) -> Any:
-    """Return the rows that a generator yields, as a dataset, or as a stream of `datasets` where `streaming`."""
+    """Return the rows that a generator yields, as a dataset, or as a stream of `datasets` if `streaming`."""
     import datasets
 
     if streaming:  # Its lists of arguments, one entry for each file, are split among processes.

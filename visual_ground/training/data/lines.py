@@ -1,6 +1,6 @@
 """Tables in files of text, row by row: what of them cannot be read is a row with a `PROBLEM`.
 
-`datasets` reads such files itself where nothing in them is damaged; it would stop at what is, or read other rows.
+`datasets` reads such files itself if nothing in them is damaged; it would stop at what is, or read other rows.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from glob import glob
 from itertools import zip_longest
 from typing import Any
 
+from visual_ground.rows import PROBLEM
+from visual_ground.storage.texts import is_unicode
 from visual_ground.training.data.files import dated, generated
-from visual_ground.training.data.rows import PROBLEM, is_unicode
 
 # The longest field, in characters; the csv module's own limit would leave out pictures that are kept as base64.
 LONGEST_FIELD = 2**31 - 1
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # Half of a pair, in JSON; Arrow refuses it where the other is missing.
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # Half of a pair, in JSON; Arrow refuses it if the other is missing.
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # As Excel writes "Unicode text".
 
 
 def line_rows(pattern: str, streaming: bool) -> Any | None:
-    """Return the rows of files of JSON or fields, or None where nothing is damaged and `datasets` can read them."""
+    """Return the rows of files of JSON or fields, or None if nothing is damaged and `datasets` can read them."""
     files = sorted(glob(pattern))
     names: set[str] = set()
     damaged = False
     for file in files:
-        # Rows of a list come only where it is damaged.
+        # Rows of a list come only if it is damaged.
         damaged |= _encoding(file) == "utf-16" or (not _is_table(file) and _is_list(file) and any(_read_rows(file)))
         for row in _read_rows(file):
             damaged |= PROBLEM in row
@@ -47,9 +48,9 @@ def _read_tables(files: Sequence[tuple[str, int, int]], names: Sequence[Sequence
 
 
 def _read_rows(file: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file; nothing where JSON stands in it as one whole list or object, and is not damaged."""
+    """Yield the rows of a file; nothing if JSON stands in it as one whole list or object, and is not damaged."""
     where = os.path.basename(file)
-    # A caption may hold a carriage return, which ends lines only where nothing else does.
+    # A caption may hold a carriage return, which ends lines only if nothing else does.
     with open(file, encoding=_encoding(file), errors="replace", newline="\n" if _has(file, b"\n") else "") as lines:
         if _is_table(file):
             yield from _fields(_Lines(lines), where, file.lower().endswith(".tsv"))
@@ -99,7 +100,7 @@ def _checked_object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _list_entries(file: str, where: str) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a file that is one list, where it is a list and `datasets` cannot read all of it."""
+    """Yield the entries of a file that is one list, if it is a list and `datasets` cannot read all of it."""
     with open(file, "rb") as data:
         raw = data.read()
     text = raw.decode("utf-8-sig", errors="replace")

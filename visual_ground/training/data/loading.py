@@ -127,11 +127,18 @@ def find_columns(names: Sequence[str], image: str | None = None, caption: str | 
 
 
 def column_names(rows: Any) -> Iterable[str]:
-    """Return the column names of a `datasets` dataset; some streams must be opened to know them."""
-    return rows.column_names or list(next(iter(rows), {}))
+    """Return the column names of a `datasets` dataset; some streams must be opened to know them.
+
+    Raises:
+        GroundingFileError: such a stream whose first row cannot be read.
+    """
+    try:
+        return rows.column_names or list(next(iter(rows), {}))
+    except Exception as error:  # Each of its loaders has errors of its own.
+        raise GroundingFileError(f"The dataset is damaged ({type(error).__name__}: {error}).") from error
 
 
 def folder_of(name: str) -> str | None:
-    """Return the folder that a table's relative paths are relative to, its own, or None where it is not one file."""
+    """Return the folder that a table's relative paths are relative to, its own, or None if it is not one file."""
     path = Path(name)
     return str(path.parent) if path.suffix.lower() in LOADERS and "*" not in name else None

@@ -81,7 +81,7 @@ class Preparing:
     seed: int = 0
 
     def examples(self, rows: Any, sample: bool) -> ExampleDataset:
-        """Return a dataset's usable rows as examples, with their images' features where there is a cache.
+        """Return a dataset's usable rows as examples, with their images' features if there is a cache.
 
         Every process of a distributed run computes the features of its share, and reads those of all.
 

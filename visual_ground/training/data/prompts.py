@@ -93,7 +93,7 @@ def prompt_problem(prompt: Any, problem_of: Callable[[str], str | None]) -> str 
 
 
 def _turns(prompt: Any) -> list[tuple[str | None, Parts]]:
-    """Return the role and the parts of each message; all parts and no role where it is no chat."""
+    """Return the role and the parts of each message; all parts and no role if it is no chat."""
     if isinstance(prompt, str):
         return [(None, [prompt])]
     given = prompt if isinstance(prompt, (list, tuple)) else [prompt]

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from visual_ground.errors import GroundingValueError
+from visual_ground.rows import PROBLEM
 from visual_ground.training.data.columns import Columns
 from visual_ground.training.data.prompts import PROMPT
 from visual_ground.vision.identity import image_key
@@ -15,7 +16,7 @@ from visual_ground.vision.images import image_name, to_rgb
 
 
 def read_image(image: Any, skipped: list[str], may_skip: bool = True) -> Image.Image | None:
-    """Return an image as RGB; one that cannot be read is noted in `skipped`, or raises where it may not be skipped."""
+    """Return an image as RGB; one that cannot be read is noted in `skipped`, or raises if it may not be skipped."""
     try:
         return to_rgb(image)
     except GroundingValueError as error:
@@ -23,6 +24,16 @@ def read_image(image: Any, skipped: list[str], may_skip: bool = True) -> Image.I
             raise
         skipped.append(f"{image_name(image)}: {error}")
         return None
+
+
+def is_readable(row: Mapping[str, Any], number: int, skipped: list[str], may_skip: bool = True) -> bool:
+    """Return whether a row was read; one that was not is noted in `skipped`, or raises if it may not be skipped."""
+    if not row.get(PROBLEM):
+        return True
+    if not may_skip:
+        raise GroundingValueError(f"Row {number}: {row[PROBLEM]}.")
+    skipped.append(f"row {number}: {row[PROBLEM]}")
+    return False
 
 
 def first_image_key(row: Mapping[str, Any], columns: Columns) -> str:
@@ -36,7 +47,7 @@ def first_image_key(row: Mapping[str, Any], columns: Columns) -> str:
 def prompt_of(
     row: Mapping[str, Any], columns: Columns, features: Any, skipped: list[str], may_skip: bool = True
 ) -> dict[str, Any] | None:
-    """Return a row's `prompt` with its `prompt_features` (m, f) or `prompt_images`; nothing where it has no prompt.
+    """Return a row's `prompt` with its `prompt_features` (m, f) or `prompt_images`; nothing if it has no prompt.
 
     Args:
         row: the row.

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from visual_ground.errors import GroundingValueError
+from visual_ground.rows import PROBLEM
 
-# Columns of rows that were read from files: a row's name in its shard, and why it could not be read.
-KEY, PROBLEM = "__key__", "__problem__"
+# The column of rows that were read from shards with a row's name in its shard.
+KEY = "__key__"
 
 
 def select_rows(rows: Any, indices: Sequence[int]) -> Any:
@@ -35,17 +36,8 @@ def is_missing(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
-def is_unicode(text: str) -> bool:
-    """Return whether a text has no half of a pair of surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def named_by(row: Mapping[str, Any]) -> str:
-    """Return the name that a row has in a shard, as " (name)"; nothing where it has none."""
+    """Return the name that a row has in a shard, as " (name)"; nothing if it has none."""
     return f" ({row[KEY]})" if row.get(KEY) else ""
 
 
@@ -92,12 +84,17 @@ def _any(masks: list[Any]) -> Any:
 
 
 def check_not_empty(rows: Any) -> Mapping[str, Any]:
-    """Return a dataset's first row.
+    """Return a dataset's first row that can be read.
 
     Raises:
         GroundingValueError: there is none.
     """
+    problem: Any = None
     for row in rows:
-        found: Mapping[str, Any] = row
-        return found
+        if not row.get(PROBLEM):
+            found: Mapping[str, Any] = row
+            return found
+        problem = problem or row[PROBLEM]
+    if problem is not None:
+        raise GroundingValueError(f"No row of the dataset can be read. The first: {problem}.")
     raise GroundingValueError("The dataset is empty; give at least two rows with image and caption.")

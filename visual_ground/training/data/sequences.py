@@ -22,7 +22,7 @@ class TokenSequence:
 
     Args:
         ids: the token ids; an image's tokens are negative numbers, as in `EncodedPrompt`, until `number_images`.
-        labels: for each id the same id where it is to be predicted, else -100. Behind a caption, a retrieval prompt
+        labels: for each id the same id if it is to be predicted, else -100. Behind a caption, a retrieval prompt
             stands where `[RET]` is to be predicted, so that its first id has another label.
 
     Example:

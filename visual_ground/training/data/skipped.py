@@ -15,11 +15,11 @@ MIN_ROWS_TO_JUDGE = 1000
 
 
 class Skipped:
-    """Counts what cannot be used, logs it by name, and raises where it is too much.
+    """Counts what cannot be used, logs it by name, and raises if it is too much.
 
     Args:
         limit: the part that may be skipped.
-        total: how many there are; None where that is not known, as in a stream.
+        total: how many there are; None if that is not known, as in a stream.
 
     Attributes:
         names: what was skipped, and why.
@@ -30,7 +30,7 @@ class Skipped:
         self.names: list[str] = []
 
     def add(self, name: str, check: bool = True) -> None:
-        """Skip one, named with its reason; where `check` is True, raise GroundingValueError for one too many."""
+        """Skip one, named with its reason; if `check` is True, raise GroundingValueError for one too many."""
         self.names.append(name)
         if len(self.names) <= NUM_SHOWN:
             logger.warning("Skipped %s", self.names[-1])
@@ -38,7 +38,7 @@ class Skipped:
             self.check(self.total or max(self.seen, MIN_ROWS_TO_JUDGE))
 
     def check(self, total: int) -> None:
-        """Raise GroundingValueError where more than the allowed part of `total` was skipped."""
+        """Raise GroundingValueError if more than the allowed part of `total` was skipped."""
         if len(self.names) <= self.limit * total:
             return
         shown = "\n  ".join(self.names[:NUM_SHOWN])

@@ -80,7 +80,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
                 )
 
     def _example(self, row: Mapping[str, Any], draw: int, skipped: list[str]) -> dict[str, Any] | None:
-        """Return an example, or None where the row cannot be used."""
+        """Return an example, or None if the row cannot be used."""
         images, problem = self.columns.images(row), self.columns.problem_of(row)
         if problem is not None or not images:
             if self.features is None:  # Else it was reported when the features were cached.
@@ -106,7 +106,7 @@ class ExampleStream(IterableDataset[dict[str, Any]]):
         return None if place is None else {**example, "image_features": self.features.file.read([place])[0]}
 
     def _prompt(self, row: Mapping[str, Any], skipped: list[str]) -> dict[str, Any] | None:
-        """Return a row's prompt as in `prompt_of`, or None where one of its images cannot be read."""
+        """Return a row's prompt as in `prompt_of`, or None if one of its images cannot be read."""
         split, features = self.columns.split_prompt(row), None
         if split is not None and self.features is not None:
             try:
@@ -136,7 +136,7 @@ class _StreamImages:
 
 
 def prepare_stream(rows: Rows, preparing: Preparing) -> ExampleStream:
-    """Return the examples of this process's part of a stream; where there is a cache, its images are cached first."""
+    """Return the examples of this process's part of a stream; if there is a cache, its images are cached first."""
     columns, cache, processes = preparing.columns, preparing.cache, Processes.launched()
     part = open_rows(rows, columns)
     if processes.count > 1:

@@ -157,7 +157,7 @@ def _key(model: GroundedModel, prompts: Sequence[tuple[int, ...]]) -> str:
 
 
 def _kept(path: Path | None, count: int) -> list[tuple[list[int], bool]] | None:
-    """Return the answers on disk, or None where there are none or they are damaged."""
+    """Return the answers on disk, or None if there are none or they are damaged."""
     if path is None or not path.is_file():
         return None
     try:
@@ -168,7 +168,7 @@ def _kept(path: Path | None, count: int) -> list[tuple[list[int], bool]] | None:
 
 
 def place_of_picture(model: GroundedModel, answer: Answer) -> int | None:
-    """Return after how many ids of an answer its first sentence has ended, or None where none has."""
+    """Return after how many ids of an answer its first sentence has ended, or None if none has."""
     decode = model.tokenizer.decode
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     whole = decode(list(answer.ids), **options)

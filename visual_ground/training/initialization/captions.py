@@ -1,4 +1,4 @@
-"""Image tokens after which the LM goes on as captions do: the last of the start values, by the captioning loss itself.
+"""Image tokens after which the LM continues as captions do: the last start values, by the captioning loss itself.
 
 Imitation makes a picture stand for its caption's words, and the LM then says of them what it likes ("The original
 sentence is: ..."). Two things are moved here: the bias, which all pictures share, and which asks for a caption; and the
@@ -73,7 +73,7 @@ def start_captions(
 def _retrieval_map(adapter: Adapter, features: Tensor) -> Tensor:
     """Return the map (q, f) from standardised features to the retrieval space, to numbers with a mean square of 1.
 
-    Where image tokens read something else (patches), or the retrieval space is the encoder's own and leaves nothing
+    If image tokens read something else (patches), or the retrieval space is the encoder's own and leaves nothing
     out, q is 0.
     """
     layer = adapter.image_retrieval_projection

@@ -183,7 +183,7 @@ class Imitation:
         self._keys_values = self._run_prefix()
 
     def _run_prefix(self) -> KeysValues | None:
-        """Return the keys and values of the prompt before the image, or None where the LM keeps none."""
+        """Return the keys and values of the prompt before the image, or None if the LM keeps none."""
         try:
             return SharedPrefixCache(self.model).get(tuple(self.prefix))
         except GroundingStateError:
@@ -219,7 +219,7 @@ class Imitation:
 
 
 def layer_at(model: GroundedModel, depth: float) -> nn.Module | None:
-    """Return the LM's layer at a depth, or None where its layers cannot be told from its other parts.
+    """Return the LM's layer at a depth, or None if its layers cannot be told from its other parts.
 
     Args:
         model: the grounded model.

@@ -70,7 +70,7 @@ def fit_emission(
         progress: show progress bars.
 
     Returns:
-        Whether it was fitted: not without a chat template, nor with one embedding for both ends, nor where no answer
+        Whether it was fitted: not without a chat template, nor with one embedding for both ends, nor if no answer
         to a request has a sentence that ends.
     """
     adapter = model.adapter
@@ -91,7 +91,7 @@ def fit_emission(
 
 
 def choose_input_embedding(model: GroundedModel, answers: Sequence[Answer], ends: Sequence[int | None]) -> Tensor:
-    """Return the embedding (d,) after which the LM goes on most nearly as it does without a picture.
+    """Return the embedding (d,) after which the LM continues most nearly as it does without a picture.
 
     Args:
         model: the grounded model.
@@ -199,7 +199,7 @@ def _own_logits(model: GroundedModel, states: Tensor) -> Tensor:
 
 
 def _kept(path: Path | None, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return the states and log normalisers on disk, or None where there are none or they are damaged."""
+    """Return the states and log normalisers on disk, or None if there are none or they are damaged."""
     if path is None or not path.is_file():
         return None
     try:

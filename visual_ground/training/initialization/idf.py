@@ -34,7 +34,7 @@ def caption_ids(
 def idf_weights(ids_of: Mapping[Hashable, Sequence[TokenIds]]) -> dict[int, float]:
     """Return each token's inverse document frequency, log(N / df), where every group of captions is one document.
 
-    Where all captions are the same, all tokens weigh the same.
+    If all captions are the same, all tokens weigh the same.
     """
     document_frequency = Counter(token for captions in ids_of.values() for token in set(chain(*captions)))
     return {token: math.log(len(ids_of) / df) + 1e-6 for token, df in document_frequency.items()}
@@ -59,7 +59,7 @@ def fit_image_tokens_to_words(
         model: the grounded model.
         captions: n captions.
         features: (n, f), of their images.
-        groups: n, equal where two captions are about the same thing.
+        groups: n, equal if two captions are about the same thing.
     """
     adapter, ids_of = model.adapter, caption_ids(model, captions, groups)
     number = {group: i for i, group in enumerate(ids_of)}

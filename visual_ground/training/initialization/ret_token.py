@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.training.losses.retrieval import CaptionLikelihoods
 
-# A bound only: L-BFGS stops by itself where the convex loss falls no further.
+# A bound only: L-BFGS stops by itself if the convex loss falls no further.
 MAX_STEPS = 100
 
 

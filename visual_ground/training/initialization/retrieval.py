@@ -49,10 +49,10 @@ def fit_retrieval(
         objective: the model, and how its text-retrieval pass is run.
         batches: of examples.
         collate: makes a batch of examples.
-        steps_follow: keep what the steps of training need of the captions besides, as far as there is room.
+        steps_follow: also keep what the steps of training need of the captions, as far as there is room.
 
     Returns:
-        The moments, for `fit_prompts`, where any example has a prompt.
+        The moments, for `fit_prompts`, if any example has a prompt.
 
     Raises:
         GroundingValueError: pairs of one group only, features that are all alike or not finite; the layers are then
@@ -85,7 +85,7 @@ def fit_prompts(
 
     Args:
         objective: as in `fit_retrieval`.
-        pairs: what that returned; None where no example has a prompt, and nothing is done.
+        pairs: what that returned; None if no example has a prompt, and nothing is done.
         batches: of the examples; only those with a prompt are read.
         collate: makes a batch of examples.
 

@@ -19,7 +19,7 @@ MAX_UNCACHED_STATISTICS = 1024
 
 
 def first_examples(examples: ExampleDataset | ExampleStream, count: int) -> list[dict[str, Any]]:
-    """Return the first examples without their prompts, fewer where there are fewer."""
+    """Return the first examples without their prompts, fewer if there are fewer."""
     if isinstance(examples, ExampleStream):
         return [without_prompt(example) for example in examples.take(count)]
     return [without_prompt(examples[i]) for i in range(min(len(examples), count))]
@@ -29,7 +29,7 @@ def first_examples(examples: ExampleDataset | ExampleStream, count: int) -> list
 def standardise(model: GroundedModel, examples: ExampleDataset | ExampleStream) -> bool:
     """Give a new adapter the mean and standard deviation of the training images' features.
 
-    They are those of up to 65,536 images, or of 1,024 where the features are not cached.
+    They are those of up to 65,536 images, or of 1,024 if the features are not cached.
 
     Args:
         model: the grounded model.

@@ -3,7 +3,7 @@
 Many different wordings teach more than many things in few of them (docs/recipe.md).
 """
 
-# Captions become requests where the data has none.
+# Captions become requests if the data has none.
 REQUESTS = (
     "Show me a picture: {it}.",
     "Can I see this? {it}",

@@ -44,4 +44,4 @@ class PrefixStorage(Protocol):
         """Return what was kept, or None."""
 
     def put(self, fresh: Mapping[Key, CachedCaption]) -> None:
-        """Keep these, where there is room."""
+        """Keep these, if there is room."""

@@ -130,7 +130,7 @@ class PrefixCache:
         return fresh
 
     def _without_ret(self, ids: tuple[int, ...], first: int) -> TokenSequence:
-        """Return a caption without `[RET]`'s id and with its label, and the retrieval prompt, where there is one."""
+        """Return a caption without `[RET]`'s id and with its label, and the retrieval prompt, if there is one."""
         whole = TokenSequence(ids, (*[IGNORE_INDEX] * first, *ids[first:]))
         read = with_retrieval_prompt(self.model.processor, whole)
         return TokenSequence(ids[:-1], whole.labels) if read is whole else read

@@ -108,7 +108,7 @@ class CaptioningLoss:
         ]
 
     def _prefix_length(self, sequence: TokenSequence) -> int:
-        """Return how many ids stand before the first virtual one, or 0 where any id up to it is to be predicted."""
+        """Return how many ids stand before the first virtual one, or 0 if any id up to it is to be predicted."""
         ret, first = self.model.ret_token_id, self.model.frozen_lm.vocabulary.first_image_id
         length = next((n for n, i in enumerate(sequence.ids) if i == ret or i >= first), 0)
         return 0 if any(label != IGNORE_INDEX for label in sequence.labels[: length + 1]) else length

@@ -75,7 +75,7 @@ def head_is_last(model: GroundedModel, sequences: Sequence[TokenSequence]) -> bo
 
 def _loss_and_gradients(model: GroundedModel, sequences: Sequence[TokenSequence], plan: ComputePlan) -> list[Tensor]:
     adapter = model.adapter
-    # A sequence may have several images, where captions were concatenated.
+    # A sequence may have several images, if captions were concatenated.
     n, f = len(sequences) * 2, adapter.feature_dim
     # Images that differ, without random numbers: those of the training must not depend on what is tried here.
     waves = torch.arange(n * f, device=adapter.logit_scale.device).view(n, f).sin()
@@ -101,7 +101,7 @@ def choose_prefix_cache(
     packed: bool = False,
     storage: PrefixStorage | None = None,
 ) -> PrefixCache | None:
-    """Return a `PrefixCache` where, on these sequences, it gives what the plain computation gives; else None.
+    """Return a `PrefixCache` if, on these sequences, it gives what the plain computation gives; else None.
 
     State spaces keep no keys and values, capped logits cap `[RET]`'s column too, and some LMs cannot be padded on the
     left.

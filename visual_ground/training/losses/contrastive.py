@@ -36,7 +36,7 @@ def contrast(
         adapter: maps features to vectors and holds the temperature.
         vectors: (b, q), unit length.
         features: (b, f), of each text's image.
-        groups: (b,), equal where two pairs are no negatives of each other, in all processes.
+        groups: (b,), equal if two pairs are no negatives of each other, in all processes.
         across_processes: whether this batch is one process's part of a larger one.
     """
     with torch.autocast(vectors.device.type, enabled=False):
@@ -46,7 +46,7 @@ def contrast(
             counts = _counts(vectors)
             all_texts, all_images, all_groups = (gathered(tensor, counts) for tensor in (vectors, images, groups))
             start = sum(counts[: dist.get_rank()])
-            # Where processes have batches of different sizes, each counts by its size.
+            # If processes have batches of different sizes, each counts by its size.
             weight = len(vectors) * len(counts) / sum(counts)
         own = torch.arange(start, start + len(vectors), device=vectors.device)
         scale = adapter.logit_scale.exp()

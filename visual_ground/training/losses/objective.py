@@ -54,7 +54,7 @@ class PreparedBatch:
         captioning: sequences that read images, which are the first of `features` in order.
         retrieval: b sequences, each with `[RET]` as its last id.
         features: (b, f), the images' features, on the adapter's device.
-        groups: (b,), equal where two examples are no negatives of each other.
+        groups: (b,), equal if two examples are no negatives of each other.
         prompt_features: (m, f), of the images in `retrieval`, in order; None without any.
     """
 
@@ -128,7 +128,7 @@ class FromageLoss:
 class GroundingObjective(nn.Module):
     """A grounded model whose forward returns the losses, as a distributed wrapper needs it.
 
-    In training, where torch.distributed runs, the losses are those of all processes' batches as one: means are over all
+    In training, if torch.distributed runs, the losses are those of all processes' batches as one: means are over all
     labels, and every text meets every image.
 
     Args:
@@ -189,7 +189,7 @@ class GroundingObjective(nn.Module):
         Args:
             captioning: sequences with images.
             retrieval: b sequences; each one's last id is `[RET]`.
-            groups: (b,), equal where two examples are no negatives of each other.
+            groups: (b,), equal if two examples are no negatives of each other.
             pixel_values: (b, c, h, w).
             image_features: (b, f), instead of pixels.
             rows: (b,), the examples' numbers in the dataset; not used here.

@@ -1,6 +1,6 @@
 """The text-retrieval pass: the likelihood of captions with `[RET]` after them, and their vectors.
 
-A vector is read at `[RET]`, or at the last word of the retrieval prompt where there is one, which then stands in its
+A vector is read at `[RET]`, or at the last word of the retrieval prompt if there is one, which then stands in its
 place: the LM predicts `[RET]` there, but reads the prompt.
 """
 

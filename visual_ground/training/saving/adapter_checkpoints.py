@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.storage.atomic import resolve
+from visual_ground.storage.atomic import naming_errors, only_writer, resolve
 from visual_ground.storage.tensors import WEIGHTS_FILE, read_adapter_config
 from visual_ground.training.saving import checkpoints
 
@@ -74,28 +74,40 @@ class AdapterCheckpoints:
             wait_for_everyone: returns when all processes have called it.
 
         Raises:
-            GroundingFileError: the checkpoint could not be written, and was removed again.
+            GroundingFileError: the checkpoint could not be written, and was removed again; or another run is writing
+                one into the same folder.
         """
         folder = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         writes, limit = self.args.should_save, self.args.save_total_limit
-        if writes:
-            checkpoints.settle(folder)  # Of a process that was killed meanwhile.
-            checkpoints.set_aside(folder)
-        wait_for_everyone()
-        # Without a limit, Trainer removes no older checkpoint: that waits until the new one is sealed.
-        self.args.save_total_limit = None
-        try:
-            with checkpoints.removed_unless_written(folder, writes):
-                yield folder if writes else None
-                wait_for_everyone()
-                if writes:
-                    checkpoints.seal(folder)
-        finally:
-            self.args.save_total_limit = limit
+        with self._as_only_run(folder) if writes else nullcontext():
+            wait_for_everyone()
+            # Without a limit, Trainer removes no older checkpoint: that waits until the new one is sealed.
+            self.args.save_total_limit = None
+            try:
+                with checkpoints.removed_unless_written(folder, writes):
+                    yield folder if writes else None
+                    wait_for_everyone()
+                    if writes:
+                        checkpoints.seal(folder)
+            finally:
+                self.args.save_total_limit = limit
             if writes:
                 checkpoints.settle(folder)
-        if writes:
-            checkpoints.remove_surplus(self.folder, limit, state.best_model_checkpoint)
+                checkpoints.remove_surplus(self.folder, limit, state.best_model_checkpoint)
+
+    @contextmanager
+    def _as_only_run(self, folder: Path) -> Iterator[None]:
+        """Inside the block, no other run writes a checkpoint beside this one; an earlier one of the step is aside."""
+        with naming_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with only_writer(self.folder):
+                checkpoints.settle(folder)  # Of a process that was killed meanwhile.
+                checkpoints.set_aside(folder)
+                try:
+                    yield
+                except BaseException:
+                    checkpoints.settle(folder)
+                    raise
 
 
 def check_base(folder: str | os.PathLike[str], model: GroundedModel) -> None:

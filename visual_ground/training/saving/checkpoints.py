@@ -84,7 +84,7 @@ def set_aside(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Remove what `set_aside` has kept where the new checkpoint is complete, and else put it back."""
+    """Remove what `set_aside` has kept if the new checkpoint is complete, and else put it back."""
     aside = folder.with_name(REPLACED + folder.name)
     if not aside.is_dir():
         return
@@ -119,7 +119,7 @@ def choose(resume: str | os.PathLike[str] | bool | None, output_dir: str | os.Pa
     """Return the checkpoint to resume from, or None to start from the beginning.
 
     Args:
-        resume: a checkpoint's folder; or True for the last complete one of the run, where there is one.
+        resume: a checkpoint's folder; or True for the last complete one of the run, if there is one.
         output_dir: the run's folder.
 
     Raises:
@@ -144,7 +144,7 @@ def global_step(folder: str | os.PathLike[str]) -> int:
 
 def _step(path: Path) -> int:
     number = path.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isdecimal() else -1
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -80,7 +80,7 @@ class Publisher:
             )
 
     def open(self, token: str | None = None, private: bool | None = None) -> str:
-        """Return the repository's full name; it is made where it is new. GroundingFileError where the Hub refuses."""
+        """Return the repository's full name; it is made if it is new. GroundingFileError if the Hub refuses."""
         if self.repo_id is None:
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
             self.repo_id = make_repository(name, self._options(token, private))
@@ -127,7 +127,7 @@ class Publisher:
             edit_card(written, values)
 
     def push_checkpoint(self, step: int) -> None:
-        """Push after a checkpoint, where the settings ask for it; one that fails is reported, and training goes on."""
+        """Push after a checkpoint, if the settings ask for it; one that fails is reported, and training continues."""
         wanted = self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE
         if wanted and self.args.process_index == 0:
             try:

@@ -34,7 +34,7 @@ class Part:
 
     Args:
         tensors: those of the model, by name.
-        scores: the names of the scores that count. A state is better than another where one of them is larger and none
+        scores: the names of the scores that count. A state is better than another if one of them is larger and none
             smaller.
         best: the best state.
         found: its scores; empty before the first.
@@ -93,12 +93,12 @@ class BestState(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
-        """Score the start, unless a run that goes on has brought its best state."""
+        """Score the start, unless a run that continues has brought its best state."""
         if self.held_out is not None and not all(part.found for part in self.parts.values()):
             self._score(state.global_step, event["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Score the state after each tenth of the run; end it where nothing has become better for long."""
+        """Score the state after each tenth of the run; end it if nothing has become better for long."""
         every = max(1, math.ceil(state.max_steps / NUM_CHECKS))
         if self.held_out is None or (state.global_step % every and state.global_step < state.max_steps):
             return
@@ -135,7 +135,7 @@ class BestState(TrainerCallback):
             write_json(folder / STATE_FILE, {"waited": self.waited, "parts": parts})
 
     def load(self, folder: Path | None) -> None:
-        """Take the best state of a checkpoint, where there is one, and it has one of the same parts."""
+        """Take the best state of a checkpoint, if there is one, and it has one of the same parts."""
         if folder is None or not (folder / STATE_FILE).is_file():
             return
         saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))

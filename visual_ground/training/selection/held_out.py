@@ -29,7 +29,7 @@ CACHE_BYTES = 2**28
 
 
 def split_off(examples: ExampleDataset, fraction: float, seed: int) -> tuple[ExampleDataset, ExampleDataset | None]:
-    """Return the examples to train on, and a held-out fraction of the groups, or None where these are too few."""
+    """Return the examples to train on, and a held-out fraction of the groups, or None if these are too few."""
     groups = list(dict.fromkeys(examples.groups))
     count = min(MAX_GROUPS, int(fraction * len(groups)))
     if count < MIN_GROUPS:

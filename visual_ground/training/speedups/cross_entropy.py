@@ -34,7 +34,7 @@ def sum_of_parts(
         loss_of: a scalar from a part and `shared`.
         parts: the parts.
         shared: what all parts read.
-        parameters: leaves that `loss_of` reads besides, each once; no other tensor gets a gradient.
+        parameters: further leaves that `loss_of` reads, each once; no other tensor gets a gradient.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)

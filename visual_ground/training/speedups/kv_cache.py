@@ -30,7 +30,7 @@ class SharedPrefixCache:
 
     @torch.no_grad()
     def get(self, ids: tuple[int, ...]) -> KeysValues | None:
-        """Return each layer's keys and values (1, heads, p, width) of p ids, or None where there are no ids."""
+        """Return each layer's keys and values (1, heads, p, width) of p ids, or None if there are no ids."""
         if not ids:
             return None
         if ids not in self._kept:
@@ -56,7 +56,7 @@ def keys_values_of(output: Any, length: int) -> KeysValues:
     layers = plain_layers(cache_of(output), length)
     if layers is None:
         raise GroundingStateError(f"{type(cache_of(output)).__name__} is not one plain key-value cache per layer.")
-    # A sliding window keeps fewer where it is shorter than what was run.
+    # A sliding window keeps fewer if it is shorter than what was run.
     if any(layer.keys.shape[-2] != length for layer in layers):
         raise GroundingStateError(f"A layer keeps fewer than the {length} positions that were run.")
     return [(layer.keys, layer.values) for layer in layers]

@@ -20,7 +20,7 @@ from visual_ground.model import GroundedModel
 from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
 from visual_ground.training.speedups.kv_cache import KeysValues, expanded, fixed_cache, growing_cache
 
-# Positions in a packed row, or more where one sequence is longer. Attention costs the square of a row's length, so rows
+# Positions in a packed row, or more if one sequence is longer. Attention costs the square of a row's length, so rows
 # stay short, and yet several captions long, so that little is left for padding.
 PACKED_WIDTH = 128
 
@@ -50,9 +50,9 @@ class PackedBatch:
 
     Args:
         ids: (b, s).
-        attention_mask: (b, p + s), or (b, 1, s, p + s) to be added to the attention scores where packed; p is the
+        attention_mask: (b, p + s), or (b, 1, s, p + s) to be added to the attention scores if packed; p is the
             length of the prefix whose keys and values are kept.
-        position_ids: (b, s) where packed; else None, and the LM counts by itself.
+        position_ids: (b, s) if packed; else None, and the LM counts by itself.
         label_positions: (labels,) positions of the flattened ids at which the next id is a label.
         targets: (labels,), the labels.
         spans: the sequences, row by row.
@@ -105,7 +105,7 @@ def pad_in_order(model: GroundedModel, sequences: Sequence[TokenSequence]) -> Pa
 
 
 def _of_similar_length(sequences: Sequence[TokenSequence], longest_first: Sequence[int]) -> list[list[int]]:
-    """Cut where the longest would be twice the shortest: padding costs as much time as tokens do."""
+    """Cut if the longest would be twice the shortest: padding costs as much time as tokens do."""
     groups: list[list[int]] = []
     for i in longest_first:
         if not groups or 2 * len(sequences[i].ids) <= len(sequences[groups[-1][0]].ids):

@@ -102,7 +102,7 @@ class FeatureCache:
             workers: processes that read and decode.
             progress: show a progress bar.
             refuse: called with the position and the error of an image that cannot be read, which then gets row -1;
-                where None the error is raised.
+                if None the error is raised.
 
         Returns:
             (n,) int64.
@@ -161,7 +161,7 @@ class FeatureCache:
 
 @dataclass
 class _ReadImage:
-    """One image as a worker hands it over; pixels (c, h, w) only where the file lacks its features."""
+    """One image as a worker hands it over; pixels (c, h, w) only if the file lacks its features."""
 
     key: str = ""
     name: str = ""
@@ -186,7 +186,7 @@ class _Batch:
 
 
 class _Reader:
-    """Reads an image, and decodes and preprocesses it where the file lacks its features."""
+    """Reads an image, and decodes and preprocesses it if the file lacks its features."""
 
     def __init__(self, preprocess: Callable[[Sequence[ImageLike]], Tensor], known: Collection[str]) -> None:
         self.preprocess, self.known = preprocess, known

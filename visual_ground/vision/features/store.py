@@ -26,7 +26,7 @@ class FeatureFile:
     """Features of one width by key, shared by all processes that use the folder; holds no encoder, so it pickles.
 
     Args:
-        folder: where the files are; made where it is missing.
+        folder: where the files are; made if it is missing.
         width: f, numbers per image.
 
     Example:

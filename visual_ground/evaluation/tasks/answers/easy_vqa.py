@@ -27,7 +27,7 @@ AT_ONCE = 64  # questions that the LM reads at once
 class EasyVQA(Task):
     """The likeliest of easy-VQA's 13 answers to each question, in percent right, of all and of each kind.
 
-    `question_only` is right where the most common answer to the same question in the training set is: what can be
+    `question_only` is right if the most common answer to the same question in the training set is: what can be
     reached without the picture.
 
     Args:

@@ -43,7 +43,7 @@ class Interleaved(Task):
     The model answers each question, after its documents, and may show the pictures of these documents only: they are
     the index that it retrieves from. `edit` is 1 - edit distance / the longer list's length. `kendall` is the share of
     pairs in the answer that both are in the reference and in its order, weighted by how many pictures there were to
-    choose from. Where neither shows a picture both are 100. The texts are not scored; the answers are written beside
+    choose from. If neither shows a picture both are 100. The texts are not scored; the answers are written beside
     the report, for the official script.
 
     Args:
@@ -116,7 +116,7 @@ class Interleaved(Task):
         return {"id": query.id, "shown": shown, "reference": reference, "images": len(query.images), "answer": answer}
 
     def _prompt(self, model: GroundedModel, query: Query) -> Any:
-        """Return the documents and the question; the last documents are left out where the LM cannot hold all."""
+        """Return the documents and the question; the last documents are left out if the LM cannot hold all."""
         room = (model.frozen_lm.max_length or 1 << 30) - self._options["max_new_tokens"]
         documents = list(query.documents) if self._with_documents else []
         while True:
@@ -138,7 +138,7 @@ def _index_of(model: GroundedModel, query: Query, there: Sequence[int], images: 
 
 
 def edit_score(shown: Sequence[int], reference: Sequence[int]) -> float:
-    """Return 1 - edit distance / the longer list's length, from 0 to 1; 1 where both are empty.
+    """Return 1 - edit distance / the longer list's length, from 0 to 1; 1 if both are empty.
 
     Example:
         >>> edit_score([1, 2, 3], [1, 3]), edit_score([], [4])

@@ -33,7 +33,7 @@ class VQAv2(Task):
 
     Args:
         data: folder with `v2_OpenEnded_mscoco_<split>_questions.json`, `v2_mscoco_<split>_annotations.json` and the
-            images in `<split>`; where shots or choices are asked for, also those of train2014.
+            images in `<split>`; if shots or choices are asked for, also those of train2014.
         split: "val2014" or "train2014".
         shots: how many answered questions of train2014 come before each, drawn at random for each question.
         choices: 0 lets the LM write the answer, and its first line counts, without a full stop at its end; else the

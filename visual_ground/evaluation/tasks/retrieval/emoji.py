@@ -38,7 +38,7 @@ class EmojiRetrieval(Task):
     features, which is fitted to the concepts of the training set.
 
     Args:
-        data: folder for the pictures, which are drawn where they are missing; a temporary one where None.
+        data: folder for the pictures, which are drawn if they are missing; a temporary one if None.
         split: "test", "validation" or "train".
         baseline: whether to measure the regression, which encodes all training pictures.
     """

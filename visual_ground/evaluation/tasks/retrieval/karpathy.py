@@ -47,7 +47,7 @@ class Karpathy(Task):
         data: folder with `dataset_<dataset>.json`, and the images by their file's names, in any folder.
         dataset: "coco", "flickr30k" or "flickr8k".
         split: as in the file: "train", "restval", "val" or "test".
-        fold_size: images of a fold; 1,000 for COCO where None, 0 for none.
+        fold_size: images of a fold; 1,000 for COCO if None, 0 for none.
     """
 
     name, unit = "karpathy", "image"

@@ -83,7 +83,7 @@ class VisDial(Task):
         )
 
     def score(self, records: Sequence[Record]) -> Scores:
-        """Return the numbers of both parts, where they were measured."""
+        """Return the numbers of both parts, if they were measured."""
         values: dict[str, list[list[float]]] = {}
         if self._part != "retrieval":
             values |= self._answer_values(records)
@@ -118,7 +118,7 @@ class VisDial(Task):
                 values[f"answer_r{k}"].append([hits(rank)[f"r{k}"][0] for rank in ranks])
             values["ndcg"].append([])
             if record["dense_round"] is not None:
-                # The published script counts rounds from 0 where the file counts from 1, also beyond the dialog's end.
+                # The published script counts rounds from 0, the file from 1, also beyond the dialog's end.
                 place = begin + record["dense_round"] + self._is_published
                 gain = ndcg(record["dense"], flat[place]) if place < len(flat) else None
                 values["ndcg"][-1] += [] if gain is None else [100 * gain]

@@ -45,7 +45,7 @@ class Vist(Task):
     between them. Each is ranked twice: among all pictures, and, with `_masked` in the metric's name, among those that
     are not the story's earlier ones, so that what the context says is told apart from what masking gives.
 
-    A story is left out where its last picture is missing; where only an earlier one is, it counts in the contexts
+    A story is left out if its last picture is missing; if only an earlier one is, it counts in the contexts
     without pictures. The variant "published" follows the published script: stories with any picture missing are left
     out, every caption is tokenised with a BOS of its own, and captions stand in the file's order.
 

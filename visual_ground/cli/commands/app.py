@@ -8,20 +8,27 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import add_max_images, add_vision_option, check_address, load_model, open_index, whole
+from visual_ground.cli.shared.arguments import (
+    add_max_images,
+    add_vision_option,
+    check_address,
+    load_model,
+    open_index,
+    whole,
+)
 from visual_ground.errors import GroundingStateError, GroundingValueError
 
 if TYPE_CHECKING:
     from visual_ground.app.page import PageSettings
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
     from visual_ground.model import GroundedModel
     from visual_ground.server.pictures import ShownIndex
 
 DESCRIPTION = "A page to talk to. Without LM and ADAPTER, it has what `make demo` made."
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("app", help="open a page to talk to in a browser", description=DESCRIPTION)
     parser.add_argument("lm", nargs="?", help="Hub id or folder of the LM")
     parser.add_argument("adapter", nargs="?", help="Hub id or folder of the adapter")
@@ -52,7 +59,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--max-batch", type=whole(1), default=8, help="answers that are generated together")
     parser.add_argument("--max-waiting", type=whole(1), default=64, help="questions that may wait; more are refused")
     parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
@@ -107,6 +114,6 @@ def load(options: argparse.Namespace) -> tuple[GroundedModel, dict[str, ShownInd
 
 
 def _named(given: str) -> tuple[str, str]:
-    """Return the name and the folder of `NAME=DIR`; the folder's own name where there is none."""
+    """Return the name and the folder of `NAME=DIR`; the folder's own name if there is none."""
     name, equals, folder = given.partition("=")
     return (name, folder) if equals and name and folder else (Path(given).name or given, given)

@@ -6,31 +6,36 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import (
+from visual_ground.cli.shared.arguments import (
     add_column_options,
     add_dataset_argument,
     add_lm_options,
+    add_max_skipped,
+    check_places,
     ground_models,
     number,
     pair_settings,
+    place,
     whole,
 )
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 DESCRIPTION = "Train an adapter. A run that was stopped goes on when the same command is given again."
 # Retrieval learns to tell each pair from the others of its batch, so a batch must not be small.
 BATCH_SIZE = 64
-CHECKPOINTS_KEPT = 2  # One to go on from, and the one before it.
+CHECKPOINTS_KEPT = 2  # One to continue from, and the one before it.
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("train", help="train an adapter on image-caption pairs", description=DESCRIPTION)
     add_lm_options(parser)
     add_dataset_argument(parser)
-    parser.add_argument("--output", metavar="DIR", default="grounded", help="folder for all that is written")
+    parser.add_argument(
+        "--output", metavar="DIR", type=place, default="grounded", help="folder for all that is written"
+    )
     parser.add_argument("--validation", metavar="DATASET", help="pairs to evaluate on at every checkpoint")
     parser.add_argument("--steps", metavar="N", type=whole(1), default=2000, help="2000 where not given")
     parser.add_argument(
@@ -41,21 +46,20 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--workers", metavar="N", type=whole(0), default=0, help="processes that read and decode; none")
     parser.add_argument("--streaming", action="store_true", help="read row by row, without a copy on the disk")
     parser.add_argument("--no-cache", action="store_true", help="run the encoder in every step, keep no features")
-    parser.add_argument(
-        "--max-skipped", metavar="X", type=number(0, 1), default=0.01, help="part that may be unreadable; 0.01"
-    )
+    add_max_skipped(parser)
     parser.add_argument("--seed", metavar="N", type=whole(0), default=0, help="of start values and order; 0")
     add_column_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train an adapter, or go on training it."""
+    """Train an adapter, or continue training it."""
     from transformers import set_seed
 
     from visual_ground import GroundingTrainer
     from visual_ground.training.data.loading import SHUFFLED, load_rows
 
+    check_places(folder=options.output)
     rows = load_rows(options.dataset, options.split, options.streaming)
     arguments = _training_arguments(options, rows)
     validation = None if options.validation is None else load_rows(options.validation, options.split)

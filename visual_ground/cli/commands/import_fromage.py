@@ -6,23 +6,28 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visual_ground.cli.shared.arguments import check_places, place
+
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("import-fromage", help="turn an official FROMAGe checkpoint into an adapter")
     parser.add_argument("folder", help="holds model_args.json, the checkpoint and cc3m_embeddings*.pkl, if any")
-    parser.add_argument("--output", required=True, help="folder for the adapter; an index goes into its index/")
+    parser.add_argument(
+        "--output", type=place, required=True, help="folder for the adapter; an index goes into its index/"
+    )
     parser.add_argument("--checkpoint", help="where it is not pretrained_ckpt.pth.tar in the folder")
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Turn an official checkpoint into an adapter, and its image embeddings into an index; no model is loaded."""
     from visual_ground.importers.fromage.convert import read_official, read_official_index
 
+    check_places(folder=options.output)
     official, index = read_official(options.folder, options.checkpoint), read_official_index(options.folder)
     official.save(options.output)
     if index is not None:

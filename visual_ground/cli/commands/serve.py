@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import (
+from visual_ground.cli.shared.arguments import (
     add_index_options,
     add_max_images,
     add_model_arguments,
@@ -21,13 +21,13 @@ from visual_ground.cli.arguments import (
 from visual_ground.errors import GroundingStateError
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 KEY = "VISUAL_GROUND_API_KEY"
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("serve", help="answer over HTTP, as OpenAI's API does")
     add_model_arguments(parser)
     add_index_options(parser)
@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--timeout", metavar="X", type=number(0), default=300.0, help="seconds for one answer")
     parser.description = f"Clients must send the API key that the environment variable {KEY} holds, if it is set."
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:

@@ -7,24 +7,26 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from visual_ground.cli.arguments import (
+from visual_ground.cli.shared.arguments import (
     add_column_options,
+    add_max_skipped,
     add_model_arguments,
+    check_places,
     columns_of,
     load_model,
-    number,
+    place,
     whole,
 )
 from visual_ground.errors import GroundingValueError
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 WORK_DIR = "evaluations"
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("eval", help="measure an adapter on a dataset or one of the field's tasks, as JSON")
     add_model_arguments(parser)
     parser.add_argument(
@@ -37,7 +39,7 @@ def add_parser(commands: Commands) -> None:
         const="",
         help="write the results into the adapter's folder and card; for pairs, under this name",
     )
-    parser.add_argument("--output", metavar="FILE", help="write them into this file too")
+    parser.add_argument("--output", metavar="FILE", type=place, help="write them into this file too")
     task = parser.add_argument_group("for a task")
     task.add_argument("--data", metavar="DIR", help="folder with its official files")
     task.add_argument(
@@ -51,17 +53,16 @@ def add_parser(commands: Commands) -> None:
     task.add_argument("--device", metavar="NAME", help="where the models run, such as cuda:1; a GPU if there is one")
     pairs = parser.add_argument_group("for pairs")
     pairs.add_argument("--dataset-revision", help="for --record: of the dataset")
-    pairs.add_argument(
-        "--max-skipped", metavar="X", type=number(0, 1), default=0.01, help="part that may be unreadable; 0.01"
-    )
+    add_max_skipped(pairs)
     add_column_options(pairs)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what a saved adapter reaches, and write it into the adapter's folder where asked."""
+    """Print what a saved adapter reaches, and write it into the adapter's folder if asked."""
     from visual_ground.evaluation.tasks.registry import TASKS
 
+    check_places(file=options.output)
     if options.dataset in TASKS or options.data is not None:
         _run_task(options)
     else:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("push", help="upload a saved adapter or index to the Hub, as one commit")
     parser.add_argument("folder", help="folder of the adapter or index")
     parser.add_argument("repository", help="Hub id of the repository, made where it does not exist")
@@ -20,7 +20,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--message", help="first line of the commit")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
     parser.add_argument("--copy-images", action="store_true", help="publish an index's local image files too")
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:

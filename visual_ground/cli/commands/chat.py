@@ -7,18 +7,20 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import (
+from visual_ground.cli.shared.arguments import (
     add_answer_options,
     add_index_options,
     add_model_arguments,
     answer_options,
+    check_places,
     load_index,
     load_model,
+    place,
 )
 from visual_ground.errors import GroundingError
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
     from visual_ground.generation.output import Part
     from visual_ground.terminal.conversation import Conversation
 
@@ -31,26 +33,24 @@ Write a line and press Enter. Paths of images in it are shown to the model; put 
 Ctrl-C stops an answer; Ctrl-D, or Ctrl-C while you write, ends."""
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("chat", help="talk; paths to images in a line are shown to the model")
     add_model_arguments(parser)
     add_index_options(parser)
     parser.add_argument("--once", metavar="PROMPT", help="answer one prompt and stop")
-    parser.add_argument("--html", help="write the last answer as a page")
+    parser.add_argument("--html", metavar="FILE", type=place, help="write the last answer as a page")
     add_answer_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Answer line by line until the input ends, or once; return the exit code."""
-    from visual_ground.errors import GroundingFileError
     from visual_ground.terminal.conversation import Conversation
 
-    if options.html and os.path.isdir(options.html):  # Loading and answering take long: what is wrong is said before.
-        raise GroundingFileError(f"--html takes the path of a page, and {options.html!r} is a folder.")
+    check_places(file=options.html)
     conversation = Conversation(load_model(options), load_index(options), answer_options(options))
-    if options.once:
+    if options.once is not None:
         answer(conversation, options.once, options.html)
         return 0
     return converse(conversation, options.html)
@@ -82,7 +82,7 @@ def converse(conversation: Conversation, page: str | None) -> int:
 
 
 def command(conversation: Conversation, line: str) -> str | None:
-    """Do what a line that begins with a slash says and return what to tell; None where it is a path or no command."""
+    """Do what a line that begins with a slash says and return what to tell; None if it is a path or no command."""
     name, _, argument = line.partition(" ")
     argument = argument.strip().strip("\"'")
     if name == "/help":
@@ -115,7 +115,7 @@ def answer(conversation: Conversation, line: str, page: str | None) -> None:
 
 
 def shown(part: Part, at_start: bool) -> str:
-    """Return a part of an answer as standard output shows it: a picture, drawn where that can be, above its line."""
+    """Return a part of an answer as standard output shows it: a picture, drawn if that can be, above its line."""
     from visual_ground.terminal.inline import drawn, protocol_of
 
     if isinstance(part, str):

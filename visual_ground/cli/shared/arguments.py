@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from visual_ground.errors import GroundingStateError
+from visual_ground.errors import GroundingFileError, GroundingStateError
 
 if TYPE_CHECKING:
     from visual_ground.index.image_index import ImageIndex
@@ -98,8 +99,26 @@ def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], 
     return read
 
 
+def place(text: str) -> str:
+    """Read the path of a file or folder, as a type of argparse; an empty one would lead into the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must be the path of a file or folder, got {text!r}")
+    return text
+
+
+def check_places(file: str | None = None, folder: str | None = None) -> None:
+    """Raise GroundingFileError if a folder is in the place of a file to write, or a file in that of a folder.
+
+    What is written comes last, after hours perhaps, and what is wrong is said before.
+    """
+    if file and os.path.isdir(file):
+        raise GroundingFileError(f"The output is a file, and {file!r} is a folder. Give the name of a file.")
+    if folder and os.path.exists(folder) and not os.path.isdir(folder):
+        raise GroundingFileError(f"The output is a folder, and {folder!r} is a file. Give the name of a folder.")
+
+
 def check_address(address: str, port: int) -> None:
-    """Raise GroundingStateError where nothing can listen at an address; loading the models before would take long."""
+    """Raise GroundingStateError if nothing can listen at an address; loading the models before would take long."""
     try:
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         socket.create_server((address, port), family=family).close()
@@ -182,6 +201,13 @@ def open_index(name: str, options: argparse.Namespace | None = None) -> ImageInd
 def add_dataset_argument(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument that names a dataset."""
     parser.add_argument("dataset", help="folder, file, pattern of files, or Hub id: see docs/training.md")
+
+
+def add_max_skipped(parser: argparse._ActionsContainer) -> None:
+    """Add the option that says how much of a dataset may be left out."""
+    parser.add_argument(
+        "--max-skipped", metavar="X", type=number(0, 1), default=0.01, help="part that may be unreadable; 0.01"
+    )
 
 
 def add_column_options(parser: argparse._ActionsContainer) -> None:

@@ -7,39 +7,54 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_model_arguments, load_model, number, open_index
+from visual_ground.cli.shared.arguments import (
+    add_model_arguments,
+    check_places,
+    load_model,
+    number,
+    open_index,
+    place,
+    whole,
+)
+from visual_ground.cli.shared.entries import known_id, parsed_filter
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
     from visual_ground.indexing.build import BuildOptions
 
 
 OPENED = "folder or Hub id of the index, or its address in Milvus: images.db, http://localhost:19530#photos"
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("index", help="embed images so that they can be found")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     build = actions.add_parser("build", help="make an index; after a stop, the same command continues it")
     add_model_arguments(build)
     build.add_argument("images", nargs="+", help="image files, folders of them, and tar shards")
-    build.add_argument("--output", required=True, help="folder for the index")
+    build.add_argument("--output", type=place, required=True, help="folder for the index")
     _add_build_options(build)
-    build.set_defaults(run=run_build)
+    build.set_defaults(act=run_build)
     add = actions.add_parser("add", help="add images, or the entries of another index")
     add_model_arguments(add)
     add.add_argument("index", help="folder of the index")
     add.add_argument("images", nargs="+", help="as for build, or folders of indexes")
     _add_build_options(add)
-    add.set_defaults(run=run_add)
+    add.set_defaults(act=run_add)
     remove = actions.add_parser("remove", help="remove entries")
     remove.add_argument("index", help="folder of the index")
     remove.add_argument("ids", nargs="*", help="their ids")
     remove.add_argument("--filter", help='which entries, as JSON, such as {"licence": "unknown"}')
-    remove.set_defaults(run=run_remove)
+    remove.set_defaults(act=run_remove)
     _add_readers(actions)
     _add_makers(actions)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the action says."""
+    options.act(options)
 
 
 def _add_readers(actions: Commands) -> None:
@@ -47,12 +62,12 @@ def _add_readers(actions: Commands) -> None:
     add_model_arguments(search)
     search.add_argument("index", help=OPENED)
     search.add_argument("query", help="a text, or the path of an image")
-    search.add_argument("-k", type=int, default=10, help="how many; 10")
+    search.add_argument("-k", metavar="N", type=whole(1), default=10, help="how many; 10")
     search.add_argument("--filter", help='which entries may be found, as JSON, such as {"year": {"ge": 1990}}')
-    search.set_defaults(run=run_search)
+    search.set_defaults(act=run_search)
     info = actions.add_parser("info", help="print what an index holds, as JSON")
     info.add_argument("index", help=OPENED)
-    info.set_defaults(run=run_info)
+    info.set_defaults(act=run_info)
 
 
 def _add_makers(actions: Commands) -> None:
@@ -61,19 +76,25 @@ def _add_makers(actions: Commands) -> None:
     accelerate.add_argument(
         "--kind", choices=("flat", "hnsw", "ivfpq"), help="by the number of entries where not given"
     )
-    accelerate.add_argument("--recall", type=float, default=0.95, help="part of the 10 best entries to find; 0.95")
-    accelerate.set_defaults(run=run_accelerate)
+    accelerate.add_argument(
+        "--recall", metavar="X", type=number(0, 1), default=0.95, help="part of the 10 best entries to find; 0.95"
+    )
+    accelerate.set_defaults(act=run_accelerate)
     convert = actions.add_parser("convert", help="read what other tools wrote, or copy an index into Milvus")
     convert.add_argument("source", help="folder with img_emb/*.npy and metadata/*.parquet, one .npy file, or an index")
     convert.add_argument("--table", help="parquet file of the metadata, for one .npy file")
-    convert.add_argument("--output", required=True, help="folder for the index, or an address in Milvus")
-    convert.set_defaults(run=run_convert)
+    convert.add_argument("--output", type=place, required=True, help="folder for the index, or an address in Milvus")
+    convert.set_defaults(act=run_convert)
 
 
 def _add_build_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=32, help="images that the encoder runs at once; 32")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images; 0 for none besides this")
-    parser.add_argument("--thumbnails", type=int, metavar="PIXELS", help="keep a thumbnail of each image")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=whole(1), default=32, help="images that the encoder runs at once; 32"
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=whole(0), default=0, help="processes that read images; 0 for none besides this"
+    )
+    parser.add_argument("--thumbnails", metavar="PIXELS", type=whole(1), help="keep a thumbnail of each image")
     parser.add_argument("--half", action="store_true", help="keep vectors as float16, half as large")
     parser.add_argument(
         "--caption-weight",
@@ -91,7 +112,7 @@ def _build_options(options: argparse.Namespace, caption_weight: float = 0.0) -> 
     shard = None
     if options.shard is not None:
         first, _, step = options.shard.partition("/")
-        if not first.isdigit() or not step.isdigit():
+        if not first.isdecimal() or not step.isdecimal():
             raise GroundingValueError(f"--shard must be two numbers such as 0/4, got {options.shard!r}.")
         shard = int(first), int(step)
     return BuildOptions(
@@ -109,6 +130,7 @@ def run_build(options: argparse.Namespace) -> None:
     from visual_ground.indexing.build import build_index
     from visual_ground.processes import Processes
 
+    check_places(folder=options.output)
     report = build_index(load_model(options), options.images, options.output, _build_options(options))
     if not Processes.launched().is_main:
         return
@@ -153,36 +175,15 @@ def run_remove(options: argparse.Namespace) -> None:
     from visual_ground.errors import GroundingValueError
 
     index = ImageIndex.from_pretrained(options.index)
-    ids: list[str | int] = [_known_id(index, one) for one in options.ids]
+    ids: list[str | int] = [known_id(index, one) for one in options.ids]
     if options.filter is not None:
-        ids += index.select(_parsed(options.filter))
+        ids += index.select(parsed_filter(options.filter))
     elif not ids:
         raise GroundingValueError("Name the entries to remove by their ids, or by --filter.")
     ids = list(dict.fromkeys(ids))
     index.remove(ids)
     index.save_pretrained(options.index)
     print(f"{len(ids)} entries removed, {len(index)} left")
-
-
-def _known_id(index: object, text: str) -> str | int:
-    """Return the number that a word on the command line stands for, where that is the entry's id."""
-    from visual_ground import ImageIndex
-
-    if isinstance(index, ImageIndex) and text not in index and text.isdigit():
-        return int(text)
-    return text
-
-
-def _parsed(text: str) -> dict[str, object]:
-    from visual_ground.errors import GroundingValueError
-
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise GroundingValueError(f'--filter must be JSON such as {{"year": 1990}}, got {text!r}: {error}.') from error
-    if not isinstance(values, dict):
-        raise GroundingValueError(f'--filter must be a JSON object such as {{"year": 1990}}, got {text!r}.')
-    return values
 
 
 def run_search(options: argparse.Namespace) -> None:
@@ -194,7 +195,7 @@ def run_search(options: argparse.Namespace) -> None:
     check_index(index, model.active)
     is_image = is_image_file(options.query)
     query = model.embed_images([options.query]) if is_image else model.embed_text(options.query)
-    found = index.search(query.cpu(), options.k, None if options.filter is None else _parsed(options.filter))
+    found = index.search(query.cpu(), options.k, None if options.filter is None else parsed_filter(options.filter))
     for position, score in zip(found.positions[0].tolist(), found.scores[0].tolist(), strict=True):
         id, image, metadata = index.entry(position)
         line = {"id": id, "score": round(score, 4), "metadata": metadata}

@@ -6,22 +6,22 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from visual_ground.cli.arguments import add_column_options, add_vision_option, columns_of
+from visual_ground.cli.shared.arguments import add_column_options, add_vision_option, check_places, columns_of, place
 
 if TYPE_CHECKING:
-    from visual_ground.cli.arguments import Commands
+    from visual_ground.cli.shared.arguments import Commands
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to a parser."""
+def add_parser(commands: Commands) -> argparse.ArgumentParser:
+    """Add the command to the others, and return its parser."""
     parser = commands.add_parser("transfer", help="move an adapter to another LM; its image indexes stay valid")
     parser.add_argument("adapter", help="Hub id or folder of the adapter")
     parser.add_argument("lm", help="Hub id or folder of the LM that it moves to")
-    parser.add_argument("--output", required=True, help="folder for the new adapter")
+    parser.add_argument("--output", type=place, required=True, help="folder for the new adapter")
     parser.add_argument("--dataset", help="image-caption pairs to fit with, instead of the adapter's anchors")
     add_vision_option(parser)
     add_column_options(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from visual_ground.transferring.image_side import ImageSide
     from visual_ground.transferring.transfer import transfer
 
+    check_places(folder=options.output)
     side, anchors = ImageSide.load(options.adapter), None
     if options.dataset is not None:
         encoder = load_encoder(options.vision, None, side.config, side.provenance)[0]

@@ -30,7 +30,7 @@ VERBOSITY = {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNIN
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's text on one line, with the kind of error where the text alone may say nothing."""
+    """Return an error's text on one line, with the kind of error if the text alone may say nothing."""
     text = " ".join(str(error).split())
     if isinstance(error, GroundingError) and text:
         return text

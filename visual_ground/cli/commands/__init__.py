@@ -1,0 +1,1 @@
+"""The commands of `visual-ground`, one file each: thin layers over the Python API."""

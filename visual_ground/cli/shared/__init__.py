@@ -1,0 +1,1 @@
+"""What commands share: options and what they mean, and messages on the standard error."""
