@@ -14,6 +14,7 @@ from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.chat import ILLUSTRATED, typed_message
+from visual_ground.prompts.types import ImagePart
 
 SEEN, UNSEEN = "seen", "unseen"
 SYSTEM: dict[str, Any] = {"role": "system", "content": ILLUSTRATED}
@@ -150,4 +151,4 @@ def request_all(model: GroundedModel, index: ImageIndex, concepts: Sequence[Conc
 
 
 def _typed(role: str, parts: Sequence[Any]) -> dict[str, Any]:
-    return typed_message(role, [part if isinstance(part, str) else part.image for part in parts])
+    return typed_message(role, [part if isinstance(part, str) else ImagePart(part.image) for part in parts])

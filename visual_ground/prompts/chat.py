@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.prompts.parts import Parts, is_given, read_content, read_part
 from visual_ground.prompts.template import render_template
-from visual_ground.prompts.types import ChatMessage, PromptPart, Prompts
+from visual_ground.prompts.types import ChatMessage, ImagePart, PromptPart, Prompts
 from visual_ground.vision.images import is_single
 
 # As a system message, it makes a small LM say something about the thing that is asked for, instead of that it is a
@@ -35,15 +35,15 @@ def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
         >>> chat_message("user", ["What is it?"])
         {'role': 'user', 'content': [{'type': 'text', 'text': 'What is it?'}]}
     """
-    read = [one for part in parts for one in read_part(part)]
-    return typed_message(role, [part if isinstance(part, str) else part.image for part in read])
+    return typed_message(role, [one for part in parts for one in read_part(part)])
 
 
 def typed_message(role: str, parts: Sequence[Any]) -> dict[str, Any]:
-    """Return a chat message of texts and images that say what they are, so that no text is taken for a path."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
-    ]
+    """Return a chat message of texts and images that say what they are: a string is a text, and all else an image."""
+    content: list[dict[str, Any]] = []
+    for part in parts:
+        image = part.image if isinstance(part, ImagePart) else part
+        content.append({"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": image})
     return {"role": role, "content": content}
 
 
