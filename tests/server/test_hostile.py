@@ -265,7 +265,7 @@ def test_what_an_index_says_of_its_pictures_is_no_markup(tmp_path, word):
     metadata = dict.fromkeys(("caption", "credit", "licence"), f"a {word} b") | {"source": f"https://a.b/{word}"}
     server = Running(tmp_path, names=[f"a {word}", "dog"], metadata=[metadata] * 2)
     try:
-        message = server.ask(extra_body={**SHOWS, "images_per_ret": 2}).choices[0].message
+        message = server.ask(extra_body={**SHOWS, "images_per_ret": 2, "max_images": 2}).choices[0].message
     finally:
         server.stop()
     page = markdown.MarkdownIt("commonmark", {"html": True}).parse(message.content)
