@@ -14,6 +14,7 @@ import torch
 
 from tests.server.test_server import SHOWS, Running, as_png, chat_body, with_image
 from tests.tiny import picture
+from visual_ground.server import chats
 from visual_ground.server.engine import EngineLimits
 from visual_ground.server.http import ServerSettings
 from visual_ground.server.requests import REFUSED
@@ -247,6 +248,22 @@ def test_no_address_and_no_file_of_a_stranger_is_more_than_a_picture(running, ad
 def test_a_picture_with_a_page_behind_it_is_read_as_a_picture_alone(running):
     png = saved(picture(0), "PNG") + b"<script>alert(1)</script>"
     assert running.client.post("/chat/completions", body=json.loads(with_image(as_png(png))), cast_to=object)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "w" * 99_000}],
+        [{"role": "user", "content": "w4"}] * 9000,
+        [{"role": "user", "content": [{"type": "text", "text": "w"}] * 9000}],
+    ],
+)
+def test_a_prompt_that_must_be_too_long_is_refused_before_its_tokens_are_counted(running, messages, monkeypatch):
+    monkeypatch.setattr(chats, "CHARACTERS_PER_TOKEN", 4)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(running.model.processor), "encode", None)
+        status, message, _ = running.post(chat_body(messages=messages))
+    assert status == 400 and "context" in message
 
 
 @pytest.mark.parametrize("extra", [{"n": -1}, {"n": 9}, {"n": 1.5}, {"n": "2"}, {"n": True}, {"n": [1]}, {"n": 2**63}])
