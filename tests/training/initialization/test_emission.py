@@ -148,8 +148,9 @@ def test_the_place_of_a_picture_is_behind_the_first_sentence():
 
 
 def test_dialogues_are_filled_and_captions_become_requests():
-    said = others_about(["A cat.", "A very long caption of a dog."])
-    assert len(said) == len(OTHERS) and not any("{" in text for text in said)
-    said = others_about([f"A w{i}." for i in range(40)])
-    assert len(said) == len(set(said)) == len(OTHERS) + sum("{it}" in text for text in OTHERS)
+    for captions, things in ((["A cat.", "A very long caption of a dog."], 1), ([f"A w{i}." for i in range(80)], 2)):
+        said = others_about(captions)
+        assert len(said) == 2 * len(OTHERS) and not any("{" in text for text in said)
+        for number, other in enumerate(OTHERS):
+            assert len(set(said[2 * number : 2 * number + 2])) == (things if "{it}" in other else 1)
     assert "Show me a picture: a cat." in requests_of(["A cat."])

@@ -21,12 +21,15 @@ def requests_of(captions: Sequence[str]) -> list[str]:
 
 
 def others_about(captions: Sequence[str]) -> list[str]:
-    """Return all the dialogues without pictures, those about something with two of the shorter captions each."""
+    """Return each dialogue without pictures twice; those about something, with two of the shorter captions.
+
+    Every second chat has a system message (`answers_to`), so each of them is read with it and without it.
+    """
     things = sorted({without_sentence_marks(caption) for caption in captions}, key=lambda text: (len(text), text))
     things = things[: max(1, len(things) // 2)] or ["it"]
     step = max(1, len(things) // len(OTHERS))
-    turns = ((other, i * step + turn) for i, other in enumerate(OTHERS) for turn in (0, 1))
-    return list(dict.fromkeys(other.replace("{it}", things[n % len(things)]) for other, n in turns))
+    numbered = [(other, i * step + turn) for i, other in enumerate(OTHERS) for turn in (0, 1)]
+    return [other.replace("{it}", things[n % len(things)]) for other, n in numbered]
 
 
 def later_turns(
