@@ -14,6 +14,7 @@ import torch
 
 from tests.server.test_server import SHOWS, Running, as_png, chat_body, with_image
 from tests.tiny import picture
+from visual_ground.server import chats
 from visual_ground.server.engine import EngineLimits
 from visual_ground.server.http import ServerSettings
 from visual_ground.server.requests import REFUSED
@@ -249,6 +250,22 @@ def test_a_picture_with_a_page_behind_it_is_read_as_a_picture_alone(running):
     assert running.client.post("/chat/completions", body=json.loads(with_image(as_png(png))), cast_to=object)
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "w" * 99_000}],
+        [{"role": "user", "content": "w4"}] * 9000,
+        [{"role": "user", "content": [{"type": "text", "text": "w"}] * 9000}],
+    ],
+)
+def test_a_prompt_that_must_be_too_long_is_refused_before_its_tokens_are_counted(running, messages, monkeypatch):
+    monkeypatch.setattr(chats, "CHARACTERS_PER_TOKEN", 4)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(running.model.processor), "encode", None)
+        status, message, _ = running.post(chat_body(messages=messages))
+    assert status == 400 and "context" in message
+
+
 @pytest.mark.parametrize("extra", [{"n": -1}, {"n": 9}, {"n": 1.5}, {"n": "2"}, {"n": True}, {"n": [1]}, {"n": 2**63}])
 def test_another_number_of_answers_than_can_be_given(running, extra):
     status, message, _ = running.post(chat_body(**extra))
@@ -265,7 +282,7 @@ def test_what_an_index_says_of_its_pictures_is_no_markup(tmp_path, word):
     metadata = dict.fromkeys(("caption", "credit", "licence"), f"a {word} b") | {"source": f"https://a.b/{word}"}
     server = Running(tmp_path, names=[f"a {word}", "dog"], metadata=[metadata] * 2)
     try:
-        message = server.ask(extra_body={**SHOWS, "images_per_ret": 2}).choices[0].message
+        message = server.ask(extra_body={**SHOWS, "images_per_ret": 2, "max_images": 2}).choices[0].message
     finally:
         server.stop()
     page = markdown.MarkdownIt("commonmark", {"html": True}).parse(message.content)

@@ -23,6 +23,8 @@ from visual_ground.server.pictures import Pictures
 from visual_ground.server.requests import ChatRequest
 
 Event = tuple[int, Part | Finished]
+# No tokenizer makes a token of so many characters; where the context's length is unknown, so many tokens are the most.
+CHARACTERS_PER_TOKEN, MAX_TOKENS = 256, 1_000_000
 
 
 def encode(engine: Engine, request: ChatRequest, attached: AttachedAdapter | None = None) -> EncodedPrompt:
@@ -33,18 +35,26 @@ def encode(engine: Engine, request: ChatRequest, attached: AttachedAdapter | Non
     """
     processor = engine.model.processor if attached is None else attached.processor
     parts = [part for message in request.messages for part in message["content"]]
+    longest = processor.max_length
+    # Each part takes a token at least. It would take minutes to count those of the longest requests.
+    most, characters = longest or MAX_TOKENS, sum(len(part.get("text", "")) for part in parts)
+    if len(parts) > most or characters > most * CHARACTERS_PER_TOKEN:
+        raise _too_long(f"The prompt has {len(parts)} parts with {characters} characters", most)
     try:
         # Each part says whether it is a text, so that none is taken for the path of a file on this machine.
         prompt = processor.encode(request.messages if engine.model.tokenizer.chat_template else parts)
+        if longest is not None and len(prompt.ids) + request.max_tokens > longest:
+            wanted = f"The prompt has {len(prompt.ids)} tokens and the answer may have {request.max_tokens}"
+            raise _too_long(wanted, longest)
         processor.check_ids([prompt])
     except GroundingError as error:
         raise RequestFailure(400, str(error)) from error
-    longest = processor.max_length
-    if longest is not None and len(prompt.ids) + request.max_tokens > longest:
-        message = f"The prompt has {len(prompt.ids)} tokens and the answer may have {request.max_tokens}; the model's "
-        message += f"context holds {longest}. Shorten the prompt or lower max_tokens."
-        raise RequestFailure(400, message, code="context_length_exceeded")
     return prompt
+
+
+def _too_long(wanted: str, longest: int) -> RequestFailure:
+    message = f"{wanted}; the model's context holds {longest} tokens. Shorten the prompt or lower max_tokens."
+    return RequestFailure(400, message, code="context_length_exceeded")
 
 
 class Chat:
