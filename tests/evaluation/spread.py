@@ -1,4 +1,7 @@
-"""Runs a small evaluation as one of two processes: python -m tests.evaluation.spread DATA FOLDER RANK."""
+"""Runs a small evaluation as one of two processes: python -m tests.evaluation.spread DATA FOLDER RANK [fail].
+
+With a fourth word, the first process fails at its second batch, and each writes the error that it gets.
+"""
 
 import json
 import sys
@@ -9,17 +12,34 @@ import torch.distributed as dist
 from tests.evaluation.nearness import Nearness
 from tests.tiny import grounded
 from visual_ground import evaluate
+from visual_ground.errors import GroundingError, GroundingValueError
 
 
-def main(data, folder, rank):
+class Calls(list):
+    """Which batches were measured; of the process that fails, only one is."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.fails = fails
+
+    def append(self, batch):
+        if self.fails and self:
+            raise GroundingValueError("no more")
+        super().append(batch)
+
+
+def main(data, folder, rank, fails=""):
     """Write this process's report and which batches it measured."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    calls = []
-    report = evaluate(grounded(), Nearness(data, calls), batch_size=2, progress=False)
-    (folder / f"report-{rank}.json").write_text(report.to_json())
+    calls = Calls(fails and rank == 0)
+    try:
+        report = evaluate(grounded(), Nearness(data, calls), batch_size=2, progress=False).to_json()
+    except GroundingError as error:
+        report = f"{type(error).__name__}: {error}"
+    (folder / f"report-{rank}.json").write_text(report)
     (folder / f"calls-{rank}.json").write_text(json.dumps(calls))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -179,3 +179,14 @@ def test_two_processes_give_the_report_of_one(folder, tmp_path):
     assert [(tmp_path / f"report-{rank}.json").read_text() for rank in range(2)] == [one, one]
     shares = [json.loads((tmp_path / f"calls-{rank}.json").read_text()) for rank in range(2)]
     assert shares == [[[0, 1], [4, 5]], [[2, 3], [6]]]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_in_one_process_ends_in_all(folder, tmp_path):
+    command = [sys.executable, "-m", "tests.evaluation.spread", str(folder), str(tmp_path)]
+    running = [subprocess.Popen([*command, str(rank), "fail"], cwd=ROOT, stderr=subprocess.PIPE) for rank in range(2)]
+    errors = [process.communicate(timeout=300)[1].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    first, second = ((tmp_path / f"report-{rank}.json").read_text() for rank in range(2))
+    assert first == "GroundingValueError: no more"
+    assert second.startswith("GroundingStateError") and second.endswith("process 0: no more")

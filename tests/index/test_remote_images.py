@@ -121,6 +121,22 @@ def test_an_image_that_is_gone_makes_room_for_the_next_best():
         assert retrieve(query, unasked, RetrievalSettings())[0][0].id == 0
 
 
+def test_a_local_image_that_is_gone_makes_room_for_the_next_best_too(tmp_path):
+    model, paths = grounded(), [tmp_path / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths):
+        picture(i).save(path)
+    index = ImageIndex.build(model, list(map(str, paths)))
+    options = dict(max_new_tokens=1, ret_bias=100.0)
+    whole = model.generate("w4", index, images_per_ret=5, **options)[0].images
+    os.remove(whole[0].image)
+    left = model.generate("w4", index, images_per_ret=2, **options)[0].images
+    assert [one.image for one in left] == [one.image for one in whole[1:3]]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    lost = model.generate("w4", index, images_per_ret=2, **options)[0].images
+    assert [one.image for one in lost] == [one.image for one in whole[:2]]
+
+
 def test_images_of_an_answer_are_fetched_side_by_side():
     with web() as (url, requests):
         addresses = [f"{url}/together/{i}" for i in range(3)]

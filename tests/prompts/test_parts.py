@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.tiny import grounded, picture
 from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
+from visual_ground.prompts.chat import chat_message, typed_message
 from visual_ground.prompts.parts import read_content, read_part
 from visual_ground.prompts.types import ImagePart, is_image_string
 from visual_ground.training.data.prompts import SplitPrompt
@@ -142,6 +143,16 @@ def test_a_bare_string_is_an_image_by_its_content_and_a_path_is_never_words(tmp_
         with pytest.raises(GroundingValueError, match='"type": "text"'):
             model.prepare([["w4", path]])
     assert "pixel_values" not in model.prepare([["w4", {"type": "text", "text": "missing.png"}]])
+
+
+@pytest.mark.parametrize("form", ["path", "URL", "data", "bytes", "image"])
+def test_an_image_of_any_form_stays_one_in_a_chat_message(form, tmp_path):
+    PICTURE.save(path := tmp_path / "x.png")
+    part = {"path": str(path), "URL": path.as_uri(), "data": URL, "bytes": path.read_bytes(), "image": PICTURE}[form]
+    message = chat_message("user", ["w4", part, "w5"])
+    assert [one["type"] for one in message["content"]] == ["text", "image", "text"]
+    assert to_rgb(message["content"][1]["image"]).tobytes() == PICTURE.tobytes()
+    assert [one["type"] for one in typed_message("user", [str(path), PICTURE])["content"]] == ["text", "image"]
 
 
 def test_a_chats_words_are_never_a_path(tmp_path):

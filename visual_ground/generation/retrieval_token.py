@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -16,7 +17,7 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.generation.output import RetrievedImage
 from visual_ground.generation.sentences import sentence_ends
 from visual_ground.index.base import ManyEntries, RetrievalIndex
-from visual_ground.index.remote_images import ImageLink
+from visual_ground.index.remote_images import ImageLink, is_url
 
 EXTRA_HITS = 4  # Images that are looked up in addition, in case some are gone from where they were.
 
@@ -238,7 +239,8 @@ def _readable(
         if position not in entries.known:
             entries.look_up([other for other, _ in hits[number : number + count - len(found)]])
         image_id, image, metadata = entries.known[position]
-        is_lost = isinstance(image, ImageLink) and image.failed
+        is_gone = isinstance(image, str) and not is_url(image) and not os.path.exists(image)
+        is_lost = is_gone or (isinstance(image, ImageLink) and image.failed)
         (failed if is_lost else found).append(RetrievedImage(image_id, score, image, metadata))
         shown.add(position)
     return tuple([*found, *failed][:count])
