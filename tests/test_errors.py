@@ -46,6 +46,9 @@ def texts():
             if isinstance(node, ast.Call) and (name.endswith("Error") or name in SPEAKERS):
                 for argument in node.args:
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", joined(argument)
+            elif isinstance(node, ast.Dict):  # Such as reasons by name, which an error puts into its text.
+                for value in node.values:
+                    yield f"{path.relative_to(ROOT)}:{value.lineno}", joined(value)
             elif isinstance(node, ast.Return) and node.value is not None:
                 yield f"{path.relative_to(ROOT)}:{node.lineno}", joined(node.value)
 
