@@ -28,10 +28,10 @@ from benchmarks.transfer import common
 from visual_ground import GroundedModel, GroundingConfig, ground
 from visual_ground.demo.weights import load_vision
 from visual_ground.evaluation.running.questions import Question
-from visual_ground.evaluation.tasks.easy_vqa import COLOURS, SHAPES, EasyVQA
+from visual_ground.evaluation.tasks.answers.easy_vqa import COLOURS, SHAPES, EasyVQA
 from visual_ground.regression import ridge
 from visual_ground.training.speedups.kv_cache import SharedPrefixCache, fixed_cache
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 NUM_TOKENS = 4
 BATCH = 64

@@ -65,6 +65,16 @@ OTHERS = {
     ),
 }
 
+# Second turns, behind a request or something else (in other words too) and the first sentence of the LM's answer.
+NEXT = {
+    "validation": ("Then {np}.", "Could I have a look at {np} now?", "One more: {np}.", "How about {np}?"),
+    "test": ("And {np}, please.", "Do you have {np} too?", "I want to see {np} next.", "Good. {np}?"),
+}
+NEXT_OTHERS = {
+    "validation": ("Okay.", "How do you know?", "Is that true?", "How big is it?", "Do you like {np}?"),
+    "test": ("Which of the two is heavier?", "Great, thanks a lot.", "What is it made of?", "Can {np} be dangerous?"),
+}
+
 
 class Eye(torch.nn.Module):
     """Stands for a vision encoder, which nothing here looks through."""
@@ -76,7 +86,28 @@ class Eye(torch.nn.Module):
 
 def filled(texts, concepts):
     """Put concepts into wordings, in turns."""
-    return [texts[i % len(texts)].replace("{np}", c.phrase).replace("{name}", c.name) for i, c in enumerate(concepts)]
+    of_all = [texts[i % len(texts)].replace("{np}", c.phrase).replace("{name}", c.name) for i, c in enumerate(concepts)]
+    return list(dict.fromkeys(of_all))
+
+
+def second_turns(model, split, concepts, folder):
+    """Return answers to second turns: requests and others, each behind a first turn of either kind."""
+    firsts = [*filled(WORDINGS[split], concepts), *filled(OTHERS[split], concepts)]
+    answers = answers_to(model, firsts, True, folder)
+    ends = [place_of_picture(model, answer) for answer in answers]
+    said = [
+        (text, model.tokenizer.decode(answer.ids[:end]).strip())
+        for text, answer, end in zip(firsts, answers, ends, strict=True)
+        if end
+    ]
+    turned = [said[(5 * i) % len(said)] for i in range(len(concepts))]  # As many of each kind as there are.
+    others = concepts[1:] + concepts[:1]
+    second = []
+    for wordings, wanted in ((NEXT[split], True), (NEXT_OTHERS[split], False)):
+        texts = [filled(wordings[i % len(wordings) :][:1], [concept])[0] for i, concept in enumerate(others)]
+        chats = [(*first, text) for first, text in zip(turned, texts, strict=True)]
+        second += answers_to(model, chats, wanted, folder)
+    return second
 
 
 @torch.no_grad()
@@ -152,6 +183,7 @@ def main():
     for name, number in (("without a system message", 0), ("with ILLUSTRATED", 1)):
         # Every second dialogue of each kind has the system message.
         result[name] = {k: v for k, v in score(model, answers[number::2]).items() if k != "wrong"}
+    result["second turns"] = score(model, second_turns(model, options.split, held, folder))
     print(json.dumps(result, indent=1))
 
 

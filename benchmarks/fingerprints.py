@@ -19,8 +19,8 @@ from measure import write
 from torch import nn
 
 from visual_ground.demo.weights import load_lm
-from visual_ground.lm.fingerprint import ROW_TOLERANCE, STATE_TOLERANCE, Fingerprint, relative_difference
-from visual_ground.lm.spec import read_spec
+from visual_ground.lm.base.fingerprint import ROW_TOLERANCE, STATE_TOLERANCE, Fingerprint, relative_difference
+from visual_ground.lm.base.spec import read_spec
 
 
 def rounded(bits: int) -> Callable[[nn.Module], None]:

@@ -14,11 +14,11 @@ from visual_ground.adapter.attached import AttachedAdapter, new_adapter
 from visual_ground.adapter.files import AdapterFiles
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError, GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.lm import peft as lm_peft
 from visual_ground.lm.attachment import detach_orphans
+from visual_ground.lm.base import peft as lm_peft
+from visual_ground.lm.base.loading import load_lm
+from visual_ground.lm.base.spec import LMSpec, read_spec
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.loading import load_lm
-from visual_ground.lm.spec import LMSpec, read_spec
 from visual_ground.storage.hub import HubOptions, cached_commit
 from visual_ground.storage.hub_names import rooted
 from visual_ground.vision.encoder import VisionEncoder
@@ -53,16 +53,10 @@ def load_components(
     named: Mapping[str, str | None] | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> Components:
-    """Load and check the parts of a grounded model; nothing is attached.
+    """Load and check the parts of a grounded model, given as to `ground`; nothing is attached.
 
-    Args:
-        lm: as in `ground`; None takes the one that the adapter names.
-        vision_encoder: likewise.
-        tokenizer: as in `ground`.
-        image_processor: as in `ground`.
-        config: the settings.
-        named: what a saved adapter says of its parts, as in `Components.provenance`.
-        hub: token, cache_dir and local_files_only, for what the adapter names.
+    Where the LM or the encoder is None, it is the one that a saved adapter names: `named` is as
+    `Components.provenance`, and `hub` has token, cache_dir and local_files_only.
 
     Raises:
         GroundingFileError: a part that the adapter names cannot be loaded.
@@ -180,13 +174,8 @@ def components_beside(
 ) -> Components:
     """Load the components of one more adapter on a grounded LM, and check that they fit it; nothing is attached.
 
-    Args:
-        frozen_lm: the LM.
-        active: an adapter on it.
-        config: the new adapter's settings.
-        vision_encoder: as in `ground`; None takes the one that the saved adapter names.
-        image_processor: as in `ground`.
-        files: what was saved of the new adapter, if anything.
+    `active` is an adapter on the LM, and `files` what was saved of the new one, if anything. The other arguments are as
+    in `load_components`.
     """
     tokenizer = active.processor.tokenizer
     check_tokens(tokenizer, config)

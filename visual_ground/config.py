@@ -2,11 +2,14 @@
 
 The letters used for dimensions in every docstring of this package:
 
-    b  batch                        d  width of the language model's input embedding
-    s  sequence positions           h  width of what the language model's output head reads
-    v  rows of the LM's vocabulary  f  width of the vision encoder's features
-    k  visual tokens per image      q  width of the retrieval space
+    b  batch                     d  width of the language model's input embedding
+    s  sequence positions        h  width of what the language model's output head reads
+    v  columns of its logits     f  width of the vision encoder's features
+    k  image tokens per image    q  width of the retrieval space
     n  images of one call
+
+Pixels are (n, c, h, w), as in PyTorch: there c, h and w are channels, height and width. In a search, k is how many
+entries to find. Other letters, such as m and r, are counts that the docstring explains.
 """
 
 from __future__ import annotations
@@ -21,25 +24,14 @@ from visual_ground.storage.tensors import CONFIG_FILE, read_adapter_config
 
 # A larger width is a damaged file, or one made to exhaust the memory: the widest LMs have 16,384.
 MAX_WIDTH = 65536
-_KINDS: dict[str, type] = {
-    "ret_token": str,
-    "sink_token": str,
-    "caption_prompt": str,
-    "image_prompt": str,
-    "retrieval_prompt": str,
-    "scaling": str,
-    "retrieval_space": str,
-    "visual_tokens_from": str,
-    "image_first": bool,
-    "mask_spare_columns": bool,
-    "train_lm_adapter": bool,
-    "tied_ret": bool,
-}
 _CHOICES = {
     "visual_tokens_from": ("pooled", "patches"),
     "scaling": ("embedding", "none"),
     "retrieval_space": ("learned", "encoder"),
 }
+_TEXTS = ("ret_token", "sink_token", "caption_prompt", "image_prompt", "retrieval_prompt", *_CHOICES)
+_SWITCHES = ("image_first", "mask_spare_columns", "train_lm_adapter", "tied_ret")
+_KINDS: dict[str, type] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(_SWITCHES, bool)}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """The errors of this package: one base class, and each subclass is also the builtin that it specialises."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class GroundingError(Exception):
     """Base class of every error that this package raises on purpose.
@@ -26,3 +29,12 @@ class GroundingFileError(GroundingError, OSError):
 
 class GroundingStateError(GroundingError, RuntimeError):
     """A call that the object's present state does not allow, such as grounding a language model twice."""
+
+
+@contextmanager
+def needing(advice: str) -> Iterator[None]:
+    """Turn an ImportError in the block into a GroundingStateError that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise GroundingStateError(advice) from error

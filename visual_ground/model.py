@@ -45,7 +45,7 @@ class GroundedModel(nn.Module):
         image_processor: maps a list of PIL images to `{'pixel_values': (n, c, h, w)}`.
         processor: turns prompts into ids and pixels.
         config: the adapter's settings.
-        image_space: identifies its image vectors; an `ImageIndex` of another's is refused.
+        image_space: the space of the adapter's image vectors; an `ImageIndex` built in another space is refused.
     """
 
     adapter, vision, processor = OfActive[Adapter](), OfActive[VisionEncoder](), OfActive[GroundingProcessor]()
@@ -55,13 +55,13 @@ class GroundedModel(nn.Module):
         super().__init__()
         self.lm, self.tokenizer, spec = components.lm, components.tokenizer, components.spec
         self.ret_token_id, self.adapters = spec.vocabulary.ret_token_id, AdapterSet()
-        options = config.mask_spare_columns, config.train_lm_adapter
-        self.frozen_lm = FrozenLM(self.lm, spec, self.adapters.ret_embeddings, *options)
+        active = self.adapters.ret_embeddings, self.adapters.masks_spare_columns
+        self.frozen_lm = FrozenLM(self.lm, spec, *active, config.train_lm_adapter)
         self._attach(self.adapters.active_name, config, components)
 
     def _attach(self, name: str, config: GroundingConfig, parts: Components) -> AttachedAdapter:
         own = self.tokenizer, self.frozen_lm.max_length, parts.provenance
-        attached = self.adapters.add(name, config, parts.spec, parts.vision, *own)
+        attached = self.adapters.add(name, AttachedAdapter(config, parts.spec, parts.vision, *own))
         attached.adapter.to(self.frozen_lm.device)
         return attached
 
@@ -112,7 +112,7 @@ class GroundedModel(nn.Module):
         return self.active.embed_images(images, image_features, batch_size)
 
     def embed_text(self, prompts: Prompts) -> Tensor:
-        """Map prompts to unit vectors (n, q), each read after the retrieval prompt; a plain string is a caption."""
+        """Map prompts to unit vectors (n, q), read after the retrieval prompt; strings are encoded as in training."""
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
     def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:
@@ -142,7 +142,7 @@ class GroundedModel(nn.Module):
     def add_adapter(
         self, adapter_name: str, config: GroundingConfig | None = None, vision_encoder: Any = None, **given: Any
     ) -> None:
-        """Put a new adapter beside the others; `given` may have `image_processor`; all as in `ground`."""
+        """Put a new adapter beside the others; `image_processor` may be given; arguments as in `ground`."""
         config = GroundingConfig() if config is None else config
         self.adapters.check_new(adapter_name, config)
         vision = self.vision if vision_encoder is None else vision_encoder
@@ -170,14 +170,13 @@ class GroundedModel(nn.Module):
     def set_adapter(self, adapter_name: str) -> None:
         """Use, train and save this adapter from now on; the others stay loaded."""
         self.adapters.set(adapter_name)
-        self.frozen_lm.virtual_tokens.mask_spare_columns = self.config.mask_spare_columns
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, which must not be the active one."""
         self.adapters.delete(adapter_name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Return a context in which the LM behaves as if it had never been grounded."""
+        """Return a context manager, inside which the LM behaves as if it had never been grounded."""
         return self.frozen_lm.disabled()
 
     def unground(self) -> nn.Module:
@@ -229,7 +228,7 @@ class GroundedModel(nn.Module):
         Args:
             lm: as in `ground`; or, if `model_id` is None, the adapter, which names the LM to load.
             model_id: local folder or Hub id of the adapter.
-            vision_encoder: for an encoder that no name can load; else the one that the adapter names.
+            vision_encoder: needed only if the adapter names none that can be loaded; by default the one that it names.
             tokenizer: as in `ground`.
             image_processor: as in `ground`.
             is_trainable: False freezes the adapter too.
@@ -237,7 +236,7 @@ class GroundedModel(nn.Module):
 
         Raises:
             GroundingFileError: no such adapter, or a damaged one, or one that names models that cannot be loaded.
-            GroundingValueError: another format version, or an adapter for other widths, each named with both shapes.
+            GroundingValueError: another format version, or an adapter for other widths, listed with both shapes.
         """
         given = lm, model_id, vision_encoder, tokenizer, image_processor
         parts, files = load_saved_components(*given, HubOptions.of(hub_options))

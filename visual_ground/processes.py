@@ -77,15 +77,7 @@ class Processes:
             dist.barrier()
 
     def raise_together(self, error: GroundingError | None) -> None:
-        """Raise in all processes where one of them has failed, so that none waits for it for ever.
-
-        Args:
-            error: what has failed here, if anything.
-
-        Raises:
-            GroundingError: the given one.
-            GroundingStateError: what has failed elsewhere.
-        """
+        """Raise what has failed here, if anything, or else elsewhere, so that no process waits for one for ever."""
         texts = self.gather(None if error is None else str(error))
         if error is not None:
             raise error

@@ -39,15 +39,9 @@ def counted(
 def progress_bar(
     name: str, unit: str, total: int | None, shown: bool, initial: int = 0, leave: bool = True
 ) -> tqdm[Any] | ProgressLines:
-    """Return a context with `update(n)`, to be told each time that n more were done; the rest is as in `counted`.
+    """Return a context with `update(n)`, to be told each time that n more were done, after `initial` others.
 
-    Args:
-        name: of the work.
-        unit: what one of them is.
-        total: how many there are; None where that is not known.
-        shown: False says nothing.
-        initial: how many were done before.
-        leave: whether a bar stays on the screen when all is done.
+    The other arguments are as in `counted`; a total of None is not known.
     """
     if shown and not sys.stderr.isatty():
         return ProgressLines(name, unit, total, initial)

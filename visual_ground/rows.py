@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,7 @@ class RowsByNumber(Sequence[Any]):
 
 
 def rows_by_number(rows: Any) -> Any:
-    """Return a dataset as rows by number; a `datasets` dataset without a transform stays as it is.
-
-    Raises:
-        GroundingTypeError: several datasets, or no dataset at all.
-    """
+    """Return one dataset as rows by number; a `datasets` dataset without a transform stays as it is."""
     import datasets
 
     if isinstance(rows, (datasets.IterableDataset, RowsByNumber)):
@@ -78,6 +74,25 @@ def rows_by_number(rows: Any) -> Any:
             "what is known of it."
         )
     return RowsByNumber(rows)
+
+
+def undecoded(rows: Any, columns: Iterable[str]) -> Any:
+    """Return a `datasets` dataset whose images in some columns are files, so that other processes can decode them.
+
+    A column may have an image, or a list of images, in each row. Anything but a `datasets` dataset stays as it is.
+    """
+    import datasets
+
+    if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
+        return rows
+    rows, as_file = rows.with_format(None), datasets.Image(decode=False)
+    for name in columns:
+        kind: Any = (rows.features or {}).get(name)
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(name, as_file)
+        elif isinstance(getattr(kind, "feature", None), datasets.Image):
+            rows = rows.cast_column(name, type(kind)(as_file))
+    return rows
 
 
 def picture_of(value: Any) -> Any:

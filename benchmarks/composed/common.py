@@ -14,7 +14,7 @@ import torch
 
 from visual_ground import GroundedModel, GroundingTrainer, GroundingTrainingArguments, fit, ground
 from visual_ground.demo.weights import load_lm, load_vision
-from visual_ground.lm.loading import multiplies_bfloat16
+from visual_ground.lm.base.loading import multiplies_bfloat16
 
 CACHE = Path(os.environ.get("DEMO_CACHE", "demo/cache"))
 RESULTS = Path(__file__).parent / "results"

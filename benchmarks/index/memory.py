@@ -60,7 +60,7 @@ def described(start: int, size: int) -> dict[str, list]:
 
 def build(folder: Path, count: int, width: int, with_words: int) -> dict[str, float]:
     """Save an index of random float16 unit vectors, whose parts are joined as `build_index` joins its own."""
-    from visual_ground.index.exact import ExactIndex
+    from visual_ground.index.engines.exact import ExactIndex
     from visual_ground.index.files import write_index
     from visual_ground.index.state import IndexState
     from visual_ground.index.table.entries import Entries, make_entries

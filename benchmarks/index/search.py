@@ -19,8 +19,8 @@ from time import perf_counter
 import torch
 
 from visual_ground import ImageIndex
-from visual_ground.index.exact import ExactIndex
-from visual_ground.index.faiss_index import FaissIndex
+from visual_ground.index.engines.exact import ExactIndex
+from visual_ground.index.engines.faiss_index import FaissIndex
 
 
 def seconds(*calls, repeats=9):

@@ -25,7 +25,7 @@ from visual_ground import GroundingTrainingArguments, fit, ground
 from visual_ground.demo import emoji
 from visual_ground.demo.templates import REQUESTS
 from visual_ground.demo.weights import load_vision
-from visual_ground.lm.loading import multiplies_bfloat16
+from visual_ground.lm.base.loading import multiplies_bfloat16
 
 
 def rows_of(data: Data, seed: int) -> list[dict]:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from visual_ground import GroundingTrainer, GroundingTrainingArguments, ground
 from visual_ground.training.data.loading import find_columns, load_rows
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import resident_mb, write

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from visual_ground.demo import emoji
 from visual_ground.demo.weights import LM_NAME, load_lm, load_vision
-from visual_ground.lm.loading import multiplies_bfloat16
+from visual_ground.lm.base.loading import multiplies_bfloat16
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import write

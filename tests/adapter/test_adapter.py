@@ -5,7 +5,7 @@ from tests.tiny import Eye, grounded, image_processor, tokenizer
 from visual_ground import GroundedModel, GroundingConfig
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.adapter.initialization import initialize_from_lm, standardize_features
-from visual_ground.lm.weights import EmbeddingStatistics
+from visual_ground.lm.base.weights import EmbeddingStatistics
 
 
 def make():

@@ -15,7 +15,7 @@ from tests.tiny import grounded, picture
 from visual_ground import ImageIndex
 from visual_ground.cli.arguments import ground_models
 from visual_ground.cli.main import COMMANDS, main
-from visual_ground.lm import loading
+from visual_ground.lm.base import loading
 from visual_ground.storage.tensors import WEIGHTS_FILE
 
 

@@ -12,7 +12,7 @@ from visual_ground.demo.baselines import bag_of_words_ridge
 from visual_ground.errors import GroundingStateError
 from visual_ground.evaluation.metrics import recall_at
 from visual_ground.evaluation.retrieval import retrieval_recall
-from visual_ground.evaluation.tasks.emoji import EmojiRetrieval
+from visual_ground.evaluation.tasks.retrieval.emoji import EmojiRetrieval
 
 KINDS = {"test": 5, "train": 6, "validation": 1}
 CONCEPTS = [

@@ -26,7 +26,7 @@ def test_vqa_is_read_with_each_persons_answer(tmp_path):
 
 
 def test_captions_are_read_with_all_references(tmp_path):
-    images = read_coco_captions(miniatures.coco_captions(tmp_path), "val2017")
+    images, _ = read_coco_captions(miniatures.coco_captions(tmp_path), "val2017")
     assert [len(image.captions) for image in images] == [1, 2, 3, 4, 5]
     assert images[1].captions == ("w11 w20 w9 w31 .", "w11 w21 w9 w31 .")
     assert all((tmp_path / image.image).is_file() for image in images)

@@ -11,7 +11,7 @@ from tests.tiny import grounded
 from visual_ground import evaluate
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.evaluation.running.task import Evaluation
-from visual_ground.evaluation.tasks.interleaved import Interleaved, edit_score, kendall_score, weighted
+from visual_ground.evaluation.tasks.answers.interleaved import Interleaved, edit_score, kendall_score, weighted
 
 ENTRIES = [
     {

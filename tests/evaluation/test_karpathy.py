@@ -12,7 +12,7 @@ from tests.tiny import grounded
 from visual_ground import evaluate
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.evaluation.metrics import RANKS, ranks_of
-from visual_ground.evaluation.tasks.karpathy import Karpathy
+from visual_ground.evaluation.tasks.retrieval.karpathy import Karpathy
 
 CAPTIONS = [["w10 w11", "w12"], ["w13 w14 w15"], ["w16", "w17 w5", "w18"], ["w19"], ["w20 w6", "w21"], ["w22"]]
 NAMES = [f"COCO_val2014_{i:012d}.png" for i in range(len(CAPTIONS))]
@@ -75,7 +75,7 @@ def test_recalls_are_those_of_every_pair_alone(folder, dataset):
 def test_folds_are_measured_apart(folder):
     model = grounded()
     metrics = evaluate(model, "karpathy", data=folder, fold_size=4, progress=False).metrics
-    fold = means(expected(model, folder, range(4)))  # The two images behind it fill no second fold.
+    fold = means(expected(model, folder, range(4)))  # The two images after it fill no second fold.
     assert metrics == pytest.approx(
         {**means(expected(model, folder, range(6))), **{f"fold_{name}": value for name, value in fold.items()}}
     )

@@ -17,8 +17,8 @@ from visual_ground.evaluation.formats.vqa import read_vqa
 from visual_ground.evaluation.measures.captions import caption_scores
 from visual_ground.evaluation.measures.vqa import vqa_accuracy
 from visual_ground.evaluation.running.questions import Question, QuestionPrompt, likeliest
-from visual_ground.evaluation.tasks.captions import first_sentence
-from visual_ground.evaluation.tasks.easy_vqa import EasyVQA
+from visual_ground.evaluation.tasks.answers.captions import first_sentence
+from visual_ground.evaluation.tasks.answers.easy_vqa import EasyVQA
 from visual_ground.evaluation.tasks.registry import load_task
 
 PROMPT = "w50 {image} w51 {question} w52"
@@ -201,7 +201,7 @@ def test_the_real_package_has_the_known_majority():
 def test_captions_are_generated_behind_the_prompt_of_training_and_scored(tmp_path):
     model, folder = grounded(), miniatures.coco_captions(tmp_path)
     report = run(model, "captions", folder, max_new_tokens=5)
-    images = {str(one.image_id): one for one in read_coco_captions(folder, "val2017")}
+    images = {str(one.image_id): one for one in read_coco_captions(folder, "val2017")[0]}
     said = {}
     for name, one in images.items():
         prompt = ["w7 ", str(folder / one.image), " w8"]

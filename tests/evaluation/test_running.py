@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.evaluation.nearness import Nearness, write_images
+from tests.folders import files
 from tests.paths import ROOT
 from tests.tiny import grounded, picture
 from visual_ground import evaluate
@@ -18,7 +20,7 @@ from visual_ground.evaluation import Evaluator
 from visual_ground.evaluation.running.bootstrap import bootstrap_intervals
 from visual_ground.evaluation.running.plan import Plan, Scores
 from visual_ground.evaluation.running.prompts import answer_prompts, embed_prompts
-from visual_ground.evaluation.running.task import Evaluation
+from visual_ground.evaluation.running.task import Evaluation, Task
 from visual_ground.evaluation.tasks.registry import TASKS, load_task
 
 
@@ -125,6 +127,14 @@ def test_tasks_are_loaded_by_name_and_refuse_what_they_do_not_know(monkeypatch, 
     with pytest.raises(GroundingTypeError, match="takes no data="):
         load_task("nearness", folder)
     assert isinstance(load_task("nearness", folder=folder), Nearness)
+
+
+def test_every_task_in_the_folders_has_a_name():
+    found = set()
+    for module in [import_module(f"visual_ground.{name}") for name in files() if name.startswith("evaluation.tasks.")]:
+        own = [one for one in vars(module).values() if getattr(one, "__module__", None) == module.__name__]
+        found |= {f"{module.__name__}:{one.__name__}" for one in own if Task in getattr(one, "__mro__", ())}
+    assert found == set(TASKS.values())
 
 
 def test_features_stand_for_images_in_prompts():

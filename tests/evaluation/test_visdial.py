@@ -13,7 +13,7 @@ from tests.tiny import grounded
 from visual_ground import evaluate
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.evaluation.metrics import all_ranks, ndcg
-from visual_ground.evaluation.tasks.visdial import VisDial
+from visual_ground.evaluation.tasks.retrieval.visdial import VisDial
 
 IDS = [184613, 7, 32]
 ROUNDS, OPTIONS = 3, 4

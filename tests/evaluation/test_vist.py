@@ -9,7 +9,7 @@ from tests.evaluation.nearness import write_images
 from tests.tiny import grounded
 from visual_ground import evaluate
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
-from visual_ground.evaluation.tasks.vist import Vist
+from visual_ground.evaluation.tasks.retrieval.vist import Vist
 from visual_ground.prompts.encoded import EncodedPrompt
 
 FILE = "val.story-in-sequence.json"

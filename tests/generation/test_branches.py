@@ -1,4 +1,4 @@
-"""What is read behind a running answer is what a run over the same ids alone gives, and leaves the answer as it is."""
+"""What is read after a running answer is what a run over the same ids alone gives, and leaves the answer as it is."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from tests.tiny import FAMILIES, build, grounded, picture
 from visual_ground.generation.branches import BranchReader
 from visual_ground.generation.layout import branch_of
-from visual_ground.scoring.query_vectors import vectors_behind
+from visual_ground.scoring.query_vectors import vectors_after
 
 PROMPTS = [["w4 w5", picture(0), "w6 w7"], ["w9"], ["w4 w5 w8 w10 w11 w12 w13"]]
 
@@ -52,7 +52,7 @@ def read(model, prompts=PROMPTS):
         for more in ({}, {"stopping_criteria": StoppingCriteriaList([reading])})
     ]
     assert torch.equal(*ids), "the answer goes on as it would"
-    expected = [vectors_behind(model.frozen_lm, model.active, [one], image_tokens)[0] for one in reading.contexts]
+    expected = [vectors_after(model.frozen_lm, model.active, [one], image_tokens)[0] for one in reading.contexts]
     return reading.found, expected
 
 
@@ -132,7 +132,7 @@ def test_an_lm_that_takes_one_id_at_a_time_behind_what_it_has_read_is_run_anew()
 
 def test_what_does_not_fit_into_the_context_is_left_out():
     model = grounded(lm=build("gpt2", n_positions=9), retrieval_prompt="w40 w41")
-    (first, _), _ = read(model, ["w4 w5 w6 w7"])  # Six positions, and two more behind them.
+    (first, _), _ = read(model, ["w4 w5 w6 w7"])  # Six positions, and two more after them.
     assert [vector is None for vector in first] == [False, False, False, False]
     model = grounded(lm=build("gpt2", n_positions=9), retrieval_prompt="w40 w41 w42 w43")
     (first, _), _ = read(model, ["w4 w5 w6 w7"])

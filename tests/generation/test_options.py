@@ -13,7 +13,7 @@ from visual_ground import ground
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.generation.generate import generate_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
-from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
 
 PROMPTS = {"text": ["w4 w5"], "image": [["w9", picture(0), "w5"]]}
 # One call for each kind of processor that transformers can put into a call.

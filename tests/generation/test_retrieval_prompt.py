@@ -1,4 +1,4 @@
-"""What is read for retrieval stands behind what was said, and in nothing that anyone sees."""
+"""What is read for retrieval stands after what was said, and in nothing that anyone sees."""
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.tiny import FAMILIES, grounded, picture
 from visual_ground import GroundingError, ImageIndex
@@ -96,8 +97,10 @@ def test_sampling_several_answers_and_whole_sentences():
     model = grounded(num_visual_tokens=2)
     torch.manual_seed(0)
     options = dict(do_sample=True, num_return_sequences=3, max_new_tokens=8, min_new_tokens=8)
-    answers = model.generate([PROMPT, "w4"], make_index(model), **options, **SEES)
-    assert len(answers) == 6 and all(answer.images for answer in answers)
+    for given in (options, {"generation_config": GenerationConfig(**options)}):
+        for sees in (SEES, {**SEES, "see_images": False}):
+            answers = model.generate([PROMPT, "w4"], make_index(model), **given, **sees)
+            assert len(answers) == 6 and all(answer.images for answer in answers)
     cut = model.generate([PROMPT], make_index(model), **GREEDY, **SEES, complete_sentences=True)[0]
     assert cut.text.endswith("\u2026")
 

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.tiny import FAMILIES, grounded, picture
 from visual_ground import GroundingError, ImageIndex, RetrievedImage
@@ -50,7 +51,7 @@ def test_a_streamed_answer_is_that_of_generate(family, images_per_ret):
 @pytest.mark.parametrize("layers, prompt", [((-1,), ""), ((1, -1), ""), ((-1,), "w40 w41")])
 def test_vectors_read_while_generating_are_those_of_a_second_run(family, layers, prompt, monkeypatch):
     model = grounded(family, text_layers=layers, retrieval_prompt=prompt)
-    # The first two prompts open a turn, behind which what was asked is read as well.
+    # The first two prompts open a turn, after which what was asked is read as well.
     monkeypatch.setattr(type(model.processor), "opens_turn", lambda self, ids: ids[-1] in (6, 9))
     prompts = [*PROMPT, "w9", "w4 w5 w6 w7 w8 w9 w10"]
     options = dict(GREEDY, **MIXED, num_return_sequences=2)
@@ -127,6 +128,7 @@ def test_a_stream_that_is_left_ends_its_thread():
         (["w4", "w5"], {}, "2 prompts"),
         ("w4", dict(num_beams=2), "beam search"),
         ("w4", dict(num_return_sequences=2, do_sample=True), "one answer"),
+        ("w4", dict(generation_config=GenerationConfig(num_return_sequences=2, do_sample=True)), "2 answers each"),
         ("w4", dict(temperature="hot", do_sample=True), "hot"),
         ("w4", dict(index=3), "ImageIndex"),
     ],

@@ -2,7 +2,7 @@
 
 import torch
 
-from visual_ground.index.base import SearchResult
+from visual_ground.index.engines.base import SearchResult
 
 
 class ListEngine:

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from tests.index.foreign import ListEngine
 from visual_ground.errors import GroundingError, GroundingIndexError, GroundingValueError
-from visual_ground.index.base import VectorIndex
-from visual_ground.index.exact import ExactIndex
-from visual_ground.index.faiss_index import FaissIndex
+from visual_ground.index.engines.base import VectorIndex
+from visual_ground.index.engines.exact import ExactIndex
+from visual_ground.index.engines.faiss_index import FaissIndex
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.index.milvus.engine import MilvusIndex
 

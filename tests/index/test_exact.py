@@ -7,8 +7,9 @@ from tests.index.foreign import ForeignIndex, ListEngine
 from tests.tiny import grounded
 from visual_ground import ImageIndex
 from visual_ground.errors import GroundingError, GroundingIndexError, GroundingStateError, GroundingTypeError
-from visual_ground.index.base import RetrievalIndex, VectorIndex
-from visual_ground.index.exact import ExactIndex
+from visual_ground.index.base import RetrievalIndex
+from visual_ground.index.engines.base import VectorIndex
+from visual_ground.index.engines.exact import ExactIndex
 
 
 def same(one, other):

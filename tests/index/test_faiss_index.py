@@ -3,8 +3,8 @@ import torch
 from torch.nn import functional as F
 
 from visual_ground import GroundingError, ImageIndex
-from visual_ground.index.faiss_index import FaissIndex
-from visual_ground.index.faiss_kinds import kind_for
+from visual_ground.index.engines.faiss_index import FaissIndex
+from visual_ground.index.engines.faiss_kinds import kind_for
 from visual_ground.indexing.accelerating import accelerate_index
 
 
@@ -47,7 +47,9 @@ def test_an_image_index_is_saved_from_behind_faiss(tmp_path):
 
 
 def test_a_compressed_index_finds_what_it_says_and_scores_are_exact(tmp_path, monkeypatch):
-    monkeypatch.setattr("visual_ground.index.faiss_kinds.FEWEST_TO_LEARN", 1000)  # Learning from 10,000 takes long.
+    monkeypatch.setattr(
+        "visual_ground.index.engines.faiss_kinds.FEWEST_TO_LEARN", 1000
+    )  # Learning from 10,000 takes long.
     vectors, queries = near_each_other(1000, 8), near_each_other(50, 8, seed=1)
     index = FaissIndex(vectors, "ivfpq")
     best, found = (queries @ vectors.T).topk(10), index.search(queries, 10)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.tiny import Eye, build, image_processor, picture, tokenizer
 from visual_ground import GroundedModel, GroundingConfig, ImageIndex, ground, transfer
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.index.exact import ExactIndex
+from visual_ground.index.engines.exact import ExactIndex
 from visual_ground.index.files import ENTRIES_FILE
 from visual_ground.index.publishing import publishable
 from visual_ground.indexing.build import BuildOptions, build_index

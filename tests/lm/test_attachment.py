@@ -50,7 +50,7 @@ def test_disable_adapter_reaches_threads_and_generators_in_other_contexts():
 
 
 def test_what_only_a_grounded_lm_can_read_is_named_inside_the_block():
-    for num_tokens in (100, 90):  # `[RET]` is behind the LM's own ids, and one of them.
+    for num_tokens in (100, 90):  # `[RET]` is after the LM's own ids, and one of them.
         model = grounded(num_tokens=num_tokens)
         with model.disable_adapter():
             for call, prompts in ((model.embed_text, "w4"), (model.generate, [["w4", picture(0)]])):

@@ -9,8 +9,8 @@ import torch
 
 from tests.tiny import FAMILIES, Eye, build, grounded, image_processor, tokenizer
 from visual_ground import GroundedModel
-from visual_ground.lm.fingerprint import Fingerprint, _warn_once
-from visual_ground.lm.spec import read_spec
+from visual_ground.lm.base.fingerprint import Fingerprint, _warn_once
+from visual_ground.lm.base.spec import read_spec
 from visual_ground.storage.tensors import CONFIG_FILE
 
 

@@ -5,9 +5,9 @@ from transformers import AutoConfig
 
 from tests.tiny import FAMILIES, build
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.lm.loading import check_causal_lm, load_lm
-from visual_ground.lm.spec import read_spec, reserved_ids
-from visual_ground.lm.weights import embedding_vectors, head_vectors
+from visual_ground.lm.base.loading import check_causal_lm, load_lm
+from visual_ground.lm.base.spec import read_spec, reserved_ids
+from visual_ground.lm.base.weights import embedding_vectors, head_vectors
 
 
 class Tokenizer:

@@ -15,8 +15,9 @@ from PIL import Image
 from tests.tiny import grounded, picture
 from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
 from visual_ground.prompts.parts import read_content, read_part
-from visual_ground.prompts.types import IMAGE_SUFFIXES, OTHER_SUFFIXES, ImagePart, is_image_string
+from visual_ground.prompts.types import ImagePart, is_image_string
 from visual_ground.training.data.prompts import SplitPrompt
+from visual_ground.vision.formats import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from visual_ground.vision.images import to_rgb
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from visual_ground import GroundingConfig
 from visual_ground.errors import GroundingError
-from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.prompts.processor import GroundingProcessor
 

@@ -6,7 +6,7 @@ from tests.tiny import Eye, image_processor, picture
 from visual_ground.errors import GroundingFileError
 from visual_ground.storage.append_only import AppendOnlyStore
 from visual_ground.vision.encoder import VisionEncoder
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])

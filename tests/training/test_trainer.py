@@ -282,7 +282,8 @@ def test_several_evaluators_and_a_dataset_report_together(tmp_path):
 def test_a_loss_of_ones_own(tmp_path):
     def only_captioning(objective, batch):
         captioning = objective.captioning(batch)
-        return GroundingLoss(loss=2 * captioning, captioning=captioning.detach())
+        terms = {"twice": 2 * captioning.detach()}
+        return GroundingLoss(loss=2 * captioning, captioning=captioning.detach(), terms=terms)
 
     model = grounded()
     start = {name: value.detach().clone() for name, value in model.adapter.named_parameters()}
@@ -290,7 +291,8 @@ def test_a_loss_of_ones_own(tmp_path):
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(entry["loss"] == pytest.approx(2 * entry["captioning"], abs=1e-3) for entry in steps) and len(steps) == 3
-    assert "text_retrieval" not in steps[0]
+    assert "text_retrieval" not in steps[0] and "terms" not in steps[0]
+    assert all(entry["twice"] == pytest.approx(entry["loss"], abs=1e-3) for entry in steps)
     changed = {name for name, value in model.adapter.named_parameters() if not torch.equal(start[name], value)}
     assert "image_projection.weight" in changed and "image_retrieval_projection.weight" not in changed
     assert trainer.evaluate()["eval_loss"] > 0

@@ -13,8 +13,8 @@ from torch import nn
 from tests.paths import ROOT
 from visual_ground.errors import GroundingError, GroundingTypeError, GroundingValueError
 from visual_ground.vision.encoder import VisionEncoder
-from visual_ground.vision.feature_cache import FeatureCache
-from visual_ground.vision.feature_store import FEATURES_FILE, INDEX_FILE
+from visual_ground.vision.features.cache import FeatureCache
+from visual_ground.vision.features.store import FEATURES_FILE, INDEX_FILE
 from visual_ground.vision.identity import encoder_fingerprint, image_key
 from visual_ground.vision.preprocessing import TransformProcessor
 
@@ -93,7 +93,7 @@ def test_a_known_file_is_not_decoded_again(tmp_path, monkeypatch):
     pictures(1)[0].save(tmp_path / "a.png")
     first = FeatureCache(tmp_path / "cache", encoder()).features([tmp_path / "a.png"])
     cache = FeatureCache(tmp_path / "cache", encoder())
-    monkeypatch.setattr("visual_ground.vision.feature_cache.decode_file", None)
+    monkeypatch.setattr("visual_ground.vision.features.cache.decode_file", None)
     assert torch.equal(cache.features([tmp_path / "a.png"]), first)
 
 

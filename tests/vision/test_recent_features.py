@@ -1,7 +1,7 @@
 import torch
 
 from tests.tiny import grounded, picture
-from visual_ground.vision.recent_features import RecentFeatures
+from visual_ground.vision.features.recent import RecentFeatures
 
 
 def test_an_image_is_encoded_once_and_comes_back_in_its_place():

@@ -69,8 +69,9 @@ def _in_float32(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class Adapter(nn.Module):
     r"""Three linear layers, the embeddings of `[RET]` and a temperature, in float32 whatever the LM's dtype.
 
-    With image features :math:`x` (f), hidden states :math:`h_l` at `[RET]`, and the mean :math:`\mu` and standard
-    deviation :math:`\sigma` of the LM's embedding (Koh et al. 2023, section 3):
+    With image features :math:`x` (f), hidden states :math:`h_l` at the last word of the retrieval prompt (at `[RET]` if
+    that prompt is empty), and the mean :math:`\mu` and standard deviation :math:`\sigma` of the LM's embedding (Koh et
+    al. 2023, section 3):
 
     .. math::
         \text{tokens} = \mu + \sigma (W_c \hat x + b_c), \quad
@@ -220,11 +221,7 @@ class Adapter(nn.Module):
 
 
 def _retrieval_layer(config: GroundingConfig, width: int) -> nn.Linear | EncoderSpace:
-    """Return the layer from pooled features to the retrieval space.
-
-    Raises:
-        GroundingValueError: the encoder's own space, of another width than `retrieval_dim`.
-    """
+    """Return the layer from pooled features to the retrieval space; the encoder's own must be of the same width."""
     if config.retrieval_space != "encoder":
         return nn.Linear(width, config.retrieval_dim)
     if config.retrieval_dim != width:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
@@ -11,10 +11,8 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.adapter.files import AdapterFiles
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingStateError, GroundingValueError
-from visual_ground.lm.fingerprint import warn_of_differences
-from visual_ground.lm.freezing import FreezeGuard
-from visual_ground.lm.spec import LMSpec
-from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.lm.base.fingerprint import warn_of_differences
+from visual_ground.lm.base.freezing import FreezeGuard
 
 DEFAULT = "default"  # PEFT's name for the first adapter.
 T = TypeVar("T")
@@ -66,6 +64,10 @@ class AdapterSet(nn.Module):
         """Return the active adapter's `[RET]` embeddings, (d,) and (h,)."""
         return self.active.adapter.ret_embeddings()
 
+    def masks_spare_columns(self) -> bool:
+        """Return whether the active adapter sets the logits of ids that no token has to -inf."""
+        return self.active.config.mask_spare_columns
+
     def check_new(self, name: str, config: GroundingConfig) -> None:
         """Raise GroundingValueError where an adapter of this name and these settings cannot be added."""
         if not name or "." in name or name in self.attached:
@@ -78,43 +80,16 @@ class AdapterSet(nn.Module):
                 "switched here. Load it alone, with GroundedModel.from_pretrained."
             )
 
-    def add(
-        self,
-        name: str,
-        config: GroundingConfig,
-        spec: LMSpec,
-        vision: VisionEncoder,
-        tokenizer: Any,
-        max_length: int | None,
-        provenance: Mapping[str, str | None],
-    ) -> AttachedAdapter:
-        """Add a new adapter, frozen unless it is the first; its encoder is frozen in any case.
-
-        Args:
-            name: a new name.
-            config: as in `AttachedAdapter`, likewise the others.
-            spec: see there.
-            vision: see there.
-            tokenizer: see there.
-            max_length: see there.
-            provenance: see there.
-        """
-        if not any(vision is self[other].vision for other in self):
-            self._freeze_guard.add(vision)
-        attached = AttachedAdapter(config, spec, vision, tokenizer, max_length, provenance)
+    def add(self, name: str, attached: AttachedAdapter) -> AttachedAdapter:
+        """Add an adapter by a new name, frozen unless it is the first; its encoder is frozen in any case."""
+        if not any(attached.vision is self[other].vision for other in self):
+            self._freeze_guard.add(attached.vision)
         self.attached[name] = attached
         attached.adapter.set_trainable(name == self.active_name)
         return attached
 
     def load(self, name: str, files: AdapterFiles, is_trainable: bool, lm: nn.Module) -> None:
-        """Load a saved adapter's tensors, or remove the adapter where that fails.
-
-        Args:
-            name: an adapter that was added with the saved one's settings.
-            files: the saved adapter.
-            is_trainable: whether it is trained while it is active.
-            lm: the LM.
-        """
+        """Load a saved adapter's tensors into one that was added with its settings, or remove that where it fails."""
         attached = self[name]
         try:
             attached.load_weights(files.folder, lm)
@@ -132,11 +107,7 @@ class AdapterSet(nn.Module):
             lm.requires_grad_(False)
 
     def set(self, name: str) -> None:
-        """Make an adapter the active one.
-
-        Raises:
-            GroundingValueError: no adapter has this name.
-        """
+        """Make an adapter the active one; raise GroundingValueError where none has this name."""
         attached = self[name]
         for other in self:
             self[other].adapter.set_trainable(False)
@@ -144,12 +115,7 @@ class AdapterSet(nn.Module):
         self.active_name = name
 
     def delete(self, name: str) -> None:
-        """Remove an adapter.
-
-        Raises:
-            GroundingValueError: no adapter has this name.
-            GroundingStateError: it is the active one.
-        """
+        """Remove an adapter; raise GroundingValueError where there is none, GroundingStateError where it is active."""
         self[name]  # Raises where there is none.
         if name == self.active_name:
             raise GroundingStateError(f"{name!r} is the active adapter. Call set_adapter with another name first.")

@@ -110,11 +110,7 @@ class Anchors:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Anchors:
-        """Read the anchors of an adapter folder.
-
-        Raises:
-            GroundingFileError: none there, or damaged.
-        """
+        """Read the anchors of an adapter folder; raise GroundingFileError where there are none, or damaged ones."""
         path = resolve(folder, ANCHORS_FILE)
         if not path.is_file():
             raise GroundingFileError(

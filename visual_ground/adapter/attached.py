@@ -18,15 +18,15 @@ from visual_ground.adapter.metadata import AdapterMetadata
 from visual_ground.adapter.report import Report
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingValueError
-from visual_ground.lm import peft as lm_peft
-from visual_ground.lm.spec import LMSpec
+from visual_ground.lm.base import peft as lm_peft
+from visual_ground.lm.base.spec import LMSpec
 from visual_ground.prompts.processor import GroundingProcessor
 from visual_ground.storage.hub import PushOptions, push_folder
 from visual_ground.storage.tensors import WEIGHTS_FILE, read_tensors
 from visual_ground.vision.encoder import VisionEncoder
+from visual_ground.vision.features.recent import RecentFeatures
 from visual_ground.vision.identity import ImageSpace, reference_pictures
 from visual_ground.vision.images import Images
-from visual_ground.vision.recent_features import RecentFeatures
 
 
 class AttachedAdapter(nn.Module):
@@ -111,7 +111,10 @@ class AttachedAdapter(nn.Module):
         return ImageSpace.of(vectors, self.vision.name, self.source)
 
     def embed_states(self, states: list[Tensor]) -> Tensor:
-        """Map the hidden states at `[RET]`, one (r, width) per text layer, to unit vectors (r, q)."""
+        """Map hidden states that were read for retrieval, one (r, width) per text layer, to unit vectors (r, q).
+
+        They are read at the last word of the retrieval prompt, or at `[RET]` if that prompt is empty.
+        """
         return self.adapter.embed_states([state.to(self.device) for state in states])
 
     @property
@@ -129,11 +132,7 @@ class AttachedAdapter(nn.Module):
         return self.vision.image_processor
 
     def record_training(self, settings: Mapping[str, Any]) -> None:
-        """Record that the adapter was trained here: from now on its metadata name this LM and encoder.
-
-        Args:
-            settings: the training settings by name: numbers, strings, booleans or None.
-        """
+        """Record that the adapter was trained here, and how: from now on its metadata name this LM and encoder."""
         report = replace(self.report, training=dict(settings), evaluations=(), samples=(), picture=None)
         self.metadata = AdapterMetadata(self.config, self.provenance, self.spec.fingerprint, report)
 
@@ -144,11 +143,7 @@ class AttachedAdapter(nn.Module):
             self.metadata = replace(self.metadata, provenance={**self.metadata.provenance, **encoder})
 
     def load_weights(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
-        """Load saved tensors, and those of the LM's PEFT adapter where that is trained together with this one.
-
-        Args:
-            folder: an adapter folder.
-            lm: the LM.
+        """Load a folder's tensors, and those of the LM's PEFT adapter where that is trained together with this one.
 
         Raises:
             GroundingFileError: missing or damaged; nothing has changed then.
@@ -187,12 +182,6 @@ class AttachedAdapter(nn.Module):
 
 
 def new_adapter(config: GroundingConfig, spec: LMSpec, vision: VisionEncoder) -> Adapter:
-    """Return an adapter of the widths that fit an LM and an encoder.
-
-    Args:
-        config: the settings.
-        spec: what was read from the LM.
-        vision: the encoder.
-    """
+    """Return an adapter of the widths that fit an LM and an encoder."""
     ends = spec.text_dims, spec.head_dim, spec.tied and config.tied_ret
     return Adapter(config, spec.embedding_dim, vision.feature_dim, *ends, vision.patch_dim)

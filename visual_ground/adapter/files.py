@@ -97,10 +97,6 @@ class AdapterFiles:
     def check_fits(self, adapter: nn.Module, lm: str | None = None) -> None:
         """Raise unless the saved tensors are those of this adapter, which may be on the meta device.
 
-        Args:
-            adapter: a new adapter of the widths that an LM and an encoder need.
-            lm: the LM's name, for the error.
-
         Raises:
             GroundingValueError: names, shapes or dtypes differ; each is listed. Where only the LM is another one, the
                 text says how to move the adapter to it.
@@ -132,11 +128,7 @@ class AdapterFiles:
         )
 
     def read_tensors(self) -> dict[str, Tensor]:
-        """Read all tensors.
-
-        Raises:
-            GroundingFileError: damaged since the folder was opened, or with numbers that are not finite.
-        """
+        """Read all tensors; raise GroundingFileError where they were damaged since, or are not finite."""
         expected = {name: torch.empty(shape, device="meta") for name, (shape, _) in self.header.items()}
         return read_tensors(self.folder / WEIGHTS_FILE, expected)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visual_ground.adapter.adapter import Adapter, EncoderSpace
-from visual_ground.lm.weights import EmbeddingStatistics
+from visual_ground.lm.base.weights import EmbeddingStatistics
 from visual_ground.shared_space.accumulator import SharedSpace
 
 # How far image tokens start from the mean embedding, as a fraction of the embedding's standard deviation. Tokens that
@@ -77,12 +77,7 @@ def retrieval_inputs(adapter: Adapter, states: list[Tensor], features: Tensor) -
 
 @torch.no_grad()
 def initialize_retrieval(adapter: Adapter, space: SharedSpace) -> None:
-    """Write a shared space into the retrieval layers.
-
-    Args:
-        adapter: the adapter.
-        space: fitted to `retrieval_inputs`, of the adapter's retrieval width.
-    """
+    """Write a shared space, fitted to `retrieval_inputs`, into the retrieval layers."""
     layers: list[Any] = list(adapter.text_retrieval_projection)
     weights = torch.split(space.text.weight, [layer.in_features for layer in layers], -1)
     # The layers' outputs are summed, so one bias is enough for all of them.

@@ -10,7 +10,7 @@ from visual_ground.adapter.field_checks import check_keys, is_count, is_name_or_
 from visual_ground.adapter.report import Report
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingFileError
-from visual_ground.lm.fingerprint import Fingerprint
+from visual_ground.lm.base.fingerprint import Fingerprint
 
 PROVENANCE = ("base_model_name_or_path", "revision", "vision_encoder", "vision_revision")
 LIBRARY = "visual_ground"

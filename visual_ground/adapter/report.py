@@ -120,12 +120,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
-        """Build a report from `to_dict`'s result.
-
-        Raises:
-            GroundingFileError: an unknown key, or a list that is none.
-            GroundingValueError: a field of another kind.
-        """
+        """Build a report from `to_dict`'s result; unknown keys and fields of another kind raise."""
         check_keys(values, [f.name for f in fields(cls) if f.name != "picture"], "report")
         lists = {name: values.get(name, []) for name in ("datasets", "evaluations", "samples")}
         if wrong := {name: type(entries).__name__ for name, entries in lists.items() if not isinstance(entries, list)}:

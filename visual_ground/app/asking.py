@@ -76,11 +76,7 @@ class Asked:
         self._job.cancel()
 
     def parts(self) -> Iterator[list[Part]]:
-        """Yield all parts of the answer that have come since the last time; whoever leaves early ends it.
-
-        Raises:
-            RequestFailure: an answer that failed or took too long.
-        """
+        """Yield all parts of the answer that have come since the last time; whoever leaves early ends it."""
         end: Finished | None = None
         try:
             while end is None:

@@ -45,12 +45,7 @@ class Album:
 
 
 def bubble(parts: Sequence[Part], album: Album | None) -> str:
-    """Return an answer as Markdown with figures of HTML in it; what strangers wrote is escaped.
-
-    Args:
-        parts: texts and images, in order.
-        album: where the images are from.
-    """
+    """Return an answer as Markdown with figures of HTML in it; what strangers wrote is escaped."""
     blocks = [markdown.made_harmless(part) if isinstance(part, str) else figure(part, album) for part in parts]
     # Pictures of one `[RET]` stand side by side, as one paragraph.
     joined = ""

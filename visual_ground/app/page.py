@@ -49,13 +49,7 @@ class PageSettings:
 
 
 class Page:
-    """What happens on the page.
-
-    Args:
-        engine: what generates; all pages share it.
-        albums: the indexes that one can choose from, by name.
-        settings: what it says at first.
-    """
+    """What happens on the page."""
 
     def __init__(self, engine: Engine, albums: Mapping[str, Album], settings: PageSettings) -> None:
         self.engine, self.albums, self.settings = engine, albums, settings

@@ -15,6 +15,7 @@ from visual_ground.generation.growing import joined
 from visual_ground.generation.markdown import made_harmless
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.sentences import cut_to_sentences
+from visual_ground.prompts.chat import typed_message
 from visual_ground.server.engine import Engine
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.pictures import decode_picture, kept
@@ -115,12 +116,12 @@ class Talk:
         """
         turn = Turn(text.strip(), tuple(files), wishes.album)
         before = [message for past in self.turns for message in past.messages]
-        system = [_message("system", [wishes.system.strip()])] if wishes.system.strip() else []
+        system = [typed_message("system", [wishes.system.strip()])] if wishes.system.strip() else []
         self.turns.append(turn)
         self._is_stopped = False
         yield
         try:
-            question = _message("user", [*map(read_picture, turn.files), *([turn.text] if turn.text else [])])
+            question = typed_message("user", [*map(read_picture, turn.files), *([turn.text] if turn.text else [])])
             asked = [*system, *before, question]
             index = None if wishes.album is None else wishes.album.index
             self._asked = Asked(engine, Question(asked, index, wishes.adapter, wishes.sampling, wishes.max_tokens))
@@ -140,21 +141,9 @@ class Talk:
 
 
 def read_picture(path: str) -> Any:
-    """Return an uploaded picture, no larger than is needed.
-
-    Raises:
-        RequestFailure: not a picture, or one with too many pixels.
-    """
+    """Return an uploaded picture, no larger than is needed; RequestFailure for none, or one with too many pixels."""
     try:
         picture = decode_picture(Path(path).read_bytes())
     except GroundingError as error:
         raise RequestFailure(400, f"The picture cannot be read: {error}") from error
     return kept(picture)
-
-
-def _message(role: str, parts: Sequence[Any]) -> dict[str, Any]:
-    """Return a chat message in which each part says what it is, so that no text is taken for a path."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
-    ]
-    return {"role": role, "content": content}

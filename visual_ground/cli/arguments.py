@@ -39,7 +39,7 @@ def ground_models(options: argparse.Namespace) -> GroundedModel:
     import torch
 
     from visual_ground import GroundingConfig, ground
-    from visual_ground.lm.loading import load_lm, multiplies_bfloat16
+    from visual_ground.lm.base.loading import load_lm, multiplies_bfloat16
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     in_bfloat16 = multiplies_bfloat16(device) if options.bf16 is None else options.bf16

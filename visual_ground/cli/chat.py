@@ -115,12 +115,7 @@ def answer(conversation: Conversation, line: str, page: str | None) -> None:
 
 
 def shown(part: Part, at_start: bool) -> str:
-    """Return a part of an answer as the standard output shows it: a picture drawn, where that can be, above its line.
-
-    Args:
-        part: a text or an image.
-        at_start: whether a line begins here.
-    """
+    """Return a part of an answer as standard output shows it: a picture, drawn where that can be, above its line."""
     from visual_ground.terminal.inline import drawn, protocol_of
 
     if isinstance(part, str):

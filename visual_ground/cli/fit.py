@@ -17,7 +17,7 @@ from visual_ground.cli.arguments import (
 if TYPE_CHECKING:
     from visual_ground.cli.arguments import Commands
 
-PREFIX_CACHE_GB = 1.0  # Each caption runs once where what is kept of it fits, a few dozen KB each.
+PREFIX_CACHE_GB = 1.0  # The LM runs each caption once if this holds what is kept of all, a few dozen KB each.
 
 
 def add_parser(commands: Commands) -> None:

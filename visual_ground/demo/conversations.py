@@ -13,7 +13,7 @@ from visual_ground.demo.templates import UNFITTED_REQUESTS
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.index.image_index import ImageIndex
 from visual_ground.model import GroundedModel
-from visual_ground.prompts.chat import ILLUSTRATED
+from visual_ground.prompts.chat import ILLUSTRATED, typed_message
 
 SEEN, UNSEEN = "seen", "unseen"
 SYSTEM: dict[str, Any] = {"role": "system", "content": ILLUSTRATED}
@@ -132,21 +132,15 @@ def converse(
     exchanges = []
     for turn in conversation.turns:
         message = tuple(RetrievedImage(p[1:-1], None, pictures[p[1:-1]]) if p.startswith("<") else p for p in turn)
-        messages.append({"role": "user", "content": _content(message)})
+        messages.append(_typed("user", message))
         answer = model.generate(messages, index, **options)[0]
-        messages.append({"role": "assistant", "content": _content(answer.parts)})
+        messages.append(_typed("assistant", answer.parts))
         exchanges.append(Exchange(message, answer))
     return exchanges
 
 
 def request_all(model: GroundedModel, index: ImageIndex, concepts: Sequence[Concept]) -> list[Request]:
-    """Ask for each concept in words that were not fitted on.
-
-    Args:
-        model: the grounded model.
-        index: the pictures that it can show, by name.
-        concepts: what is asked for.
-    """
+    """Ask for each concept in words that were not fitted on."""
     texts = [c.fill(UNFITTED_REQUESTS[stable_number(c.code) % len(UNFITTED_REQUESTS)]) for c in concepts]
     chats = [[SYSTEM, {"role": "user", "content": text}] for text in texts]
     answers = []
@@ -155,9 +149,5 @@ def request_all(model: GroundedModel, index: ImageIndex, concepts: Sequence[Conc
     return [Request(text, c.name, answer) for text, c, answer in zip(texts, concepts, answers, strict=True)]
 
 
-def _content(parts: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return chat content for texts and images."""
-    return [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.image}
-        for part in parts
-    ]
+def _typed(role: str, parts: Sequence[Any]) -> dict[str, Any]:
+    return typed_message(role, [part if isinstance(part, str) else part.image for part in parts])

@@ -64,14 +64,7 @@ def request_summary(counts: Mapping[str, int]) -> str:
 def write_page(
     path: Path, conversations: Mapping[str, Sequence[Exchange]], requests: Sequence[Request], results: Mapping[str, Any]
 ) -> None:
-    """Write all as one HTML file with its pictures inside.
-
-    Args:
-        path: where to.
-        conversations: by title.
-        requests: for seen things, each with its answer.
-        results: what was measured, as in results.json.
-    """
+    """Write all as one HTML file with its pictures inside."""
     lines = [f'<!doctype html><html><head><meta charset="utf-8"><title>visual_ground</title><style>{STYLE}</style>']
     lines.append("</head><body><h1>What a frozen language model sees and shows</h1>")
     for part, (title, explanation) in PARTS.items():

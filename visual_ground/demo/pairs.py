@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visual_ground.demo import emoji
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 # Which of a concept's captions are fitted on and measured: its name, and a sentence.
 CAPTION_KINDS = (0, 1)

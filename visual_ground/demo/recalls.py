@@ -22,13 +22,7 @@ Recalls = dict[str, dict[str, float]]
 
 
 def adapter_recalls(model: GroundedModel, pairs: Pairs, numbers: Sequence[int]) -> Recalls:
-    """Return the recalls both ways among these concepts.
-
-    Args:
-        model: the grounded model.
-        pairs: the demo's data.
-        numbers: positions of concepts.
-    """
+    """Return the recalls both ways among these concepts."""
     texts = []
     for kind in CAPTION_KINDS:
         captions = pairs.captions(numbers, kind)

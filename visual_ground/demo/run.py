@@ -30,7 +30,7 @@ from visual_ground.evaluation import caption_pair_accuracy
 from visual_ground.fitting.fit import fit
 from visual_ground.grounding import ground
 from visual_ground.index.image_index import ImageIndex
-from visual_ground.lm.loading import multiplies_bfloat16
+from visual_ground.lm.base.loading import multiplies_bfloat16
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import write_json
 from visual_ground.training.arguments import GroundingTrainingArguments

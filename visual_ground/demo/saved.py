@@ -21,14 +21,7 @@ PAGE = "https://openmoji.org/library/emoji-{}/"
 
 
 def record_results(model: GroundedModel, results: Mapping[str, Any], unseen: int, split: str) -> None:
-    """Put what was measured into the report of the model's adapter, and so into the card that is saved with it.
-
-    Args:
-        model: the grounded model.
-        results: as from `demo.run.evaluate`.
-        unseen: concepts that were measured of either kind.
-        split: the unseen ones', "test" or "validation".
-    """
+    """Put what `demo.run.evaluate` measured into the report of the model's adapter, and so into its card."""
     accuracy = {"caption_pair_accuracy": results["caption_pair_accuracy"]}
     pairs = unseen * len(CAPTION_KINDS)
     report = model.active.report.measured(
@@ -39,25 +32,14 @@ def record_results(model: GroundedModel, results: Mapping[str, Any], unseen: int
 
 
 def save_demo(model: GroundedModel, index: ImageIndex, concepts: list[Concept], out: Path) -> None:
-    """Write the adapter and the index.
-
-    Args:
-        model: the grounded model.
-        index: the pictures of all concepts, by their names.
-        concepts: in the order of the index.
-        out: where to.
-    """
+    """Write the adapter and the index, which has the pictures of all concepts, in order, by their names."""
     model.save_pretrained(out / ADAPTER)
     index.update(index.ids, metadata=[{**CREDIT, "source": PAGE.format(c.code.upper())} for c in concepts])
     index.save_pretrained(out / INDEX)
 
 
 def load_demo(out: Path, cache: Path) -> tuple[GroundedModel, ImageIndex]:
-    """Return the demo's model with its adapter, and its index.
-
-    Args:
-        out: where the demo wrote them.
-        cache: its folder for the weights of both models.
+    """Return the demo's model with its adapter, and its index; `cache` is its folder for the weights of both models.
 
     Raises:
         GroundingStateError: the demo has not run.

@@ -16,7 +16,7 @@ from visual_ground.vision.images import to_rgb
 
 # In pixels. The page is drawn on a sheet of this height and then cut to what is on it.
 WIDTH, HEIGHT, PICTURE, MARGIN, SMALL = 1000, 9000, 112, 20, 86
-INDENT, LETTER = 74, 8.2  # Of what was said, behind who said it; and how wide a letter is.
+INDENT, LETTER = 74, 8.2  # Of what was said, after who said it; and how wide a letter is.
 # The overview has conversations on the left and requests on the right, beside each other.
 OVERVIEW = ("A request", "A request in other words", "A picture and a wish")
 OVERVIEW_WIDTHS = 568, 616

@@ -32,11 +32,7 @@ PREPROCESSING = {
 
 
 def find_package_file(package: str, pattern: str) -> Path:
-    """Return the one file of an installed package, without importing the package.
-
-    Raises:
-        GroundingFileError: the package or the file is not there.
-    """
+    """Return the one file of an installed package, without importing the package; GroundingFileError for none."""
     spec = importlib.util.find_spec(package)
     folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
     paths = sorted(path for folder in folders for path in folder.rglob(pattern))

@@ -47,15 +47,7 @@ def as_evaluators(evaluator: Evaluator | Sequence[Evaluator] | None) -> list[Eva
 
 
 def run_evaluators(model: GroundedModel, evaluators: Sequence[Evaluator]) -> dict[str, float]:
-    """Return all metrics as `<name>_<metric>`, and each evaluator's primary metric also as `<name>`.
-
-    Args:
-        model: the grounded model.
-        evaluators: each with a name of its own.
-
-    Raises:
-        GroundingValueError: an evaluator does not return its primary metric.
-    """
+    """Return all metrics as `<name>_<metric>`, and the primary one, which must be there, also as `<name>`."""
     results: dict[str, float] = {}
     for evaluator in evaluators:
         metrics = evaluator(model)

@@ -96,7 +96,7 @@ def draw_from_other_groups(groups: Tensor, generator: torch.Generator) -> Tensor
         generator: of the draw.
     """
     count = len(groups)
-    # Those of a group stand together, so that every other pair is so many places behind the group's last.
+    # Those of a group stand together, so that every other pair is so many places after the group's last.
     order = torch.argsort(groups, stable=True)
     ordered = groups[order].tolist()
     last = torch.tensor([bisect_right(ordered, group) for group in ordered])

@@ -112,10 +112,7 @@ def _of_images(texts: Tensor, images: Tensor, groups: Tensor) -> tuple[Tensor, T
 
 
 def all_ranks(scores: Sequence[float]) -> list[int]:
-    """Return the rank, from 1, of every candidate; candidates with equal scores all get the worst of their ranks.
-
-    Raises:
-        GroundingValueError: a score that is NaN.
+    """Return the rank, from 1, of every candidate, none of which is NaN; those with equal scores get the worst rank.
 
     Example:
         >>> all_ranks([0.5, 2.0, 0.5, 1.0])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visual_ground.errors import GroundingStateError, GroundingTypeError
+from visual_ground.errors import GroundingTypeError, needing
 from visual_ground.model import GroundedModel
 
 TEXT, IMAGE = "text", "image"
@@ -27,9 +27,6 @@ class MTEBEncoder:
         model: the grounded model.
         name: what results are filed under, "organisation/name".
         revision: of the adapter, for the same.
-
-    Raises:
-        GroundingStateError: mteb is not installed.
 
     Example:
         >>> results = mteb.evaluate(MTEBEncoder(model), mteb.get_task("Flickr30kT2IRetrieval"))  # doctest: +SKIP
@@ -95,10 +92,8 @@ def _matrix(embeddings: Any) -> Tensor:
 
 
 def _model_meta(model: GroundedModel, name: str, revision: str | None) -> Any:
-    try:
+    with needing('mteb is not installed. Run pip install "visual-ground[mteb]".'):
         from mteb.models.model_meta import ModelMeta, ScoringFunction
-    except ImportError as error:
-        raise GroundingStateError('mteb is not installed. Run pip install "visual-ground[mteb]".') from error
     unknown = ("release_date", "memory_usage_mb", "license", "public_training_code", "public_training_data")
     return ModelMeta(
         loader=None,

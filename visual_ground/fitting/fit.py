@@ -1,4 +1,4 @@
-"""`fit`: a whole adapter in closed form, in about the time that the LM needs to read the captions once."""
+"""`fit`: a whole adapter in minutes, by closed-form fits and a few short optimisations, without a training run."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def fit(model: GroundedModel, pairs: Any, args: GroundingTrainingArguments | Non
     """Fit a whole adapter to image-caption pairs in minutes; what it had learnt before is replaced.
 
     The retrieval layers are fitted to all pairs in closed form, from second moments, so that memory does not grow with
-    their number; image tokens and `[RET]` to at most 6,144 pairs. `GroundingTrainer` may go on from there.
+    their number; image tokens and `[RET]` to at most 6,144 pairs. `GroundingTrainer` may continue from there.
 
     Args:
-        model: the grounded model; its adapter is fitted in place, or, where anything fails, left as it was.
+        model: the grounded model; its adapter is fitted in place, or, if anything fails, left as it was.
         pairs: rows with images and captions, as for `GroundingTrainer`. Where rows have a `request`, requests and
             captions are fitted together; where none has, captions are also put into requests.
         args: where the columns, the caches and the device are, and with `bf16` or `fp16` that the LM reads in mixed

@@ -1,4 +1,4 @@
-"""Branches of a running `generate`: ids that the LM reads behind its sequences, and that are not in its answer."""
+"""Branches of a running `generate`: ids that the LM reads after its sequences, and that are not in its answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.generation.layout import Branch, Layout, alike, by_row, laid_out, of_similar_length, width_of
 from visual_ground.lm.frozen_lm import LAST, FrozenLM
-from visual_ground.lm.hook_context import context_of
 from visual_ground.lm.key_values import copy_of, plain_layers, shortened
 from visual_ground.lm.reading import ExtraIds
 
@@ -27,8 +26,9 @@ class BranchReader:
     """Reads branches on copies of the keys and values of the LM's running `generate`, which it leaves as they are.
 
     Branches of different places are read in one pass, each seeing only what comes before it. Whether an LM can do that
-    depends on how it makes its attention masks. So the first time, and again when the sequences are twice as long,
-    they are also read one by one; an LM for which the two differ is read one by one from then on.
+    depends on how it makes its attention masks. The first time in each range of lengths (powers of two) and for each
+    attention implementation, branches are also read one by one. If the results differ, they are read one by one in
+    that range from then on.
 
     Args:
         frozen_lm: the LM, inside its `generate`.
@@ -41,7 +41,7 @@ class BranchReader:
 
     def __init__(self, frozen_lm: FrozenLM, attached: AttachedAdapter, mask: Tensor) -> None:
         self.frozen_lm, self.attached, self.mask = frozen_lm, attached, mask
-        context = context_of(frozen_lm.virtual_tokens)
+        context = frozen_lm.virtual_tokens.context
         self._cache: Any = None if context is None else context.cache
         self._layers = plain_layers(self._cache, mask.shape[1])
         self.image_tokens = None if context is None else context.image_tokens
@@ -50,9 +50,9 @@ class BranchReader:
     def read(self, branches: Sequence[Branch]) -> dict[Branch, Tensor]:
         """Return the vector (q,), on the CPU, read at the last id of each branch.
 
-        Those are missing that cannot be read here: of an LM that keeps anything but plain keys and values, such as a
-        state space, or that takes one id at a time; before the place from which on a sliding window is kept; and longer
-        than the LM's context.
+        A branch is missing if the LM takes one id at a time or keeps anything but plain keys and values (such as a
+        state space), if a sliding window has dropped keys and values that it needs, or if it is longer than the LM's
+        context.
         """
         if self._layers is None:
             return {}
@@ -65,16 +65,16 @@ class BranchReader:
         return {branch: vector.cpu() for branch, vector in vectors.items()}
 
     def join(self, branches: Sequence[Branch], token: int) -> JoinedBranches | None:
-        """Let the next step of `generate` read branches besides its own id; None where they must be read by `read`.
+        """Let the next step of `generate` read branches together with its own id; None if `read` must read them.
 
-        That is so for several sequences, which would all become longer, and for an LM of which `read` has not yet found
-        that it reads branches together, or from which more is needed than what its head reads.
+        It must if there are several sequences (all of them would become longer), if it has not yet found that the LM
+        reads branches together, or if more is needed than what the output head reads.
 
         Args:
             branches: of the one sequence.
             token: the step's own id, a virtual one.
         """
-        context = context_of(self.frozen_lm.virtual_tokens)
+        context = self.frozen_lm.virtual_tokens.context
         own = Branch(0, self.mask.shape[1], (token,))
         if context is None or self._layers is None or len(self.mask) > 1 or not all(map(self._fits, branches)):
             return None
@@ -88,7 +88,7 @@ class BranchReader:
 
     @property
     def _place(self) -> tuple[str | None, int]:
-        """What `reads_branches` knows of, separately."""
+        """The attention implementation and the range of lengths: a key of `reads_branches`."""
         return getattr(self.frozen_lm.lm.config, "_attn_implementation", None), self.mask.shape[1].bit_length()
 
     def _layout(self, branches: Sequence[Branch]) -> Layout:
@@ -110,7 +110,7 @@ class BranchReader:
         return expected
 
     def _agrees(self, branches: list[Branch], expected: dict[Branch, Tensor]) -> bool:
-        # Behind one more id that none of them may see, or an LM that heeds no mask would read a single one rightly.
+        # After one more id, which none of them may see: otherwise an LM that ignores masks would pass with one branch.
         rows = dict.fromkeys(branch.row for branch in branches)
         others = [Branch(row, self.mask.shape[1], (self.frozen_lm.vocabulary.safe_id,)) for row in rows]
         try:
@@ -122,16 +122,19 @@ class BranchReader:
         return all(bool((found[one] - vector).norm() <= tolerance) for one, vector in expected.items())
 
     def _shows_all(self, branches: list[Branch]) -> bool:
-        """Return whether no sliding window ends among these positions, which a mask for all layers cannot say."""
+        """Return whether every layer may see all of these positions.
+
+        A layer with a shorter sliding window needs a mask of its own, and only one mask is passed for all layers.
+        """
         assert self._layers is not None, "there are plain keys and values"
         length = self.mask.shape[1] + max(map(width_of, by_row(branches)))
         windows = [getattr(layer, "sliding_window", None) for layer in self._layers]
         return all(window is None or window >= length for window in windows)
 
     def _together(self, branches: list[Branch]) -> dict[Branch, Tensor]:
-        """Read the branches of each row behind each other."""
+        """Read the branches of each row one after another, all in one pass."""
         ids, positions, mask, last = self._layout(branches)
-        # Nothing of the vocabulary is asked for, so the output head runs nowhere.
+        # No logits are needed.
         options = {"position_ids": positions, "max_logits": 0}
         rows = [row[0].row for row in by_row(branches)]
         return self._run(rows, self.mask.shape[1], ids, mask, last, **options)
@@ -143,7 +146,7 @@ class BranchReader:
         assert self._layers is not None, "there are plain keys and values"
         for group in alike(branches):
             kept, count = group[0].kept, len(group[0].ids)
-            # A sliding window that has moved on has dropped what the last of the kept positions see.
+            # A sliding window that has moved has dropped keys and values that this branch needs.
             if kept < length and any(layer.keys.shape[-2] != length for layer in self._layers):
                 continue
             rows = [branch.row for branch in group]
@@ -156,7 +159,7 @@ class BranchReader:
     def _run(
         self, rows: list[int], kept: int, ids: Tensor, mask: Tensor, last: dict[Branch, int], **options: Any
     ) -> dict[Branch, Tensor]:
-        """Run ids (r, n) behind the first `kept` positions of some rows; return vectors (q,) of flat positions."""
+        """Run ids (r, n) after the first `kept` positions of some rows; return vectors (q,) of flat positions."""
         chosen = torch.tensor(rows, device=self.mask.device)
         is_all = rows == list(range(len(self.mask)))
         cache = copy_of(self._cache, lambda kv: kv if is_all else kv[chosen.to(kv.device)])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
 
 
 class ForbiddenColumns(LogitsProcessor):
@@ -14,11 +14,6 @@ class ForbiddenColumns(LogitsProcessor):
 
     They are -inf in the logits already, but a processor may make something else of that: classifier-free guidance
     subtracts -inf from -inf, which is NaN and wins every argmax; others replace infinite values by finite ones.
-
-    Args:
-        vocabulary: which ids are virtual.
-        mask_spare_columns: as in `GroundingConfig`.
-        num_image_tokens: n * k of the call.
     """
 
     def __init__(self, vocabulary: VirtualVocabulary, mask_spare_columns: bool, num_image_tokens: int) -> None:

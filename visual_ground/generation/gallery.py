@@ -19,12 +19,7 @@ MARGIN, LABEL_LENGTH = 4, 18  # Pixels around an image; characters of an id that
 
 
 def with_samples(report: Report, prompts: Sequence[str], answers: Sequence[InterleavedOutput]) -> Report:
-    """Return a report with these answers as its samples, and a picture of the images in them.
-
-    Args:
-        report: the report, whose samples are replaced.
-        prompts: the prompts, as text.
-        answers: one for each prompt.
+    """Return a report with these prompts and answers as its samples, and a picture of the images in them.
 
     Example:
         >>> report = with_samples(Report(), ["Show me a cat."], [InterleavedOutput(("Here.",))])

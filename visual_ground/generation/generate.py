@@ -13,7 +13,7 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener
-from visual_ground.generation.options import complete_options, ended_by_itself, silent_ids
+from visual_ground.generation.options import complete_options, ended_by_itself, option_of, silent_ids
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.generation.sentences import cut_to_sentences
@@ -49,7 +49,7 @@ def generate(
     check_index(index, attached)
     image_tokens, options = with_padding(attached, attached.prompt_tokens(batch.get("pixel_values")), options)
     mask, start = batch["attention_mask"], batch["input_ids"].shape[1]
-    per_prompt = options.get("num_return_sequences") or 1
+    per_prompt = option_of(frozen_lm, options, "num_return_sequences") or 1
     listener = AnswerListener(frozen_lm, attached, mask, per_prompt=per_prompt)
     with frozen_lm.bind():  # One block for both: if the adapter is disabled elsewhere meanwhile, neither is affected.
         sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options, listener)
@@ -57,18 +57,13 @@ def generate(
         if vectors is None:
             mask = mask.repeat_interleave(len(sequences) // len(mask), 0)
             vectors = ret_vectors(frozen_lm, attached, sequences, mask, start, image_tokens)
-    silent = silent_ids(frozen_lm, attached)
+    silent, has_ended = silent_ids(frozen_lm, attached), ended_by_itself(frozen_lm, attached, options)
     answers = [[i for i in ids if i not in silent] for ids in sequences[:, start:].tolist()]
     outputs = [_interleave(attached, *answer, index, settings) for answer in zip(answers, vectors, strict=True)]
     if not settings.complete_sentences:
         return outputs
-    ended = map(ended_by_itself(frozen_lm, attached, options), sequences[:, start:].tolist())
-    return [output if whole else _cut(output) for output, whole in zip(outputs, ended, strict=True)]
-
-
-def _cut(output: InterleavedOutput) -> InterleavedOutput:
-    """Return an answer that ran out of tokens, up to the end of its last whole sentence."""
-    return InterleavedOutput(cut_to_sentences(output.parts))
+    answered = zip(outputs, map(has_ended, sequences[:, start:].tolist()), strict=True)
+    return [output if whole else InterleavedOutput(cut_to_sentences(output.parts)) for output, whole in answered]
 
 
 def with_padding(
@@ -82,7 +77,7 @@ def with_padding(
     Args:
         attached: the active adapter.
         image_tokens: (n * k, d), of the prompts' images.
-        options: for transformers' `generate`; a `pad_token_id` in them holds.
+        options: for transformers' `generate`; a `pad_token_id` in them takes precedence.
     """
     processor = attached.processor
     if processor.names_padding or options.get("pad_token_id") is not None:
@@ -120,7 +115,7 @@ def generate_ids(
         ),
         ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
     )
-    if seen is not None:  # After all others: what comes next in an image is certain.
+    if seen is not None:  # The ids of one image follow each other in a fixed order, which no other may change.
         options["logits_processor"].append(seen)
     if listener is not None:
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), listener])
@@ -164,8 +159,7 @@ def _interleave(
     processor = attached.processor
     images = iter(retrieve(vectors, index, settings))
     parts: list[str | RetrievedImage] = []
-    # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
-    ids = [i for i in ids if i < processor.vocabulary.num_tokens or i == processor.ret_token_id]
+    ids = [i for i in ids if processor.vocabulary.is_token(i) or i == processor.ret_token_id]
     for text in split_at_ret(ids, processor.ret_token_id, processor.tokenizer):
         parts += next(images) if text is None else [text]
     return InterleavedOutput(tuple(parts))

@@ -70,7 +70,7 @@ class StopText:
         self._held = ""
 
     def cut(self, part: Part) -> list[Part]:
-        """Return what may be shown of the answer with one more part; no stop string goes on behind an image."""
+        """Return what may be shown of the answer with one more part; no stop string continues after an image."""
         if self.has_come:
             return []
         if not isinstance(part, str):
@@ -140,8 +140,7 @@ class GrowingAnswer:
 
     def _parts_of(self, token: int, vector: Tensor | None) -> list[Part]:
         if token != self.ret_token_id:
-            # An LM with more embeddings than its tokenizer has tokens can generate ids that are no text.
-            is_text = token < self.vocabulary.num_tokens and token not in self.silent
+            is_text = self.vocabulary.is_token(token) and token not in self.silent
             text = self._text.add(token) if is_text else ""
             return [text] if text else []
         assert vector is not None, "the listener reads one at each [RET]"
@@ -152,7 +151,7 @@ class GrowingAnswer:
         """Return what was held back.
 
         Args:
-            is_whole: whether the LM ended the answer itself; else it may be cut behind its last whole sentence. One
+            is_whole: whether the LM ended the answer itself; else it may be cut after its last whole sentence. One
                 that came to a stop is whole.
         """
         held = self._up_to_stop(self._held())

@@ -1,4 +1,4 @@
-"""Branches of a running `generate`: ids behind the beginning of a sequence, and how several are read in one pass."""
+"""Branches of a running `generate`: ids after the beginning of a sequence, and how several are read in one pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Branch:
-    """Ids that are read behind the beginning of a sequence.
+    """Ids that the LM reads after the first `kept` positions of a sequence.
 
     Args:
         row: the sequence in the batch.
@@ -27,7 +27,9 @@ class Branch:
 
 
 def branch_of(row: int, padding: int, sequence: Sequence[int], ids: Sequence[int]) -> Branch:
-    """Return ids as a branch of the sequence that begins as they do; at least the last of them is read.
+    """Return `ids` as a branch of `sequence`: what both begin with is not read again, only the rest.
+
+    At least the last id is read.
 
     Args:
         row: the sequence's row.
@@ -41,7 +43,7 @@ def branch_of(row: int, padding: int, sequence: Sequence[int], ids: Sequence[int
 
 
 class Layout(NamedTuple):
-    """The branches of each row behind each other.
+    """The branches of each row one after another.
 
     Args:
         ids, positions: (r, w).
@@ -56,7 +58,7 @@ class Layout(NamedTuple):
 
 
 def laid_out(branches: Iterable[Branch], mask: Tensor, filler: int, dtype: torch.dtype) -> Layout:
-    """Return the branches of each row behind each other; a mask hides from each what it does not go on from.
+    """Put the branches of each row one after another; each sees only its own ids and the positions it continues.
 
     Args:
         branches: of any rows.
@@ -70,7 +72,7 @@ def laid_out(branches: Iterable[Branch], mask: Tensor, filler: int, dtype: torch
     ids = torch.full(shape, filler, device=device)
     positions = torch.zeros(shape, dtype=torch.long, device=device)
     sees = torch.zeros(*shape, length + width, dtype=torch.bool, device=device)
-    sees[..., length:] = torch.eye(width, dtype=torch.bool, device=device)  # What fills up a row sees itself.
+    sees[..., length:] = torch.eye(width, dtype=torch.bool, device=device)  # Padding sees only itself.
     causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     last: dict[Branch, int] = {}
     for i, row in enumerate(rows):

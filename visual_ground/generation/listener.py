@@ -15,10 +15,10 @@ from visual_ground.generation.branches import BranchReader, JoinedBranches
 from visual_ground.generation.layout import Branch, branch_of
 from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.scoring.query_vectors import mean_vector, opening_contexts, vectors_behind
+from visual_ground.scoring.query_vectors import mean_vector, opening_contexts, vectors_after
 
-# Called with the sequence, the token and, where it is `[RET]`, its retrieval vector (q,); returns whether to go on. A
-# token may come with the next one, in order.
+# Called with the sequence, the token and, if it is `[RET]`, its retrieval vector (q,); returns whether to continue. A
+# token may come together with the next one, in order.
 OnToken = Callable[[int, int, Tensor | None], bool]
 
 
@@ -38,9 +38,9 @@ class AnswerListener(StoppingCriteria):
     """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` as it comes.
 
     The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
-    an LM that holds something else is run once more up to the `[RET]`. For what is read besides at an answer's first
-    `[RET]`, see `query_vectors.opening_contexts`. Where there is one sequence, the step that follows on the `[RET]`
-    reads this too, because a forward of its own would take about as long as that step.
+    an LM that holds something else is run once more up to the `[RET]`. For what is also read at an answer's first
+    `[RET]`, see `query_vectors.opening_contexts`. If there is one sequence, the step that follows the `[RET]` reads
+    this too, because a forward of its own would take about as long as that step.
 
     Args:
         frozen_lm: the LM.
@@ -89,7 +89,7 @@ class AnswerListener(StoppingCriteria):
             if not self.on_token(row, token, vectors.get(row)):
                 self._ended.add(row)
         if self.seen is not None:
-            self.seen.write(input_ids)  # In place: what `generate` goes on with.
+            self.seen.write(input_ids)  # In place, because `generate` continues with this tensor.
         ended = [row in self._ended for row in range(len(input_ids))]
         return torch.tensor(ended, device=input_ids.device)
 
@@ -129,7 +129,7 @@ class AnswerListener(StoppingCriteria):
         return found
 
     def _openings(self, row: int, sequence: list[int]) -> list[Sequence[int]]:
-        """Return the contexts that are read besides, if this is a row's first `[RET]`."""
+        """Return the contexts that are also read, if this is a row's first `[RET]`."""
         if any(known == row for known, _ in self._vectors):
             return []
         count = int(self.mask[row // self.per_prompt].sum())
@@ -142,9 +142,9 @@ class AnswerListener(StoppingCriteria):
         read: Mapping[Branch, Tensor],
         reader: BranchReader,
     ) -> Tensor:
-        """Return the vector (q,), on the CPU, in the middle of those of branches; what was not read is run anew."""
+        """Return the mean direction (q,), on the CPU, of the vectors of branches; what was not read is run anew."""
         anew = [context for context, one in zip(contexts, branches, strict=True) if one not in read]
-        again = iter(vectors_behind(self.frozen_lm, self.attached, anew, reader.image_tokens) if anew else ())
+        again = iter(vectors_after(self.frozen_lm, self.attached, anew, reader.image_tokens) if anew else ())
         return mean_vector([read[one] if one in read else next(again) for one in branches])
 
     def _tell_waiting(self, reader: BranchReader) -> None:

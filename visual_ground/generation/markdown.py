@@ -10,6 +10,7 @@ _PUNCTUATION = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&$:@\"'=^])")
 # Links lead to the web or nowhere: an address of another scheme, also one in disguise, stays text.
 _LINK = re.compile(r"\]\((?!https?://)", re.IGNORECASE)
 _DEFINITION = re.compile(r"\]:(?!\s*https?://)", re.IGNORECASE)
+_SCHEME = re.compile(r"\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 # Characters that are safe in an address in Markdown; the percent sign is, because it starts an escape already made.
 _ADDRESS = "/:?#@,;=&%~+-._$"
 
@@ -25,7 +26,7 @@ def escape(text: str) -> str:
 
 
 def made_harmless(text: str) -> str:
-    """Return Markdown that a model wrote, without HTML, images and links to anything but the web.
+    """Return Markdown that a model wrote, with HTML, images, and links to anything but the web turned into plain text.
 
     An image that the model writes by itself would be fetched by whoever reads the answer. What is not of these kinds,
     such as lists and emphasis, stays.
@@ -51,8 +52,8 @@ def web_address(address: object) -> str | None:
 
 
 def escaped_address(address: str) -> str | None:
-    """Return an address, web or relative, that is percent-encoded already; None if it has another scheme."""
-    if re.match(r"\s*[a-z][a-z0-9+.-]*:", address, re.IGNORECASE) and not web_address(address):
+    """Return a web or relative address, given percent-encoded, as Markdown takes it; None if it has another scheme."""
+    if _SCHEME.match(address) and not web_address(address):
         return None
     return quote(address.strip(), safe=_ADDRESS)
 
@@ -68,7 +69,7 @@ def image_address(address: str) -> str | None:
         return address
     if web := web_address(address):
         return web
-    if re.match(r"\s*[a-z][a-z0-9+.-]*:", address, re.IGNORECASE):
+    if _SCHEME.match(address):
         return None
     return quote(address, safe="/-._~")
 

@@ -11,8 +11,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
+from visual_ground.lm.base.peft import base_model_of
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.peft import base_model_of
 from visual_ground.prompts.processor import GroundingProcessor
 
 MAX_NEW_TOKENS = 64  # Where neither the caller nor the LM's own generation config says anything of the length.
@@ -93,7 +93,7 @@ def _length_by_default() -> int | None:
 def _max_new_tokens(sources: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
     """Return the most tokens that an answer may have, from the first source that sets a limit of either kind.
 
-    Where none does, but one asks for a length at least, the default comes on top of that.
+    If none does, but one sets a minimum length, the default is added to it.
 
     Args:
         sources: the caller's options, the caller's generation config, the LM's own.
@@ -139,14 +139,8 @@ def _check(sources: Sequence[Mapping[str, Any]], batch_size: int) -> None:
 
 
 def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any] | None = None) -> set[int]:
-    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS.
-
-    Args:
-        frozen_lm: the LM.
-        attached: the active adapter, with the tokenizer.
-        options: of the call to `generate`.
-    """
-    ids = _asked(frozen_lm, options or {}, "eos_token_id")
+    """Return the ids with which the LM ends an answer: those of the call, of its generation config, or EOS."""
+    ids = option_of(frozen_lm, options or {}, "eos_token_id")
     ids = attached.processor.tokenizer.eos_token_id if ids is None else ids
     if isinstance(ids, Tensor):
         ids = ids.flatten().tolist()
@@ -156,29 +150,27 @@ def end_ids(frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str
 def ended_by_itself(
     frozen_lm: FrozenLM, attached: AttachedAdapter, options: Mapping[str, Any]
 ) -> Callable[[Sequence[int]], bool]:
-    """Return whether an answer's ids (s,) came to an end or to a stop string; else it ran out of tokens.
+    """Return a function that tells whether an answer's ids (s,) have reached an end id or a stop string.
 
-    Args:
-        frozen_lm: the LM.
-        attached: the active adapter, with the tokenizer.
-        options: of the call to `generate`.
+    Otherwise the answer ran out of tokens.
     """
-    ends, stops = end_ids(frozen_lm, attached, options), _asked(frozen_lm, options, "stop_strings") or ()
+    ends, stops = end_ids(frozen_lm, attached, options), option_of(frozen_lm, options, "stop_strings") or ()
     stops, processor = (stops,) if isinstance(stops, str) else tuple(stops), attached.processor
 
     def has_ended(ids: Sequence[int]) -> bool:
         if ends.intersection(ids) or not stops:
             return bool(ends.intersection(ids))
         # transformers ends an answer with the token that completes one of these, so it can stand nowhere else.
-        text = processor.tokenizer.decode([i for i in ids if i < processor.vocabulary.num_tokens])
+        text = processor.tokenizer.decode([i for i in ids if processor.vocabulary.is_token(i)])
         return any(stop in text for stop in stops)
 
     return has_ended
 
 
-def _asked(frozen_lm: FrozenLM, options: Mapping[str, Any], name: str) -> Any:
-    """Return what the call says, else its generation config, else the LM's own."""
-    sources = [options, *(vars(one) for one in (options.get("generation_config"), _own_config(frozen_lm)) if one)]
+def option_of(frozen_lm: FrozenLM, options: Mapping[str, Any], name: str) -> Any:
+    """Return the value of an option of `generate`: the call's own, else its generation config's, else the LM's."""
+    configs = options.get("generation_config"), _own_config(frozen_lm)
+    sources = [options, *(vars(config) for config in configs if isinstance(config, GenerationConfig))]
     return next((value for source in sources if (value := source.get(name)) is not None), None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from visual_ground.generation import markdown
 from visual_ground.index.captions import caption_of
 from visual_ground.index.remote_images import ImageLink
 from visual_ground.storage.atomic import replacing
+from visual_ground.vision.decoding import to_png
 from visual_ground.vision.images import ImageLike, to_rgb
 
 MARKDOWN_WIDTH = 512  # Pixels, of images without a path or an address of their own in Markdown.
@@ -220,7 +220,7 @@ def render_part(part: Part, width: int = 192) -> str:
     if isinstance(part.image, ImageLink):
         label += f": {_anchor(part.image)}"
     source = None
-    if not (part.image is None or isinstance(part.image, ImageLink)):
+    if part.is_readable:
         try:
             source = data_uri(part.image, width)
         except GroundingError:  # A file that is gone by now must not take the rest of the answer with it.
@@ -244,6 +244,4 @@ def data_uri(image: ImageLike, width: int) -> str:
     """Return an image, at most `width` pixels wide, as a PNG data URI."""
     small = to_rgb(image)
     small.thumbnail((width, width))
-    buffer = io.BytesIO()
-    small.save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(to_png(small)).decode("ascii")

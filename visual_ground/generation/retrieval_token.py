@@ -33,9 +33,9 @@ class RetrievalSettings:
         min_new_tokens_between_rets: the fewest tokens between two `[RET]`s; 0 lets one follow another at once.
         only_after_sentences: whether `[RET]` may come only where a sentence of the answer has just ended.
         allow_repeats: whether one answer may show an image twice.
-        filter: which entries of the index may be shown, as in `ImageIndex.search`; all where None.
-        see_images: whether the LM sees the images of an answer when it goes on with it.
-        complete_sentences: cut an answer that ran out of tokens behind its last whole sentence; one that the LM ended
+        filter: which entries of the index may be shown, as in `ImageIndex.search`; None: all.
+        see_images: whether the LM sees the images of an answer when it continues it.
+        complete_sentences: cut an answer that ran out of tokens after its last whole sentence; one that the LM ended
             itself stays as it is.
 
     Raises:
@@ -158,7 +158,7 @@ def retrieve(
         shown: positions in the index that the answer has shown already; these images' are added.
 
     Returns:
-        For each `[RET]`, its images, best first; fewer where the index has no more.
+        For each `[RET]`, its images, best first; fewer if the index has no more.
     """
     if index is None or not len(vectors):
         return [(RetrievedImage(),) for _ in vectors]
@@ -181,11 +181,7 @@ def retrieve(
 
 
 class _Entries:
-    """Entries of an index that were looked up; several at once where it can do so.
-
-    Args:
-        index: where to look them up.
-    """
+    """Entries of an index that were looked up; several at once where it can do so."""
 
     def __init__(self, index: RetrievalIndex) -> None:
         self.index, self.known = index, dict[int, tuple[str | int, Any, Mapping[str, Any]]]()
@@ -198,7 +194,7 @@ class _Entries:
 
 
 def _likely(found: list[list[tuple[int, float]]], settings: RetrievalSettings, shown: set[int]) -> list[int]:
-    """Return the positions that will be shown where every image can be fetched."""
+    """Return the positions that will be shown if every image can be fetched."""
     likely: list[int] = []
     for hits in found:
         left = [position for position, _ in hits if settings.allow_repeats or position not in {*shown, *likely}]
@@ -209,7 +205,7 @@ def _likely(found: list[list[tuple[int, float]]], settings: RetrievalSettings, s
 def _readable(
     entries: _Entries, hits: list[tuple[int, float]], count: int, shown: set[int]
 ) -> tuple[RetrievedImage, ...]:
-    """Return the first `count` images of some hits; one that could not be fetched comes only where no other does."""
+    """Return the first `count` images of some hits; images that could not be fetched only fill up the count."""
     found: list[RetrievedImage] = []
     failed: list[RetrievedImage] = []
     for number, (position, score) in enumerate(hits):

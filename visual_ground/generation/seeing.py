@@ -1,4 +1,4 @@
-"""Lets the model see the images of its own answer while it goes on with it."""
+"""Lets the model see the images of its own answer while it continues it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingError
 from visual_ground.generation.output import Part, RetrievedImage
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.hook_context import context_of
 from visual_ground.vision.images import to_rgb
 
 
@@ -20,7 +19,7 @@ class SeenImages(LogitsProcessor):
     """Puts images into the context of a running `generate`, each in the place of the `[RET]` that retrieved it.
 
     The id that was generated is replaced by that of the image's first token before the LM has read it, and the image's
-    other tokens are the only ones that can come next. So a batch goes on as it is: nothing is run again, and the other
+    other tokens are the only ones that can come next. So a batch runs on as it is: nothing is run again, and the other
     answers wait for nothing.
 
     Args:
@@ -62,7 +61,7 @@ class SeenImages(LogitsProcessor):
             self.places.add(first)
             ids[row, -1] = first
             self._due[row] = list(range(first + 1, first + len(tokens)))
-        if context := context_of(self.frozen_lm.virtual_tokens):
+        if context := self.frozen_lm.virtual_tokens.context:
             context.image_tokens = self.image_tokens
 
     def _tokens(self, images: list[RetrievedImage]) -> Tensor | None:
@@ -88,7 +87,7 @@ class SeenImages(LogitsProcessor):
         return True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (b, columns) in which only an image's next token can win where one is due."""
+        """Return scores (b, columns) in which only an image's next token can win if one is due."""
         due = {row: ids[0] for row, ids in self._due.items() if ids and ids[0] < scores.shape[-1]}
         if not due:
             return scores

@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from visual_ground.generation.output import RetrievedImage
 
 ELLIPSIS = "\u2026"
-# A full stop of any script with the quotation marks and brackets that close behind it, and then a space or the end.
-# Scripts without spaces have stops that end a sentence wherever they stand. A line break ends one where the line is an
-# item of a list and no further line of the same item follows: other lines break in the middle of sentences, and a
-# heading announces what follows.
+# A full stop of any script with the quotation marks and brackets that close after it, and then a space or the end.
+# Scripts without spaces have stops that end a sentence wherever they stand. A line break ends a sentence only after the
+# last line of a list item; other line breaks may be in mid-sentence, and a heading announces what follows.
 _ITEM = r"[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]"
 _END = re.compile(
     r"""(?:[.!?\u2026][\"'\u201d\u2019\u00bb)\]*_]*(?=\s|\Z))|[\u3002\uff01\uff1f\u0964]|"""
     rf"""\n(?=[ \t]*(?:\n|\Z)|{_ITEM})"""
 )
 _IS_ITEM = re.compile(rf"{_ITEM}+\S.*[^:,\s]\s*\Z")
-# What ends with a full stop and goes on: the number of a list, an initial, a title.
+# What ends with a full stop in mid-sentence: the number of a list, an initial, a title.
 _GOES_ON = re.compile(r"(?:^|[\s(\"'])(?:\d+|[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|No|Fig)\.$")
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Return the positions in a text behind which its sentences end.
+    """Return the positions in a text at which its sentences end.
 
     Example:
         >>> text = "Dr. Owl is wise. She reads"
@@ -103,7 +102,7 @@ class GrowingSentences:
         """Take what has been generated since, and return what can now be released."""
         self._parts += parts
         text = "".join(part for part in self._parts if isinstance(part, str))
-        # With a letter behind it, a full stop at the very end is not yet taken for the end of a sentence.
+        # With a letter after it, a full stop at the very end is not yet taken for the end of a sentence.
         ends = sentence_ends(text + "x")
         return self._let_out(_up_to(self._parts, ends[-1])) if ends else []
 

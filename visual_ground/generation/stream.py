@@ -17,7 +17,7 @@ from visual_ground.errors import GroundingValueError
 from visual_ground.generation.generate import check_index, generate_ids, with_padding
 from visual_ground.generation.growing import GrowingAnswer, joined
 from visual_ground.generation.listener import AnswerListener
-from visual_ground.generation.options import ended_by_itself, silent_ids
+from visual_ground.generation.options import ended_by_itself, option_of, silent_ids
 from visual_ground.generation.output import InterleavedOutput, Part
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.seeing import SeenImages
@@ -40,10 +40,11 @@ def stream(
     """
     settings = RetrievalSettings.take_from(options)
     check_index(index, attached)
-    if len(batch["input_ids"]) != 1 or (options.get("num_return_sequences") or 1) != 1:
+    prompts, per_prompt = len(batch["input_ids"]), option_of(frozen_lm, options, "num_return_sequences") or 1
+    if (prompts, per_prompt) != (1, 1):
         raise GroundingValueError(
-            f"stream gives one answer to one prompt, got {len(batch['input_ids'])} prompts. Call generate for several; "
-            "one interleaved prompt is a list within the list."
+            f"stream gives one answer to one prompt, got {prompts} prompts with {per_prompt} answers each. Call "
+            "generate for several; one interleaved prompt is a list within the list."
         )
     answer = GrowingAnswer(attached, index, settings, silent_ids(frozen_lm, attached))
 
@@ -97,7 +98,7 @@ def generate_seeing(
     """Answer a batch of prompts with `see_images`; the arguments and errors are those of `generate`."""
     check_index(index, attached)
     has_ended, silent = ended_by_itself(frozen_lm, attached, options), silent_ids(frozen_lm, attached)
-    count = len(batch["input_ids"]) * (options.get("num_return_sequences") or 1)
+    count = len(batch["input_ids"]) * (option_of(frozen_lm, options, "num_return_sequences") or 1)
     answers = [GrowingAnswer(attached, index, settings, silent) for _ in range(count)]
     parts: list[list[Part]] = [[] for _ in answers]
 
@@ -136,7 +137,7 @@ def generate_parts(
             seen.take(row, answers[row].latest)
         return closed is None or not closed.is_set()
 
-    per_prompt = options.get("num_return_sequences") or 1
+    per_prompt = option_of(frozen_lm, options, "num_return_sequences") or 1
     listener = AnswerListener(frozen_lm, attached, batch["attention_mask"], take, per_prompt, seen)
     sequences = generate_ids(frozen_lm, attached, batch, image_tokens, settings, options, listener)
     if listener.lost:

@@ -1,69 +1,15 @@
-"""What a search engine must offer to carry an image index, and what an index needs of a grounded model."""
+"""What `generate` needs of an index, and what an index needs of a grounded model."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from visual_ground.index.engines.base import SearchResult
 from visual_ground.vision.identity import ImageSpace
 from visual_ground.vision.images import ImageLike
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The best entries for each query, best first.
-
-    Args:
-        positions: (queries, m) long, positions in the index.
-        scores: (queries, m) float, inner products.
-    """
-
-    positions: Tensor
-    scores: Tensor
-
-
-@runtime_checkable
-class VectorIndex(Protocol):
-    """A search engine: vectors by position, with no knowledge of what they stand for.
-
-    `ImageIndex` puts ids, images and metadata beside one. `ExactIndex` is the engine that is built in. The first vector
-    has position 0, and each further one the next.
-    """
-
-    @property
-    def dim(self) -> int:
-        """q, the width of its vectors."""
-
-    def __len__(self) -> int: ...
-
-    def add(self, vectors: Tensor) -> None:
-        """Append vectors (m, q); they get the next positions, and no position is ever given twice."""
-
-    def remove(self, positions: Sequence[int]) -> None:
-        """Take vectors out; the others keep their positions."""
-
-    def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
-        """Return the k best entries for each query, fewer where fewer are allowed.
-
-        Args:
-            vectors: (queries, q).
-            k: how many, at least 1.
-            filter: bool, one for each position that was ever given, True where it may be found; all where None.
-        """
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vectors to one file; those that were removed are left out, and the rest move up."""
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote."""
 
 
 @runtime_checkable
@@ -75,9 +21,9 @@ class RetrievalIndex(Protocol):
         """q, the width of its vectors."""
 
     def search(self, vectors: Tensor, k: int) -> SearchResult:
-        """Return the k best entries for each query (queries, q), fewer where the index is smaller.
+        """Return the k best entries for each query (queries, q), fewer if the index is smaller.
 
-        Where `generate` was given a filter, it is passed on as `filter=`.
+        If `generate` was given a filter, it is passed on as `filter=`.
         """
 
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from visual_ground.index.faiss_index import SAMPLE, SAMPLE_K, FaissIndex
+from visual_ground.index.engines.saved import SAVED_ENGINES
 from visual_ground.index.state import IndexState
 from visual_ground.storage.hub import CARD_FILE
 from visual_ground.storage.readme import render_page
@@ -32,11 +32,8 @@ def index_card(contents: IndexState, repo_id: str, page: str | None) -> str:
             "its caption's, scaled to length 1."
         )
     engine = contents.engine
-    if isinstance(engine, FaissIndex) and engine.recall is not None:
-        opening += (
-            f"\n\nIt is searched with faiss ({engine.kind}). Of the {SAMPLE_K} best entries, a search finds "
-            f"{100 * engine.recall:.1f} %, measured against exact search with {SAMPLE} queries."
-        )
+    if isinstance(engine, SAVED_ENGINES) and engine.description:
+        opening += f"\n\n{engine.description}"
     use = (
         "```python\nfrom visual_ground import ImageIndex\n\n"
         f'index = ImageIndex.from_pretrained("{repo_id}")\n```\n\n'

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from visual_ground.errors import GroundingError, GroundingFileError, GroundingValueError
-from visual_ground.index.base import VectorIndex
 from visual_ground.index.card import index_card, read_page
-from visual_ground.index.exact import ExactIndex
-from visual_ground.index.faiss_index import FaissIndex
+from visual_ground.index.engines.base import VectorIndex
+from visual_ground.index.engines.exact import ExactIndex
+from visual_ground.index.engines.saved import SAVED_ENGINES
 from visual_ground.index.places import IMAGES_FOLDER, check_files, place_images, write_png
 from visual_ground.index.remote_images import LinkRules
 from visual_ground.index.state import IndexState
@@ -39,22 +39,12 @@ INDEX_FORMAT_VERSION = 3
 VECTORS_FILE = "index.safetensors"
 TABLE_FILE = "entries.parquet"
 ENTRIES_FILE = "index.json"
-FAISS_FILE, FAISS_ABOUT = "index.faiss", "index.faiss.json"  # Where the index is searched with faiss.
 OWN_IMAGES = f"{IMAGES_FOLDER}/*.png"
-FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, THUMBNAILS_FILE, FAISS_FILE, FAISS_ABOUT, CARD_FILE, OWN_IMAGES)
+ENGINE_FILES = tuple(name for engine in SAVED_ENGINES for name in engine.FILES)
+FILES = (VECTORS_FILE, TABLE_FILE, ENTRIES_FILE, THUMBNAILS_FILE, *ENGINE_FILES, CARD_FILE, OWN_IMAGES)
 SPACE, CAPTION_WEIGHT = "image_space", "caption_weight"
-KEYS = {
-    "format_version",
-    "num_entries",
-    "dim",
-    "dtype",
-    "has_images",
-    "has_metadata",
-    "next_id",
-    "checksums",
-    SPACE,
-    CAPTION_WEIGHT,
-}
+COUNTS, FLAGS = ("num_entries", "dim"), ("has_images", "has_metadata")
+KEYS = {"format_version", *COUNTS, "dtype", *FLAGS, "next_id", "checksums", SPACE, CAPTION_WEIGHT}
 TRIES, PAUSE = 50, 0.05  # How often, and after how many seconds, a reader tries again who met a writer.
 
 
@@ -76,50 +66,33 @@ def write_index(folder: str | os.PathLike[str], contents: IndexState, card: str 
     entries, engine = contents.entries, contents.exact
     tables, new_images = place_images(entries, contents.folder, Path(folder))
     checksums: dict[str, str] = {}
-
-    def checked(name: str, write: Callable[[Path], object]) -> Callable[[Path], object]:
-        def write_and_sum(path: Path) -> None:
-            write(path)
-            checksums[name] = _checksum(path)
-
-        return write_and_sum
-
-    if isinstance(contents.engine, FaissIndex):
-        contents = replace(contents, engine=contents.engine.whole())
+    checked = partial(_checked, checksums)
+    searching: dict[str, Callable[[Path], object]] = {}
+    if isinstance(contents.engine, SAVED_ENGINES):
+        contents = replace(contents, engine=(whole := contents.engine.whole()))
+        searching = whole.writers(lambda: checksums[VECTORS_FILE])
         card = index_card(contents, os.fspath(folder), read_page(folder)) if card is None else card
     page = {} if card is None else {CARD_FILE: lambda path: path.write_bytes(card.encode("utf-8"))}
     writers: dict[str, Callable[[Path], object]] = {
         **{name: partial(write_png, image) for name, image in new_images.items()},
         **page,
         VECTORS_FILE: checked(VECTORS_FILE, engine.save),
-        **_search_writers(contents, checksums),
+        **searching,
         **{name: checked(name, partial(write_thumbnails, entries=entries)) for name in thumbnails_of(entries)},
         TABLE_FILE: checked(TABLE_FILE, lambda path: write_table(path, tables)),
         ENTRIES_FILE: partial(_write_about, contents, checksums),
     }
-    _write(folder, writers)
+    write_folder(folder, writers)
 
 
-def _write(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> None:
-    try:
-        write_folder(folder, writers)
-    except GroundingError:
-        raise
-    except OSError as error:
-        raise GroundingFileError(
-            f"The index cannot be written to {str(folder)!r}: {error}. What was there before is whole."
-        ) from error
+def _checked(checksums: dict[str, str], name: str, write: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Return a writer that also notes the checksum of its file."""
 
+    def write_and_sum(path: Path) -> None:
+        write(path)
+        checksums[name] = _checksum(path)
 
-def _search_writers(contents: IndexState, checksums: Mapping[str, str]) -> dict[str, Callable[[Path], object]]:
-    """Return what writes the files of a `FaissIndex`, once the vectors have a checksum; else nothing."""
-    engine = contents.engine
-    if not isinstance(engine, FaissIndex):
-        return {}
-    return {
-        FAISS_FILE: engine.write,
-        FAISS_ABOUT: lambda path: write_json(path, engine.about(checksums[VECTORS_FILE])),
-    }
+    return write_and_sum
 
 
 def _write_about(contents: IndexState, checksums: Mapping[str, str], path: Path) -> None:
@@ -193,14 +166,14 @@ def _read_parts(folder: Path, about: dict[str, Any], rules: LinkRules) -> IndexS
 
 
 def _open_search(folder: Path, exact: ExactIndex, about: dict[str, Any]) -> VectorIndex:
-    """Return what finds the vectors: faiss, where the folder has its files for these vectors and it is installed."""
-    if not resolve(folder, FAISS_ABOUT).is_file():
-        return exact
-    try:
-        return FaissIndex.beside(exact, folder / FAISS_FILE, about["checksums"].get(VECTORS_FILE))
-    except GroundingError as error:
-        logger.warning("The index is searched exactly, which is slower: %s", error)
-        return exact
+    """Return what finds the vectors: the engine whose files the folder has, if they can be read; else `exact`."""
+    for engine in SAVED_ENGINES:
+        if resolve(folder, engine.FILES[-1]).is_file():
+            try:
+                return engine.read(folder, exact, about["checksums"].get(VECTORS_FILE))
+            except GroundingError as error:
+                logger.warning("The index is searched exactly, which is slower: %s", error)
+    return exact
 
 
 def _read_about(path: Path) -> dict[str, Any]:
@@ -209,8 +182,8 @@ def _read_about(path: Path) -> dict[str, Any]:
     about = {SPACE: None, CAPTION_WEIGHT: 0.0, **read_json(path, INDEX_FORMAT_VERSION)}
     if (
         set(about) != KEYS
-        or not all(type(about[name]) is int and about[name] >= 0 for name in ("num_entries", "dim"))
-        or not all(type(about[name]) is bool for name in ("has_images", "has_metadata"))
+        or not all(type(about[name]) is int and about[name] >= 0 for name in COUNTS)
+        or not all(type(about[name]) is bool for name in FLAGS)
         or type(about["next_id"]) is not int
         or not isinstance(about["checksums"], dict)
         or type(about[CAPTION_WEIGHT]) not in (int, float)

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.index.base import ImageEmbedder, SearchResult, VectorIndex
+from visual_ground.index.base import ImageEmbedder
 from visual_ground.index.captions import check_weight, with_captions
-from visual_ground.index.exact import ExactIndex
+from visual_ground.index.engines.base import SearchResult, VectorIndex
+from visual_ground.index.engines.exact import ExactIndex
 from visual_ground.index.files import FILES, read_index, write_index
 from visual_ground.index.publishing import publishable, push_index
 from visual_ground.index.remote_images import LinkRules
@@ -62,7 +63,7 @@ class ImageIndex:
         if not isinstance(engine, VectorIndex):
             raise GroundingTypeError(
                 f"vectors must be a tensor (n, q) or a VectorIndex, got {type(engine).__name__}; "
-                "visual_ground.index.base.VectorIndex lists what a search engine needs."
+                "visual_ground.index.engines.base.VectorIndex lists what a search engine needs."
             )
         made = make_entries(ids, images, metadata, len(engine), 0)
         self._lock, self._state = threading.RLock(), IndexState(engine, made, None, rules or LinkRules())
@@ -219,8 +220,7 @@ class ImageIndex:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save vectors, ids, images and metadata, whole or not at all; files of other names stay as they are.
 
-        Paths are kept as absolute ones, and PIL images are written beside the index as upright RGB,
-        `images/00000012.png`. A GroundingError says what cannot be saved, such as an engine that is no `ExactIndex`.
+        Paths become absolute, and PIL images files. A GroundingError says what cannot be saved, such as another engine.
         """
         with self._lock:
             write_index(folder, self._state)

@@ -33,11 +33,6 @@ def place_images(entries: Entries, source: Path | None, folder: Path) -> tuple[l
 
     The column `image` has absolute paths, and `file` names of files inside the folder. An index that was loaded from
     this folder has files in it: these stay, and no new image is written over them.
-
-    Args:
-        entries: what is saved.
-        source: the folder that the index was loaded from.
-        folder: where it is saved.
     """
     moved = source is not None and source.resolve() != folder.resolve()
     parts = [_localised(*part, source if moved else None, folder) for part in live_tables(entries)]
@@ -61,13 +56,7 @@ def place_images(entries: Entries, source: Path | None, folder: Path) -> tuple[l
 
 
 def movable(entries: Entries, source: Path | None, rules: LinkRules) -> Entries:
-    """Return entries without those that were removed, whose images are paths, addresses or objects.
-
-    Args:
-        entries: of an index.
-        source: the folder that the index was loaded from.
-        rules: which paths may lead out of that folder; others become links.
-    """
+    """Return entries without those that were removed; paths that the rules do not allow become links."""
     parts = []
     for segment, table, rows in live_tables(entries, thumbnails=True):
         pictures = {i: segment.pictures[row] for i, row in enumerate(rows) if row in segment.pictures}
@@ -149,11 +138,7 @@ def find_image(address: str | None, file: str | None, folder: Path | None, rules
 
 
 def check_files(table: pa.Table, folder: Path) -> None:
-    """Raise unless a table's own files are names inside the folder, and no entry has two images.
-
-    Raises:
-        GroundingFileError: otherwise.
-    """
+    """Raise GroundingFileError unless a table's own files are names inside the folder, and no entry has two images."""
     files = table["file"]
     for name in files.filter(pc.fill_null(pc.invert(pc.match_substring_regex(files, PLAIN_NAME)), False)).to_pylist():
         if not IMAGE_NAME.fullmatch(name) or ".." in name.split("/"):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from visual_ground.index.card import index_card, read_page
-from visual_ground.index.exact import ExactIndex
-from visual_ground.index.faiss_index import FaissIndex
+from visual_ground.index.engines.exact import ExactIndex
+from visual_ground.index.engines.saved import SAVED_ENGINES
 from visual_ground.index.files import FILES, write_index
 from visual_ground.index.remote_images import ImageLink, is_url
 from visual_ground.index.state import IndexState
@@ -50,7 +50,8 @@ def publishable(contents: IndexState, images: Sequence[Any], copy_images: bool) 
     entries, own = contents.entries, contents.entries.positions()
     metadata = [entries.metadata(p) for p in own] if entries.has_metadata else None
     made = make_entries([entries.id(p) for p in own], published, metadata, len(own), 0)
-    whole = contents.engine.whole() if isinstance(contents.engine, FaissIndex) else ExactIndex(contents.exact.vectors)
+    engine = contents.engine
+    whole = engine.whole() if isinstance(engine, SAVED_ENGINES) else ExactIndex(contents.exact.vectors)
     return IndexState(whole, made, space=space, caption_weight=contents.caption_weight)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.index.base import VectorIndex
-from visual_ground.index.exact import ExactIndex
-from visual_ground.index.faiss_index import FaissIndex
+from visual_ground.index.engines.base import VectorIndex
+from visual_ground.index.engines.exact import ExactIndex
+from visual_ground.index.engines.saved import SAVED_ENGINES
 from visual_ground.index.places import find_image, movable
 from visual_ground.index.remote_images import LinkRules, shown_together
 from visual_ground.index.table.entries import Entries, make_entries
@@ -48,12 +48,8 @@ class IndexState:
 
     @property
     def exact(self) -> ExactIndex:
-        """The engine, if it is one that keeps the vectors as they are.
-
-        Raises:
-            GroundingStateError: it is not.
-        """
-        if isinstance(self.engine, FaissIndex):
+        """The engine, if it is one that keeps the vectors as they are; else GroundingStateError."""
+        if isinstance(self.engine, SAVED_ENGINES):
             return self.engine.exact
         if not isinstance(self.engine, ExactIndex):
             raise GroundingStateError(
@@ -83,12 +79,7 @@ class IndexState:
         return list(zip(ids, images, metadata, strict=True))
 
     def mask(self, filter: Filter | None) -> Tensor | None:
-        """Return the positions that a filter allows, as a mask; None for all.
-
-        Raises:
-            GroundingTypeError: no filter.
-            GroundingValueError: a filter on a column that is not there.
-        """
+        """Return the positions that a filter, see `parse_filter`, allows, as a mask; None for all."""
         if filter is None or isinstance(filter, Tensor):
             return filter
         if isinstance(filter, Mapping):
@@ -143,11 +134,7 @@ class IndexState:
         return state.changed([], other.exact.vectors, movable(other.entries, other.folder, other.rules))
 
     def find(self, ids: Ids) -> list[int]:
-        """Return the positions of ids.
-
-        Raises:
-            GroundingIndexError: an id that is not there.
-        """
+        """Return the positions of ids; raise GroundingIndexError where one is not there."""
         found = self.entries.find(ids)
         if missing := [one for one in ids if one not in found]:
             raise GroundingIndexError(
@@ -178,11 +165,7 @@ class IndexState:
         return self.changed(positions, self.exact.at(positions) if vectors is None else vectors, new)
 
     def changed(self, positions: Sequence[int], vectors: Tensor, new: Entries) -> IndexState:
-        """Return the state without some positions, and with more vectors and their entries.
-
-        Raises:
-            GroundingValueError: vectors of another number, width or not finite, or ids that are there already.
-        """
+        """Return the state without some positions, and with more vectors and their entries, whose ids must be new."""
         engine, left = self.engine, self.entries.without(positions)
         if vectors.shape != (new.end, engine.dim):
             built = "" if self.space is None else f" The index was built with {self.space}."

@@ -47,13 +47,7 @@ def folders_of(entries: Entries, folder: Path | None, rules: LinkRules) -> list[
 
 
 def trust(entries: Path, about: Path, folders: Iterable[str]) -> None:
-    """Write down the folders that a saved index opens pictures in; where that cannot be written, it opens none.
-
-    Args:
-        entries: the index's table of entries.
-        about: its description.
-        folders: absolute paths.
-    """
+    """Write down the folders that a saved index opens pictures in; where that cannot be written, it opens none."""
     with suppress(GroundingFileError, OSError), replacing(_note(about)) as temporary:
         temporary.write_text(json.dumps({"entries": _digest(entries), "folders": list(folders)}), encoding="utf-8")
 

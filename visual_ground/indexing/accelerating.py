@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from visual_ground.index.faiss_index import TARGET_RECALL, FaissIndex
+from visual_ground.index.engines.faiss_index import TARGET_RECALL, FaissIndex
 from visual_ground.index.files import read_index, write_index
 from visual_ground.index.remote_images import LinkRules
 
@@ -16,11 +16,6 @@ def accelerate_index(
     """Build a faiss index for a saved image index, and save it in the same folder, with its recall in the README.
 
     `ImageIndex.from_pretrained` opens it from then on. The vectors stay what they are, and scores are exact.
-
-    Args:
-        folder: of the index.
-        kind: as in `FaissIndex`; by the number of vectors where None.
-        target_recall: as in `FaissIndex`.
     """
     state = read_index(folder, LinkRules())
     engine = FaissIndex(state.exact, kind, target_recall)

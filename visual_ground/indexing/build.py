@@ -34,7 +34,7 @@ def build_index(
 ) -> BuildReport:
     """Embed the images of a source and save them as an index.
 
-    Parts that are done are kept in the folder's `.building`. After a stop, the same call continues behind the last of
+    Parts that are done are kept in the folder's `.building`. After a stop, the same call continues after the last of
     them, and makes the same index as if it had not been stopped. Memory holds one part's vectors and thumbnails and, in
     the end, all ids, addresses and metadata. Processes that `accelerate launch` started build together, in a folder
     that all of them see; each must call this.

@@ -1,4 +1,4 @@
-"""The parts of an index's build: each is written when it is done, so that a build goes on behind the last of them."""
+"""The parts of an index's build: each is written when it is done, so that a build goes on after the last of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
 from visual_ground.index.captions import with_captions
-from visual_ground.index.exact import ExactIndex
+from visual_ground.index.engines.exact import ExactIndex
 from visual_ground.index.files import SPACE, write_index
 from visual_ground.index.state import IndexState
 from visual_ground.index.table.entries import Entries, Segment, make_entries
@@ -115,11 +115,7 @@ def write_part(
 
 
 def _features(model: PixelEmbedder, batch: Batch) -> Tensor:
-    """Return the features (b, f) of a batch of pixels, or of features.
-
-    Raises:
-        GroundingValueError: features of another width than the encoder's, or not finite.
-    """
+    """Return finite features (b, f) of a batch of pixels, or of features of the encoder's width."""
     if batch.pixels.dim() == 4:
         features: Tensor = model.vision(batch.pixels)
         return features
@@ -133,14 +129,7 @@ def _features(model: PixelEmbedder, batch: Batch) -> Tensor:
 
 
 def finish(folder: Path, builds: Sequence[Path], space: ImageSpace, caption_weight: float) -> list[dict[str, Any]]:
-    """Join the parts into an index, delete them, and return what they were.
-
-    Args:
-        folder: of the index.
-        builds: the folders with parts, in order.
-        space: of the model.
-        caption_weight: that the parts were built with.
-    """
+    """Join the parts in the builds' folders, in order, into an index, delete them, and return what they were."""
     done = [(parts / f"{number:06d}", part) for parts in builds for number, part in enumerate(_done(parts))]
     full = [path for path, part in done if part["count"]]
     if not full:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingTypeError, GroundingValueError
 from visual_ground.index.table.rows import COLUMN_TYPES
-from visual_ground.prompts.types import IMAGE_SUFFIXES
-from visual_ground.rows import picture_of, rows_by_number
+from visual_ground.rows import picture_of, rows_by_number, undecoded
 from visual_ground.storage.shards import read_shard
+from visual_ground.vision.formats import IMAGE_SUFFIXES
 from visual_ground.vision.images import ImageLike
 from visual_ground.vision.link_rules import is_url
 
@@ -66,9 +65,9 @@ def read_source(source: Any) -> Iterator[SourceImage]:
                 seen.add(str(image.address))
                 yield image
     elif hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        yield from _read_rows(_undecoded(rows_by_number(source)))
+        yield from _read_rows(undecoded(rows_by_number(source), IMAGE_COLUMNS))
     elif isinstance(source, Iterable):
-        yield from _read_rows(_undecoded(source))
+        yield from _read_rows(undecoded(source, IMAGE_COLUMNS))
     else:
         raise GroundingTypeError(f"A source must be paths or rows with images, got {type(source).__name__}.")
 
@@ -139,16 +138,6 @@ def _url(values: Mapping[str, Any]) -> str | None:
     """Return the address on the network in `url`. A path there, which could lead anywhere, is none."""
     address = values.get("url")
     return address if isinstance(address, str) and is_url(address) else None
-
-
-def _undecoded(rows: Any) -> Any:
-    """Return a dataset whose images are bytes, so that they can be decoded by other processes."""
-    features = getattr(rows, "features", None)
-    for name in IMAGE_COLUMNS:
-        feature = features.get(name) if isinstance(features, Mapping) else None
-        if feature is not None and type(feature).__name__ == "Image" and getattr(feature, "decode", False):
-            return rows.cast_column(name, dataclasses.replace(feature, decode=False))
-    return rows
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The frozen language model: loading it, reading its properties, and giving it virtual tokens through hooks."""
+"""The frozen language model, run with virtual tokens that hooks put in at its two ends."""

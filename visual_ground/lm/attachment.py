@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from visual_ground.lm.peft import base_model_of
+from visual_ground.lm.base.peft import base_model_of
 from visual_ground.lm.virtual_tokens import VirtualTokens
 
 

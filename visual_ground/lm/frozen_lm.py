@@ -1,24 +1,24 @@
-"""`FrozenLM`: a causal language model run with virtual tokens; the only place that touches the hooks."""
+"""`FrozenLM`: a causal language model run with virtual tokens."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visual_ground.errors import GroundingStateError
-from visual_ground.lm.freezing import FreezeGuard
+from visual_ground.lm.base.freezing import FreezeGuard
+from visual_ground.lm.base.peft import base_model_of, tuner_layers
+from visual_ground.lm.base.spec import LMSpec
+from visual_ground.lm.base.weights import EmbeddingStatistics, embedding_device, embedding_vectors, head_vectors
 from visual_ground.lm.hook_context import HookContext
-from visual_ground.lm.peft import base_model_of, tuner_layers
 from visual_ground.lm.reading import LMReading, states_at
-from visual_ground.lm.spec import LMSpec
 from visual_ground.lm.virtual_tokens import VirtualTokens
-from visual_ground.lm.weights import EmbeddingStatistics, embedding_device, embedding_vectors, head_vectors
 
 LAST = (-1,)  # As in `GroundingConfig.text_layers`: what the output head reads.
 
@@ -30,7 +30,7 @@ class FrozenLM:
         lm: a causal LM; may be a `PeftModel`.
         spec: its widths and ids, as `read_spec` returns them.
         ret_embeddings: returns `[RET]`'s input (d,) and output embedding (h,), read anew in each forward.
-        mask_spare_columns: as in `GroundingConfig`.
+        masks_spare_columns: returns `mask_spare_columns` of `GroundingConfig`, read anew in each forward.
         train_lm_adapter: leave the PEFT adapter in the LM trainable, and nothing else.
 
     Attributes:
@@ -38,7 +38,8 @@ class FrozenLM:
         vocabulary: which ids are the LM's own and which are virtual.
         virtual_tokens: the hooks.
         takes_positions: whether its forward takes position_ids.
-        reads_branches: whether it reads several branches in one pass, as found out by `generation.branches`.
+        reads_branches: by attention implementation and range of lengths, whether it reads several branches in one pass;
+            see `generation.branches.BranchReader`, which finds out.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class FrozenLM:
         lm: nn.Module,
         spec: LMSpec,
         ret_embeddings: Callable[[], tuple[Tensor, Tensor]],
-        mask_spare_columns: bool = False,
+        masks_spare_columns: Callable[[], bool],
         train_lm_adapter: bool = False,
     ) -> None:
         self.lm, self.spec, self.vocabulary = lm, spec, spec.vocabulary
@@ -59,7 +60,7 @@ class FrozenLM:
         self.reads_branches: dict[tuple[str | None, int], bool] = {}
         # transformers 5.24 renamed the argument past_key_values.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, mask_spare_columns)
+        self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, masks_spare_columns)
         self.virtual_tokens.attach(frozen)
         self.virtual_tokens.holder = weakref.ref(self)
 
@@ -84,12 +85,12 @@ class FrozenLM:
         limit = getattr(self.lm.config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
-    def disabled(self) -> contextlib.AbstractContextManager[None]:
-        """Return a block in which the LM behaves as if nothing were attached, in all threads until it ends."""
-        return self.virtual_tokens.off()
+    def disabled(self) -> AbstractContextManager[None]:
+        """Return a context manager, inside which the LM behaves as if nothing were attached, in all threads."""
+        return self.virtual_tokens.switch.off(self.virtual_tokens.context)
 
-    def bare(self) -> contextlib.AbstractContextManager[HookContext]:
-        """Return a block in which this thread's calls run without the hooks; other threads' calls keep them."""
+    def bare(self) -> AbstractContextManager[HookContext]:
+        """Return a context manager, inside which this thread's calls run without the hooks; other threads keep them."""
         return self.virtual_tokens.bind(enabled=False)
 
     def release(self) -> nn.Module:
@@ -97,10 +98,8 @@ class FrozenLM:
         self.virtual_tokens.detach()
         return self.lm
 
-    def bind(
-        self, image_tokens: Tensor | None = None, **settings: Any
-    ) -> contextlib.AbstractContextManager[HookContext]:
-        """Return a context in which any forward of the LM reads these images.
+    def bind(self, image_tokens: Tensor | None = None, **settings: Any) -> AbstractContextManager[HookContext]:
+        """Return a context manager, inside which any forward of the LM reads these images.
 
         Args:
             image_tokens: (n * k, d), or None.
@@ -194,7 +193,7 @@ class FrozenLM:
         image_tokens: Tensor | None = None,
         **options: Any,
     ) -> list[Tensor]:
-        """Run the LM; return its states at `positions`, one (r, width) for each layer. As `read`, without logits."""
+        """As `read`, with the logits of one position only; return the states, one (r, width) for each layer."""
         return self.read(input_ids, attention_mask, positions, image_tokens, layers, 1, **options).states
 
     def log_likelihood(
@@ -230,8 +229,9 @@ class FrozenLM:
 
     def head_logits(self, states: Tensor) -> Tensor:
         """Run the output head, with `[RET]`'s column, on states (r, h); return logits (r, columns) in float32."""
-        with self.bind():  # In mixed precision, states come in another type than the head's.
-            logits: Tensor = self.lm.get_output_embeddings()(states.to(self.dtype).unsqueeze(0))
+        states = states.to(self.dtype)  # In mixed precision, they come in another type than the head's.
+        with self.bind():
+            logits: Tensor = self.lm.get_output_embeddings()(states.unsqueeze(0))
         return logits[0].float()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the hooks look up: what one call of the LM binds (`HookContext`), and whether they are off (`Switch`)."""
+"""What the hooks read: the data of one call (`HookContext`), and the switch that turns them off (`Switch`)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from visual_ground.lm.reading import ExtraIds
 
 @dataclass(eq=False)
 class HookContext:
-    """What one call binds for the hooks, and what they return to it; in a context variable, so threads stay apart.
+    """What the hooks need during one call of the LM, and what they give back to the caller.
+
+    It is kept in a context variable, so each thread sees its own.
 
     Args:
         owner: the hooks that this context is meant for.
         image_tokens: (n * k, d) input embeddings of the images, or None.
-        positions: (r,) long, positions of the flattened (b, s) ids; where given, the output head runs only there and
+        positions: (r,) long, positions of the flattened (b, s) ids; if given, the output head runs only there and
             logits are (1, r, v + 1).
         enabled: False makes the LM behave as if nothing were attached.
-        suspending: blocks inside this call that turn the hooks off until they end; see `Switch`.
-        max_logits: the output head runs at only this many of the positions, the first; `head_input` has them all.
-        has_virtual: whether there are virtual ids, where the caller knows; None looks into the ids, which waits for the
+        suspending: the open `Switch.off` blocks that were entered during this call.
+        max_logits: the output head runs only at the first `max_logits` of the positions; `head_input` has them all.
+        has_virtual: whether there are virtual ids, if the caller knows; None looks into the ids, which waits for the
             GPU.
         unbound: whether this is a forward outside any `VirtualTokens.bind` block; the context ends with it.
         outer: the context around this one.
@@ -39,8 +41,8 @@ class HookContext:
         embedded: whether the virtual embeddings were written.
         selected: whether the head ran at the positions only.
         cache: what the LM kept of the latest forward, such as keys and values.
-        packed: how many extra positions of the logits carry `[RET]`'s column through an LM that cuts its logits.
-        extra: ids that the next step of this call's `generate` reads besides its own.
+        packed: extra logit rows that hold `[RET]`'s column, for an LM that trims its logits to its own vocabulary.
+        extra: ids that the next step of this call's `generate` reads together with its own.
         joined: those that the latest forward has read.
     """
 
@@ -153,8 +155,8 @@ class Switch:
         """Hold it off until the block ends.
 
         Args:
-            call: the call that the block runs in, such as in a logits processor, if any. Calls elsewhere that began
-                before the block go on as they began.
+            call: the LM call during which the block is entered (for example from a logits processor), or None. This
+                call loses its hooks until the block ends; other calls that are already running keep theirs.
         """
         block = object()
         held = [self._blocks] if call is None else [self._blocks, call.suspending]

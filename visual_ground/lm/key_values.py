@@ -1,4 +1,4 @@
-"""Plain keys and values of an LM's cache: recognised, and copied so that another run can go on after them."""
+"""Recognises a cache of plain keys and values, and copies it so that another run can continue from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def cache_of(output: Any) -> Any:
-    """Return the cache in an LM's output, None where there is none."""
+    """Return the cache in an LM's output, None if there is none."""
     # transformers 5.24 renamed what older ones call past_key_values.
     return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
 
@@ -29,7 +29,7 @@ def plain_layers(cache: Any, length: int) -> list[Any] | None:
         length: how many positions were run.
 
     Returns:
-        The layers; None where the LM keeps something else of these positions, such as a state space, a static or
+        The layers; None if the LM keeps something else of these positions, such as a state space, a static or
         quantised cache, or nothing.
     """
     layers = getattr(cache, "layers", None)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visual_ground.lm.base.peft import base_model_of
 from visual_ground.lm.frozen_lm import FrozenLM
-from visual_ground.lm.peft import base_model_of
 
 
 @torch.no_grad()
@@ -16,9 +16,6 @@ def find_layers(frozen_lm: FrozenLM) -> list[nn.Module]:
     """Return the LM's layers in order, or none where they cannot be identified.
 
     They are the longest `nn.ModuleList` whose members all run, once and in order, and return states (b, s, width).
-
-    Args:
-        frozen_lm: the LM, which is run once.
     """
     ids = torch.full((1, 2), frozen_lm.vocabulary.safe_id, device=frozen_lm.device)
     ran: list[nn.Module] = []
@@ -40,14 +37,7 @@ def find_layers(frozen_lm: FrozenLM) -> list[nn.Module]:
 
 
 def layer_states(frozen_lm: FrozenLM, layer: nn.Module, *args: Any, **options: Any) -> Tensor:
-    """Return the states (b, s, width) that a layer returns; those above it do not run.
-
-    Args:
-        frozen_lm: the LM.
-        layer: one of `find_layers`.
-        args: as in `FrozenLM.forward`.
-        options: as in `FrozenLM.forward`.
-    """
+    """Return the states (b, s, width) that a layer returns in `FrozenLM.forward`; those above it do not run."""
     stop = layer.register_forward_hook(_stop)
     try:
         frozen_lm.forward(*args, **options)

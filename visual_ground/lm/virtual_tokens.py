@@ -1,6 +1,7 @@
 """Virtual tokens: vocabulary entries that a frozen language model gets from hooks at its two ends.
 
-Ids that the frozen embedding does not have travel through the LM's own forward and `generate`:
+Ids that are not tokens of the LM (`[RET]` may take one of its unused rows) travel through its own forward and
+`generate`:
 
     id                               enters as                          leaves as
     ret_token_id                     the adapter's [RET] embedding      one logit, head input . [RET] output embedding
@@ -23,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visual_ground.errors import GroundingIndexError, GroundingStateError
-from visual_ground.lm.freezing import FreezeGuard
+from visual_ground.lm.base.freezing import FreezeGuard
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.weights import LMEnds
 from visual_ground.lm.hook_context import HookContext, Switch, context_of, current
-from visual_ground.lm.vocabulary import VirtualVocabulary
-from visual_ground.lm.weights import LMEnds
 
 Args: TypeAlias = tuple[Any, ...]
 Kwargs: TypeAlias = dict[str, Any]
@@ -39,24 +40,26 @@ class VirtualTokens:
         lm: a causal LM with `get_input_embeddings` and `get_output_embeddings`.
         vocabulary: which ids are the LM's and which are virtual.
         ret_embeddings: returns `[RET]`'s input (d,) and output embedding (h,), read anew in each forward.
-        mask_spare_columns: set the logits of the LM's ids that no token uses to -inf.
+        masks_spare_columns: returns whether to set the logits of the LM's ids that no token uses to -inf, likewise.
     """
+
+    _ends: LMEnds  # As `attach` found them.
 
     def __init__(
         self,
         lm: nn.Module,
         vocabulary: VirtualVocabulary,
         ret_embeddings: Callable[[], tuple[Tensor, Tensor]],
-        mask_spare_columns: bool = False,
+        masks_spare_columns: Callable[[], bool] = lambda: False,
     ) -> None:
         self.lm, self.vocabulary, self.ret_embeddings = lm, vocabulary, ret_embeddings
-        self.mask_spare_columns = mask_spare_columns
+        self.masks_spare_columns = masks_spare_columns
         self._parameters = list(inspect.signature(lm.forward).parameters)
         self._handles: list[RemovableHandle] = []
         self._frozen: FreezeGuard | None = None
         # Who takes these hooks off in the end, as a weak reference; see `visual_ground.lm.attachment`.
         self.holder: Callable[[], Any] | None = None
-        self._switch, self._ends = Switch(), LMEnds(lm)
+        self.switch = Switch()  # Turns the hooks off, in all threads.
         # Whether -inf in the logits survives the rest of the LM, which may cap or scale them.
         self._keeps_infinity: bool | None = None
 
@@ -78,10 +81,7 @@ class VirtualTokens:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "holder": None,
-        }  # The copy's own `FrozenLM` sets it.
+        return {**self.__dict__, "holder": None}  # The copy's own `FrozenLM` sets it.
 
     def detach(self) -> None:
         """Take the hooks off; the LM is as it was."""
@@ -99,12 +99,13 @@ class VirtualTokens:
     @property
     def disabled(self) -> bool:
         """Whether a call that begins now runs without the hooks; a call inside another follows the outer one."""
-        context = context_of(self)
-        return self._switch.is_off if context is None else not context.active
+        context = self.context
+        return self.switch.is_off if context is None else not context.active
 
-    def off(self) -> contextlib.AbstractContextManager[None]:
-        """Return a block in which the LM behaves as if nothing were attached, in all threads; see `Switch`."""
-        return self._switch.off(context_of(self))
+    @property
+    def context(self) -> HookContext | None:
+        """What the current call of the LM has bound, such as a `generate` that is running; None outside of calls."""
+        return context_of(self)
 
     @contextlib.contextmanager
     def bind(self, **settings: Any) -> Iterator[HookContext]:
@@ -116,15 +117,15 @@ class VirtualTokens:
         finally:
             current.reset(token)
 
-    def _active(self) -> HookContext | None:
-        context = context_of(self)
+    def _enabled_context(self) -> HookContext | None:
+        context = self.context
         return context if context is not None and context.active else None
 
     def _swap_ids(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if self.disabled:
             return None
         self._ends.check(self.lm)
-        bound = context_of(self)
+        bound = self.context
         context = bound or HookContext(self, unbound=True, outer=current.get())
         kwargs = context.start_forward(kwargs)
         if context.unbound:
@@ -163,7 +164,7 @@ class VirtualTokens:
         return (ids - (self.vocabulary.first_image_id - 1)).clamp_min(0)
 
     def _write_embeddings(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor | None:
-        context = self._active()
+        context = self._enabled_context()
         if context is None or context.virtual is None:
             return None
         located = context.locate(args[0] if args else next(iter(kwargs.values())))
@@ -178,7 +179,7 @@ class VirtualTokens:
         return torch.where(virtual.to(output.device).unsqueeze(-1), embeddings, output)
 
     def _select_positions(self, module: nn.Module, args: Args) -> Args | None:
-        context = self._active()
+        context = self._enabled_context()
         if context is None:
             return None
         hidden = args[0]
@@ -191,7 +192,7 @@ class VirtualTokens:
         return (hidden[:, : context.max_logits] if cut else hidden, *args[1:])
 
     def _add_columns(self, module: nn.Module, args: Args, logits: Tensor) -> Tensor | None:
-        context = self._active()
+        context = self._enabled_context()
         if context is None:
             return None
         embedding, width = self.ret_embeddings()[1], self.vocabulary.num_columns
@@ -209,10 +210,10 @@ class VirtualTokens:
 
     def _widen(self, logits: Tensor, column: Tensor, context: HookContext) -> Tensor:
         num_image_tokens = 0 if context.image_tokens is None else len(context.image_tokens)
-        return self.vocabulary.add_columns(logits, column, num_image_tokens, self.mask_spare_columns)
+        return self.vocabulary.add_columns(logits, column, num_image_tokens, self.masks_spare_columns())
 
     def _finish(self, module: nn.Module, args: Args, output: Any) -> Any:
-        context = self._active()
+        context = self._enabled_context()
         if context is None:
             return None
         if context.unbound:
@@ -237,10 +238,10 @@ class VirtualTokens:
             return None
         # Looking has to wait for the GPU; so where the caller set `has_virtual` (training), the last result is reused.
         if self._keeps_infinity is None or context.has_virtual is None:
-            self._keeps_infinity = self.vocabulary.forbids(output.logits, self.mask_spare_columns)
+            self._keeps_infinity = self.vocabulary.forbids(output.logits, self.masks_spare_columns())
         if self._keeps_infinity:
             return None
-        output.logits = self.vocabulary.forbid(output.logits, self.mask_spare_columns)
+        output.logits = self.vocabulary.forbid(output.logits, self.masks_spare_columns())
         return output
 
 

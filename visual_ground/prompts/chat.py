@@ -25,20 +25,20 @@ IMAGES_ELSEWHERE = ("image", "files", "attachments", "experimental_attachments")
 
 
 def chat_message(role: str, parts: Sequence[PromptPart]) -> dict[str, Any]:
-    """Return a chat message of texts and images.
-
-    Args:
-        role: "user", "assistant" or "system".
-        parts: texts and images, in order; a string is an image where `is_image_string` says so.
+    """Return a chat message of texts and images; a string is an image where `is_image_string` says so.
 
     Example:
         >>> chat_message("user", ["What is it?"])
         {'role': 'user', 'content': [{'type': 'text', 'text': 'What is it?'}]}
     """
     read = [one for part in parts for one in read_part(part)]
+    return typed_message(role, [part if isinstance(part, str) else part.image for part in read])
+
+
+def typed_message(role: str, parts: Sequence[Any]) -> dict[str, Any]:
+    """Return a chat message of texts and images that say what they are, so that no text is taken for a path."""
     content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.image}
-        for part in read
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
     ]
     return {"role": role, "content": content}
 
@@ -55,10 +55,6 @@ def is_message(value: Any) -> bool:
 
 def render_chat(tokenizer: Any, messages: Sequence[Any]) -> Parts:
     """Return the texts and images of chat messages, in the order in which the tokenizer's chat template puts them.
-
-    Args:
-        tokenizer: the tokenizer that has the template.
-        messages: `{"role": ..., "content": ...}`; a content is a text or a list of parts.
 
     Raises:
         GroundingTypeError: a part that is neither text nor image.

@@ -6,21 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from visual_ground.errors import GroundingStateError, GroundingValueError
-from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.encoded import EncodedPrompt
 
 
 def check_ids(
     encoded: Sequence[EncodedPrompt], tokenizer: Any, vocabulary: VirtualVocabulary, max_length: int | None
 ) -> None:
-    """Raise GroundingValueError where ids exceed the LM's context, or are tokens without an embedding in the LM.
-
-    Args:
-        encoded: the prompts.
-        tokenizer: names the tokens in the error.
-        vocabulary: which ids are the LM's.
-        max_length: how many ids the LM's context holds; None where that is unknown.
-    """
+    """Raise GroundingValueError where ids exceed the LM's context, or are tokens without an embedding in the LM."""
     length = max((len(prompt.ids) for prompt in encoded), default=0)
     if max_length is not None and max_length < length:
         raise GroundingValueError(f"A prompt has {length} ids, and the LM's context holds {max_length}. Shorten it.")
@@ -34,13 +27,7 @@ def check_ids(
 
 
 def check_tokenizer(tokenizer: Any, vocabulary: VirtualVocabulary, ret_token: str) -> None:
-    """Raise GroundingStateError where tokens were added to the tokenizer whose ids are `[RET]`'s or an image's.
-
-    Args:
-        tokenizer: as it is now.
-        vocabulary: as it was when the LM was grounded.
-        ret_token: the text of `[RET]`.
-    """
+    """Raise GroundingStateError where tokens were added to the tokenizer whose ids are `[RET]`'s or an image's."""
     ret, first = vocabulary.ret_token_id, vocabulary.first_image_id
     if taken := sorted(token for token, i in tokenizer.get_vocab().items() if i == ret or i >= first):
         raise GroundingStateError(

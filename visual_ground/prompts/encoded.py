@@ -33,9 +33,6 @@ def pad_batch(encoded: Sequence[EncodedPrompt], first_image_id: int, pad_id: int
         first_image_id: id of the batch's first image token.
         pad_id: id to pad with; any real one, as it is masked.
         side: "left", for generation, or "right".
-
-    Raises:
-        GroundingValueError: no prompts.
     """
     if not encoded:
         raise GroundingValueError("The batch is empty; give at least one prompt.")

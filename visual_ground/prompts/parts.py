@@ -35,11 +35,7 @@ CERTAIN_KEYS = ("image", "image_url", "images", "bytes", "inline_data", "inlineD
 
 
 def read_content(content: Any, role: str = "") -> Parts:
-    """Return the texts and images of a message's content.
-
-    Args:
-        content: a text, a part, or a list of parts; None is no part.
-        role: whose message it is, for messages.
+    """Return the texts and images of a message's content: a text, a part, a list of parts, or None for no part.
 
     Raises:
         GroundingTypeError: a part that is neither text nor image.
@@ -57,13 +53,7 @@ def read_content(content: Any, role: str = "") -> Parts:
 
 
 def read_part(part: Any) -> Parts:
-    """Return the texts and images of one part of a prompt; mostly it is one.
-
-    Args:
-        part: a string, which is an image where `is_image_string` says so; an image; or a mapping with a type.
-
-    Raises:
-        GroundingTypeError, GroundingValueError: as in `read_content`.
+    """Return the texts and images, mostly one, of a part: a string, an image, or a mapping with a type.
 
     Example:
         >>> read_part({"type": "input_text", "text": "cat.png"}), read_part("cat.png")

@@ -12,7 +12,7 @@ from transformers import BatchFeature
 
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.lm.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
 from visual_ground.prompts.chat import as_batch, is_chat, render_chat
 from visual_ground.prompts.checks import check_ids, check_tokenizer
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
@@ -52,15 +52,7 @@ class GroundingProcessor:
         return self.batch([self.encode(prompt) for prompt in as_batch(prompts)], padding_side)
 
     def batch(self, encoded: Sequence[EncodedPrompt], padding_side: str = "left") -> BatchFeature:
-        """Pad encoded prompts into input_ids and attention_mask (b, s), with pixel_values where there are images.
-
-        Args:
-            encoded: the prompts.
-            padding_side: "left", for generation, or "right".
-
-        Raises:
-            GroundingValueError: no prompts, or ids that the LM cannot read.
-        """
+        """Pad encoded prompts into input_ids and attention_mask (b, s), with pixel_values where there are images."""
         self.check_ids(encoded)
         ids, mask = pad_batch(encoded, self.vocabulary.first_image_id, self.pad_token_id, padding_side)
         batch = BatchFeature({"input_ids": ids, "attention_mask": mask})
@@ -136,11 +128,7 @@ class GroundingProcessor:
         return queries
 
     def retrieval_suffix(self, ids: Sequence[int]) -> list[int]:
-        """Return the ids of the retrieval prompt, or `[RET]`'s where that is empty, put after what was said.
-
-        Args:
-            ids: what was said, at least one id; negative ones are image tokens.
-        """
+        """Return the ids of the retrieval prompt, or `[RET]`'s where that is empty, put after these ids."""
         prompt = self.config.retrieval_prompt.strip()
         if not prompt:
             return [self.ret_token_id]
@@ -154,11 +142,7 @@ class GroundingProcessor:
     def encode_continuations(
         self, prompts: Prompts, continuations: Sequence[str]
     ) -> tuple[list[EncodedPrompt], list[int]]:
-        """Encode prompts with a text put after each; return them with how many ids each text has.
-
-        Raises:
-            GroundingValueError: another number of texts than of prompts, or one with no tokens.
-        """
+        """Encode prompts with a text, of some tokens, put after each; return them with the texts' numbers of ids."""
         prompts = as_batch(prompts)
         if isinstance(continuations, str) or len(continuations) != len(prompts):
             count = 1 if isinstance(continuations, str) else len(continuations)

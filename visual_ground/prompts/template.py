@@ -128,12 +128,7 @@ class _Marked:
         return f"{self.word}text{message:06d}"
 
     def examine(self, text: str, probe: str) -> _Rendered:
-        """Return what is wrong with a rendered text.
-
-        Args:
-            text: what the template made of the messages.
-            probe: what it made of them with `probes` as their texts.
-        """
+        """Return what is wrong with a text that a template rendered; `probe` is the same with `probes` as the texts."""
         written_out = self._guard in text  # Then nothing in it is in its place.
         found = Counter() if written_out else Counter(map(int, re.findall(rf"{self.word}(\d{{6}})", text)))
         wrong = {number: found[number] for number in range(len(self.images)) if found[number] != 1}

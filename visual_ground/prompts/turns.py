@@ -11,14 +11,10 @@ _USER, _ASSISTANT = "userturn", "assistantturn"
 
 
 def last_turn(processor: GroundingProcessor, ids: Sequence[int]) -> list[int] | None:
-    """Return a chat's ids as if its last user message were its first and only one.
+    """Return a chat's ids, which end where the answer begins, as if its last user message were its first and only one.
 
     A system message of the caller's is left out. None if the chat has only one user message, or if it cannot be found
     where the next one begins.
-
-    Args:
-        processor: whose tokenizer's chat template wrote the chat.
-        ids: of a chat that ends where the answer begins.
     """
     opening, header = user_headers(processor.tokenizer)
     count = len(header)

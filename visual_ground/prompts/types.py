@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from visual_ground.vision.decoding import is_image
+from visual_ground.vision.formats import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from visual_ground.vision.images import ImageLike, is_base64_image
 
 # A text or an image; a string is an image where `is_image_string` says so. Or a typed part, {"type": "text", ...}.
@@ -20,21 +21,6 @@ Prompt: TypeAlias = PromptPart | Sequence[PromptPart] | Sequence[ChatMessage]
 # A list of prompts, or one string, image or chat alone; one interleaved prompt is a list within the list.
 Prompts: TypeAlias = PromptPart | Sequence[ChatMessage] | Sequence[Prompt]
 
-# The endings of image files that Pillow reads.
-IMAGE_SUFFIXES = frozenset(
-    (
-        ".apng .avif .avifs .bmp .bw .cur .dcx .dds .dib .fit .fits .flc .fli .gif .icb .icns .ico .iim .im .j2c .j2k "
-        ".jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi "
-        ".ras .rgb .rgba .sgi .tga .tif .tiff .vda .vst .webp .xbm .xpm"
-    ).split()
-)
-# Endings of images and films that it reads only with a plugin or another program, or not at all: these are no text.
-OTHER_SUFFIXES = frozenset(
-    (
-        ".arw .blp .bufr .cr2 .cr3 .dng .emf .eps .ftc .ftu .gbr .grib .h5 .hdf .heic .heif .hif .jxl .mpeg .mpg .nef "
-        ".orf .ps .raw .rw2 .svg .svgz .wmf"
-    ).split()
-)
 # What stands before an image's address and never before words.
 IMAGE_SCHEMES = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[;,]|file:/", re.IGNORECASE)
 # How a path starts that may have spaces in it; any other text with spaces is words that end with a file's name.

@@ -52,7 +52,7 @@ class CandidateScorer:
 
         Args:
             prompt: as from `GroundingProcessor.encode`.
-            candidates: n texts, put behind the prompt.
+            candidates: n texts, put after the prompt.
             image_features: (m, f), of the images in the prompt; where None, the images are encoded.
 
         Raises:

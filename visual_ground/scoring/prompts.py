@@ -15,7 +15,7 @@ from visual_ground.scoring.query_vectors import last_vectors
 
 @torch.no_grad()
 def embed_prompts(frozen_lm: FrozenLM, attached: AttachedAdapter, prompts: Prompts) -> Tensor:
-    """Return unit vectors (n, q), read behind each prompt; see `GroundedModel.embed_text`."""
+    """Return unit vectors (n, q), read after each prompt; see `GroundedModel.embed_text`."""
     processor = attached.processor
     batch = processor.batch(processor.encode_queries(prompts)).to(frozen_lm.device)
     image_tokens = attached.image_tokens(batch.get("pixel_values"))

@@ -77,7 +77,7 @@ def ret_vectors(
         counts.append(len(places))
     if not contexts:
         return [torch.empty(0, attached.config.retrieval_dim) for _ in sequences]
-    vectors = vectors_behind(frozen_lm, attached, [*contexts, *(ids for _, ids in openings)], image_tokens)
+    vectors = vectors_after(frozen_lm, attached, [*contexts, *(ids for _, ids in openings)], image_tokens)
     vectors, asked = vectors[: len(contexts)], vectors[len(contexts) :]
     for place in {place for place, _ in openings}:
         of_place = [vector for (other, _), vector in zip(openings, asked, strict=True) if other == place]
@@ -90,10 +90,10 @@ def mean_vector(vectors: Sequence[Tensor]) -> Tensor:
     return normalize(torch.stack([*vectors]).sum(0), dim=-1)
 
 
-def vectors_behind(
+def vectors_after(
     frozen_lm: FrozenLM, attached: AttachedAdapter, contexts: Sequence[Sequence[int]], image_tokens: Tensor | None
 ) -> Tensor:
-    """Return the vectors (n, q), on the CPU, read behind each context's ids."""
+    """Return the vectors (n, q), on the CPU, read after each context's ids."""
     processor = attached.processor
     # If the context and the suffix together are longer than the LM's limit, the oldest ids are dropped.
     limit = -(processor.max_length or 0)

@@ -29,12 +29,7 @@ CHARACTERS_PER_TOKEN, MAX_TOKENS = 128, 1_000_000
 
 
 def encode(engine: Engine, request: ChatRequest, attached: AttachedAdapter | None = None) -> EncodedPrompt:
-    """Return a request's prompt.
-
-    Args:
-        engine: what will answer it.
-        request: what is asked for.
-        attached: the adapter that reads it; the active one where None.
+    """Return a request's prompt, as `attached` reads it, or the active adapter where None.
 
     Raises:
         RequestFailure: a prompt that the LM cannot read, or has no room to answer.
@@ -65,13 +60,6 @@ def _too_long(wanted: str, longest: int) -> RequestFailure:
 
 class Chat:
     """The answers to one request, while they are generated.
-
-    Args:
-        engine: what generates.
-        pictures: the index's.
-        request: what is asked for.
-        prompt: as `encode` returns it.
-        model_name: what the model is called.
 
     Raises:
         RequestFailure: the queue is full.
@@ -133,11 +121,7 @@ class Chat:
         return safe.to_markdown(shown.get("uri"))
 
     async def whole(self) -> dict[str, Any]:
-        """Return OpenAI's `chat.completion`.
-
-        Raises:
-            RequestFailure: an answer that failed or came too late.
-        """
+        """Return OpenAI's `chat.completion`; RequestFailure where an answer failed or came too late."""
         answers: list[list[Part]] = [[] for _ in self.jobs]
         reasons = [""] * len(self.jobs)
         async for choice, event in self.events():

@@ -19,14 +19,7 @@ class Metrics:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def count(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a request and log its line.
-
-        Args:
-            method: of HTTP.
-            route: the path as it is declared, without ids.
-            status: of HTTP.
-            seconds: from its arrival to the end of its answer.
-        """
+        """Count a request and log its line, which has the route as it is declared, without ids."""
         with self._lock:
             self._requests[route, status] += 1
             self._seconds[route] += seconds
@@ -34,13 +27,7 @@ class Metrics:
         logger.info(json.dumps(entry))
 
     def text(self, waiting: int, batches: int, batched: int) -> str:
-        """Return all numbers.
-
-        Args:
-            waiting: answers that wait.
-            batches: batches that were generated.
-            batched: answers in them.
-        """
+        """Return all numbers, with how many answers wait, and how many were generated in how many batches."""
         lines = ["# TYPE visual_ground_requests_total counter"]
         with self._lock:
             for (route, status), count in sorted(self._requests.items()):

@@ -6,7 +6,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import io
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -21,7 +20,8 @@ from visual_ground.index.milvus.image_index import MilvusImageIndex
 from visual_ground.index.remote_images import ImageLink, LinkRules
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.restoring import own_pictures
-from visual_ground.vision.decoding import decode_file
+from visual_ground.vision.decoding import decode_file, to_png
+from visual_ground.vision.formats import open_image
 from visual_ground.vision.images import read_file, to_rgb
 
 MAX_PIXELS = 40_000_000
@@ -38,34 +38,21 @@ MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WE
 
 
 class Given:
-    """The pictures of one request, so many and so large that they fit into the memory.
-
-    Args:
-        rules: where they may be fetched from.
-    """
+    """The pictures of one request, so many and so large that they fit into the memory."""
 
     def __init__(self, rules: LinkRules) -> None:
         self.rules, self._pixels, self._pictures = rules, MAX_REQUEST_PIXELS, MAX_REQUEST_PICTURES
         self._addresses = MAX_ADDRESSES
 
     def read(self, image_url: Any) -> Image.Image:
-        """Return the picture of an `image_url`, an address or `{"url": ...}`.
-
-        Raises:
-            RequestFailure: no picture that can be read, or too many.
-        """
+        """Return the picture of an `image_url`, an address or `{"url": ...}`; RequestFailure for none, or too many."""
         address = image_url.get("url") if isinstance(image_url, Mapping) else image_url
         picture = read_address(address, self.rules, self._pixels)
         self._pixels -= picture.width * picture.height
         return self._counted(picture)
 
     def open(self, image: Any) -> Image.Image:
-        """Return a picture of the server's own index.
-
-        Raises:
-            RequestFailure: too many.
-            GroundingError: it cannot be read.
-        """
+        """Return a picture of the server's own index; RequestFailure for one too many."""
         return self._counted(to_rgb(image))
 
     def note_address(self) -> None:
@@ -128,7 +115,7 @@ def decode_picture(data: bytes, most: int = MAX_PIXELS) -> Image.Image:
         GroundingValueError: a damaged one.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:  # Reads the head only.
+        with open_image(data) as opened:
             pixels = opened.width * opened.height
     except Exception as error:  # Whatever a decoder says of bytes from a stranger.
         raise RequestFailure(
@@ -192,19 +179,15 @@ class Pictures:
         return None if isinstance(image, ImageLink) else image
 
     def read(self, name: str) -> tuple[bytes, str]:
-        """Return a picture's bytes and media type; only images ever leave, whatever a file's name says.
-
-        Raises:
-            RequestFailure: no such picture.
-        """
+        """Return a picture's bytes and media type; only images ever leave, whatever a file's name says."""
         image = self._existing(name)
         try:
             if not isinstance(image, Image.Image):
                 data = read_file(image)
-                with Image.open(io.BytesIO(data)) as opened:
+                with open_image(data) as opened:
                     if media_type := MEDIA_TYPES.get(opened.format or ""):
                         return data, media_type
-            return _as_png(to_rgb(image)), "image/png"
+            return to_png(to_rgb(image)), "image/png"
         except (GroundingError, OSError) as error:
             raise RequestFailure(404, f"The picture {name!r} cannot be read.", code="not_found") from error
 
@@ -215,7 +198,7 @@ class Pictures:
         except GroundingError as error:
             raise RequestFailure(404, f"The picture {name!r} cannot be read.", code="not_found") from error
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        return _as_png(small)
+        return to_png(small)
 
     def _existing(self, name: str) -> Any:
         image = self.find(name)
@@ -240,9 +223,3 @@ class Pictures:
                     start = end
         parts = [part for part in (*parts, text[start:]) if not isinstance(part, str) or part.strip()]
         return parts or [text]
-
-
-def _as_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

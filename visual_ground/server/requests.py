@@ -8,6 +8,7 @@ from typing import Any
 
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.index.remote_images import LinkRules
+from visual_ground.prompts.chat import typed_message
 from visual_ground.server.failures import RequestFailure
 from visual_ground.server.pictures import Given, Pictures
 from visual_ground.server.sampling import Sampling
@@ -176,15 +177,4 @@ def _message(message: Any, pictures: Pictures, images: Given) -> dict[str, Any]:
             raise RequestFailure(400, 'A part of a message must be {"type": "text"} or {"type": "image_url"}.')
     if not parts:
         raise RequestFailure(400, "A message has no content; give a text or parts.")
-    return _content(role, parts)
-
-
-def _content(role: str, parts: Sequence[Any]) -> dict[str, Any]:
-    """Return a chat message in which each part says what it is."""
-    return {
-        "role": role,
-        "content": [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
-            for part in parts
-        ],
-    }
+    return typed_message(role, parts)

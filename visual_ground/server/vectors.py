@@ -21,11 +21,7 @@ MAX_INPUTS = 256
 
 
 def embeddings(model: GroundedModel, body: Mapping[str, Any], rules: LinkRules, name: str) -> dict[str, Any]:
-    """Return OpenAI's `list` of embeddings, of texts and `image_url` parts.
-
-    Raises:
-        RequestFailure: inputs that are neither, or too many.
-    """
+    """Return OpenAI's `list` of embeddings, of texts and `image_url` parts."""
     given = body.get("input")
     inputs = given if isinstance(given, list) else [given]
     if not 1 <= len(inputs) <= MAX_INPUTS:
@@ -66,11 +62,7 @@ def _vector(model: GroundedModel, given: Any, rules: LinkRules) -> Tensor:
 def search(
     model: GroundedModel, body: Mapping[str, Any], pictures: Pictures, rules: LinkRules, count: int
 ) -> dict[str, Any]:
-    """Return the pictures that are nearest to a text or an image, best first.
-
-    Raises:
-        RequestFailure: no query, or no index.
-    """
+    """Return the pictures that are nearest to a text or an image, best first."""
     if pictures.index is None:
         raise RequestFailure(404, "This server has no index to search. Start it with --index.", code="no_index")
     found = pictures.index.search(_vector(model, body.get("query"), rules)[None], count)

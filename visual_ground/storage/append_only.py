@@ -53,20 +53,12 @@ class AppendOnlyStore:
         self._forget()
 
     def refresh(self) -> None:
-        """Read what any process has added to the index since the last time.
-
-        Raises:
-            GroundingFileError: the folder cannot be made or written.
-        """
+        """Read what any process has added since the last time; GroundingFileError where the folder cannot be made."""
         with self._locked():
             self._read_index()
 
     def add(self, records: Mapping[str, bytes]) -> None:
-        """Append the records of keys that the store lacks, all of them or none.
-
-        Raises:
-            GroundingFileError: the disk is full, or cannot be written.
-        """
+        """Append the records of keys that the store lacks, all or none; GroundingFileError where the disk is full."""
         with self._locked():
             self._read_index()
             try:

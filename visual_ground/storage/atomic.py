@@ -39,11 +39,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def naming_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what goes wrong in writing `path` (no permission, a full disk, a file in a folder's place) into one error.
-
-    Raises:
-        GroundingFileError: names the path and the system's reason.
-    """
+    """Turn what goes wrong in writing `path` (permissions, a full disk, a folder there) into one GroundingFileError."""
     try:
         yield
     except GroundingError:

@@ -45,11 +45,7 @@ class HubOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> HubOptions:
-        """Build options from keyword arguments.
-
-        Raises:
-            GroundingTypeError: a name that is no option.
-        """
+        """Build options from keyword arguments; raise GroundingTypeError for a name that is no option."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(options) - set(known)):
             raise GroundingTypeError(f"Unknown arguments {unknown}; loading takes {known}.")
@@ -88,13 +84,7 @@ def fetch_folder(name: str | os.PathLike[str], files: Sequence[str], options: Hu
 
 
 def cached_commit(name: str, revision: str | None = None, cache_dir: str | Path | None = None) -> str | None:
-    """Return the commit of a model that was just loaded by name, as the cache has it; None for a local folder.
-
-    Args:
-        name: as it was loaded.
-        revision: likewise.
-        cache_dir: likewise.
-    """
+    """Return the commit of a model that was just loaded by name, as the cache has it; None for a local folder."""
     name = name.partition("#")[0]  # What follows names a submodule, see `vision.loading.load_vision`.
     if ":" in name or os.path.exists(name) or not is_hub_name(name):
         return None

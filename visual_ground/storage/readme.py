@@ -38,13 +38,7 @@ class _Page:
 
 
 def render_page(metadata: Mapping[str, Any], body: str, earlier: str | None = None) -> str:
-    """Return the text of a page, with what people wrote into an earlier version of it.
-
-    Args:
-        metadata: as generated now.
-        body: Markdown, as generated now.
-        earlier: the page as it stands, if there is one.
-    """
+    """Return a page of metadata and Markdown, with what people wrote into its earlier version, where there is one."""
     body = f"\n{body.strip()}\n"
     page = _Page("", {}, None, "", "\n", "\n") if earlier is None else _parse(earlier)
     if page is None or (page.hashes is None and page.before.strip()):

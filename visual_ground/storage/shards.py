@@ -29,11 +29,7 @@ class Sample:
 
 
 def read_shard(path: str | os.PathLike[str]) -> Iterator[Sample]:
-    """Yield a shard's samples in order; what cannot be read is a sample with a `problem`, and the rest follows it.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
+    """Yield a shard's samples in order; what cannot be read is a sample with a `problem`, and the rest follows it."""
     key, members = "", dict[str, bytes]()
     for name, data in _members(path):
         if isinstance(data, str):
@@ -70,7 +66,7 @@ def _members(path: str | os.PathLike[str]) -> Iterator[tuple[str, bytes | str]]:
                         yield member.name, content.read()
                 if is_plain and _holds_data(file, end, size):
                     yield "", f"bytes {end:,} to {size:,} of {where} are damaged"
-        # A shard that ends too early, or a damaged one that is compressed: there is nothing behind that place.
+        # A shard that ends too early, or a damaged one that is compressed: there is nothing after that place.
         except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
             yield "", f"{where} is damaged: {error}" if end else f"{where} is no tar file"
 

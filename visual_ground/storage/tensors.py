@@ -82,11 +82,7 @@ def write_rows(
 
 
 def map_tensor(path: str | os.PathLike[str], name: str) -> Tensor:
-    """Return a tensor of a safetensors file that is mapped into memory, read where and when it is used.
-
-    Raises:
-        GroundingFileError: missing or damaged.
-    """
+    """Return a tensor of a safetensors file, mapped into memory; GroundingFileError where it is missing or damaged."""
     with _opened(path) as stored:
         tensor: Tensor = stored.get_tensor(name)
     return tensor
@@ -124,12 +120,7 @@ def write_adapter(
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check `adapter_config.json`.
-
-    Raises:
-        GroundingFileError: no folder, no file, or not JSON.
-        GroundingValueError: another format version.
-    """
+    """Read and check `adapter_config.json`; the errors are those of `read_json`."""
     path = resolve(folder, CONFIG_FILE)
     if not path.is_file():
         raise GroundingFileError(f"{str(folder)!r} is no adapter folder: it has no {CONFIG_FILE}.")
@@ -140,10 +131,7 @@ Header = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and dtype of each tensor in a safetensors file; its data stays unread.
-
-    Args:
-        path: the file, looked up by `resolve`, so that a commit that was cut short is seen.
+    """Return shape and dtype of each tensor in a safetensors file, looked up by `resolve`; its data stays unread.
 
     Raises:
         GroundingFileError: missing or damaged.
@@ -176,11 +164,7 @@ def check_shapes(path: str | os.PathLike[str], header: Header, expected: Mapping
 
 
 def read_tensors(path: str | os.PathLike[str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read a safetensors file strictly: tensors of the expected names, shapes and dtypes, of finite numbers only.
-
-    Args:
-        path: the file, as in `read_shapes`.
-        expected: as in `check_shapes`.
+    """Read a safetensors file strictly: finite numbers, and tensors as `check_shapes` expects them.
 
     Raises:
         GroundingFileError: missing, damaged, or with numbers that are not finite.

@@ -49,11 +49,7 @@ class Conversation:
         self.turns, self._messages, self._waiting = [], [], []
 
     def show(self, path: str) -> None:
-        """Keep an image for the next line.
-
-        Raises:
-            GroundingValueError: no image file.
-        """
+        """Keep an image for the next line; raise GroundingValueError where it is no image file."""
         if not is_image_file(path):
             raise GroundingValueError(f"{path!r} is not an image file. Give the path of a PNG, JPEG, GIF or WebP file.")
         self._waiting.append(path)
@@ -84,11 +80,7 @@ class Conversation:
                 self._waiting = []
 
     def save(self, path: str) -> None:
-        """Write the conversation, whole or not at all.
-
-        Raises:
-            GroundingValueError: an ending that says no known format, or nothing to save.
-        """
+        """Write the conversation, whole or not at all; GroundingValueError for an unknown ending or nothing said."""
         writers = {".html": self._html, ".md": self._markdown, ".json": self._json}
         write = writers.get(Path(path).suffix.lower())
         if write is None:

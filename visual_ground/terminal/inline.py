@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import itertools
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from visual_ground.errors import GroundingError
+from visual_ground.vision.decoding import to_png
 from visual_ground.vision.images import to_rgb
 
 # Names the protocol where it cannot be told from the terminal's own variables.
@@ -59,14 +59,8 @@ def drawn(image: Any, protocol: str) -> str | None:
     return {"kitty": _kitty, "iterm2": _iterm2, "sixel": sixel}[protocol](small)
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _kitty(image: Image.Image) -> str:
-    data = base64.b64encode(_png(image)).decode("ascii")
+    data = base64.b64encode(to_png(image)).decode("ascii")
     chunks = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
     heads = ["a=T,f=100,q=2,", *[""] * (len(chunks) - 1)]  # q=2: the terminal does not answer into the next line.
     more = [1] * (len(chunks) - 1) + [0]
@@ -74,7 +68,7 @@ def _kitty(image: Image.Image) -> str:
 
 
 def _iterm2(image: Image.Image) -> str:
-    data = _png(image)
+    data = to_png(image)
     head = f"inline=1;size={len(data)};width={image.width}px;height={image.height}px"
     return f"\x1b]1337;File={head}:{base64.b64encode(data).decode('ascii')}\x07"
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME
 
 from visual_ground.errors import GroundingStateError, GroundingTypeError, GroundingValueError
-from visual_ground.lm.peft import trained_parameters
+from visual_ground.lm.base.peft import trained_parameters
 from visual_ground.model import GroundedModel
 from visual_ground.training.arguments import GroundingTrainingArguments
 
@@ -28,7 +28,7 @@ REFUSED_OPTIONS = {
     "data_collator": "batches are made by the trainer's own collator",
     "processing_class": "the model has its tokenizer and image processor, and no checkpoint needs them",
     "model_init": "the adapter of the given model is trained in place",
-    "compute_loss_func": "pass loss=, see visual_ground.training.Loss",
+    "compute_loss_func": "pass loss=, see visual_ground.training.losses.objective.Loss",
     "compute_metrics": "pass evaluator=, see visual_ground.evaluation.Evaluator",
     "preprocess_logits_for_metrics": "logits of a whole batch never exist; pass evaluator=",
 }
@@ -46,10 +46,6 @@ NOT_ASKED = ("", "0", "false", "no", "off", "none")
 
 def check_arguments(args: Any, options: Mapping[str, Any]) -> GroundingTrainingArguments:
     """Return the settings of a run; the default ones where None.
-
-    Args:
-        args: as given to `GroundingTrainer`.
-        options: the further arguments, which go to `Trainer`.
 
     Raises:
         GroundingTypeError: another class of settings, or an argument of `Trainer` that has no meaning here.
@@ -85,12 +81,7 @@ def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise where a model cannot be trained.
-
-    Raises:
-        GroundingTypeError: not a `GroundedModel`.
-        GroundingStateError: its adapter is frozen.
-    """
+    """Raise where a model cannot be trained: it is not a `GroundedModel`, or its adapter is frozen."""
     if not isinstance(model, GroundedModel):
         raise GroundingTypeError(f"GroundingTrainer trains a GroundedModel, got {type(model).__name__}.")
     if not any(parameter.requires_grad for parameter in model.adapter.parameters()):
@@ -106,11 +97,7 @@ def no_predictions(trainer: Any, *args: Any, **options: Any) -> NoReturn:
 
 
 def freeze_others(model: GroundedModel) -> None:
-    """Freeze whatever is trainable and not saved with the active adapter: what no checkpoint holds is not trained.
-
-    Args:
-        model: the grounded model; its adapter's own tensors stay as they are, so that a part of it may be frozen.
-    """
+    """Freeze whatever is trainable and not saved with the active adapter: what no checkpoint holds is not trained."""
     kept = {id(parameter) for parameter in _saved_parameters(model)}
     foreign = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if not foreign:

@@ -55,13 +55,7 @@ class SheetEntry:
 
 @torch.no_grad()
 def sheet_entries(model: GroundedModel, examples: ExampleDataset, count: int) -> list[SheetEntry]:
-    """Generate a caption for each of `count` images, and retrieve images for their captions among up to 512.
-
-    Args:
-        model: the grounded model.
-        examples: the pairs.
-        count: pairs shown, evenly spaced in the dataset.
-    """
+    """Caption the images of `count` pairs, evenly spaced, and retrieve images for their captions among up to 512."""
     # An image may come several times, with a caption each.
     firsts = list({group: i for i, group in reversed(list(enumerate(examples.groups)))}.values())[::-1]
     pool = [firsts[i] for i in _evenly_spaced(len(firsts), MAX_CANDIDATES)]
@@ -94,7 +88,7 @@ def generate_caption(model: GroundedModel, features: Tensor) -> str:
         pad_token_id=processor.pad_token_id,
     )
     # [RET] may have an id that the tokenizer does not know.
-    new_ids = [i for i in sequence[0, ids.shape[1] :].tolist() if i < vocabulary.num_tokens]
+    new_ids = [i for i in sequence[0, ids.shape[1] :].tolist() if vocabulary.is_token(i)]
     return str(model.tokenizer.decode(new_ids, skip_special_tokens=True)).strip()
 
 

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.errors import GroundingValueError
-from visual_ground.lm.peft import base_model_of
+from visual_ground.lm.base.peft import base_model_of
 from visual_ground.training.arguments import GroundingTrainingArguments
 from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.losses.objective import GroundingObjective
@@ -25,10 +25,6 @@ from visual_ground.training.losses.objective import GroundingObjective
 
 def shard_base_only(accelerator: Accelerator, objective: GroundingObjective) -> None:
     """Tell FSDP to shard the frozen LM layer by layer, and to leave the adapter alone; do nothing without FSDP.
-
-    Args:
-        accelerator: the trainer's.
-        objective: the module that FSDP will wrap.
 
     Raises:
         GroundingValueError: FSDP version 1, which cannot exclude a part from sharding and still average its gradients.
@@ -73,11 +69,7 @@ def broadcast_adapter(adapter: Adapter, processes: int) -> None:
 
 @contextmanager
 def gathered_outside_layers(model: nn.Module) -> Iterator[None]:
-    """Inside the block, what FSDP sharded outside the LM's layers is gathered, so that the LM runs without its wrapper.
-
-    Args:
-        model: the module that FSDP wrapped; one that it did not wrap is left as it is.
-    """
+    """Inside the block, what FSDP sharded outside the LM's layers is gathered: the LM runs without its wrapper."""
     unshard: Any = getattr(model, "unshard", None)
     if unshard is None:
         yield
@@ -93,14 +85,7 @@ def gathered_outside_layers(model: nn.Module) -> Iterator[None]:
 def stream_loader(
     stream: ExampleStream, collator: Callable[[list[Any]], Any], batch_size: int, args: GroundingTrainingArguments
 ) -> DataLoader[Any]:
-    """Return the batches of this process's part of a stream, on its device.
-
-    Args:
-        stream: split among the processes already.
-        collator: makes a batch.
-        batch_size: examples in a batch of this process.
-        args: the settings.
-    """
+    """Return the batches of this process's part of a stream, on its device."""
     loader: DataLoader[Any] = DataLoader(
         stream,
         batch_size=batch_size,

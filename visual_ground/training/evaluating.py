@@ -46,14 +46,7 @@ class RunEvaluation:
 
     @torch.no_grad()
     def run(self, objective: GroundingObjective, examples: Examples, prefix: str, step: int) -> dict[str, float]:
-        """Return the metrics by name, each with the prefix and, where it has one, its dataset's name before it.
-
-        Args:
-            objective: what the run trains, which FSDP may have wrapped.
-            examples: one dataset, or several by name, or none.
-            prefix: of the metrics' names.
-            step: optimizer steps done so far.
-        """
+        """Return the metrics by name, each with the prefix and, where it has one, its dataset's name before it."""
         objective.eval()
         metrics: dict[str, float] = {}
         datasets = examples if isinstance(examples, dict) else {} if examples is None else {"": examples}

@@ -39,15 +39,7 @@ class FiniteCheck:
         self._examples.append(examples)
 
     def run(self, gradients: Iterable[Tensor | None], step: int) -> None:
-        """Check the losses since the last call, and the gradients that the optimizer is about to read.
-
-        Args:
-            gradients: of the adapter's parameters; None where there is none.
-            step: optimizer steps done so far, for the message.
-
-        Raises:
-            GroundingValueError: one is not finite; the message names the step and the examples.
-        """
+        """Raise, naming step and examples, where a loss since the last call or a gradient is not finite."""
         losses, examples = self._losses, self._examples
         self.start()
         # The largest absolute value is finite exactly where all values are. (A 2-norm could overflow.) Clipping, which

@@ -20,9 +20,6 @@ class Meters:
 
     Values stay on their device until they are read: asking a GPU for a number makes the CPU wait for all its work.
 
-    Args:
-        adapter: the adapter that is trained.
-
     Example:
         >>> meters = Meters(adapter)  # doctest: +SKIP
         >>> meters.count(batch, {"captioning": loss})  # doctest: +SKIP
@@ -42,8 +39,8 @@ class Meters:
 
     def count(self, batch: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Add one batch, as from `ExampleCollator`, and the scalars that the objective returned for it."""
-        for name, value in outputs.items():
-            if name != "loss":
+        for name, value in {**(outputs.get("terms") or {}), **outputs}.items():
+            if name not in ("loss", "terms"):
                 self._values.setdefault(name, []).append(torch.as_tensor(value).detach())
         self._tokens += sum(len(sequence.ids) for name in ("captioning", "retrieval") for sequence in batch[name])
         self._images += len(batch["groups"])

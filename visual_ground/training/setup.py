@@ -28,7 +28,7 @@ from visual_ground.training.initialization.statistics import first_examples, sta
 from visual_ground.training.losses.objective import FromageLoss, GroundingObjective, Loss
 from visual_ground.training.selection.best_state import BestState
 from visual_ground.training.selection.held_out import HeldOut, split_off
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 ANSWERS_FOLDER = "answers"
 # Examples on which the fast paths are compared with the plain computation: enough for captions of several lengths.
@@ -37,11 +37,6 @@ PLAN_EXAMPLES = 8
 
 def build_objective(model: GroundedModel, args: GroundingTrainingArguments, loss: Loss | None) -> GroundingObjective:
     """Return the module that a run trains.
-
-    Args:
-        model: the grounded model.
-        args: the run's settings.
-        loss: what it computes; None takes `FromageLoss` with the scales of `args`.
 
     Raises:
         GroundingTypeError: `loss` cannot be called.
@@ -152,15 +147,7 @@ def initialize(
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
     sharded: bool,
 ) -> None:
-    """Set a new adapter's start values, and how the losses are computed.
-
-    Args:
-        objective: what the run trains.
-        examples: the training examples.
-        args: the settings.
-        collate: makes a batch of examples, on the run's device.
-        sharded: whether FSDP shards the LM.
-    """
+    """Set a new adapter's start values, and how the losses are computed."""
     is_new = standardise(objective.model, examples)
     if objective.prefixes is None:
         set_compute_plan(objective, collate(first_examples(examples, PLAN_EXAMPLES)), args, sharded)
@@ -197,14 +184,7 @@ def has_start_values(config: GroundingConfig, args: GroundingTrainingArguments) 
 def training_data(
     model: GroundedModel, rows: Any, preparation: Preparing, args: GroundingTrainingArguments
 ) -> tuple[ExampleDataset | ExampleStream | None, ExampleDataset | None]:
-    """Return the examples to train on, and those that choose the best state; None where there are none.
-
-    Args:
-        model: the grounded model.
-        rows: the dataset or stream, or None.
-        preparation: how examples are made of it.
-        args: the settings.
-    """
+    """Return the examples to train on, and those that choose the best state; None where there are none."""
     examples = None if rows is None else training_examples(rows, preparation)
     is_chosen = args.load_best_model_at_end or not has_start_values(model.config, args)
     if is_chosen or not isinstance(examples, ExampleDataset):

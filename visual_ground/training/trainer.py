@@ -30,8 +30,7 @@ from visual_ground.training.losses.objective import GroundingLoss, GroundingObje
 from visual_ground.training.meters import Meters, set_tensorboard_folder
 from visual_ground.training.saving import checkpoints
 from visual_ground.training.saving.adapter_checkpoints import AdapterCheckpoints
-from visual_ground.training.saving.card_settings import record_settings
-from visual_ground.training.saving.publishing import Publisher
+from visual_ground.training.saving.publishing import Publisher, record_settings
 
 
 class GroundingTrainer(Trainer):

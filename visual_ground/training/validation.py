@@ -74,14 +74,7 @@ class Validation:
         return {**metrics, "ret_rate": float(self._gathered(predicts_ret, count).mean())}
 
     def loss(self, loss_of: Callable[[Sequence[Mapping[str, Any]]], Tensor]) -> float:
-        """Return the mean loss of the dataset's full batches.
-
-        Args:
-            loss_of: the loss of a batch of examples.
-
-        Raises:
-            GroundingValueError: the loss of a batch is not finite.
-        """
+        """Return the mean loss of the dataset's full batches; raise where that of a batch is not finite."""
         size, count = self.batch_size, max(1, len(self.examples) // self.batch_size)
         batches = [range(i * size, (i + 1) * size) for i in range(count)]
         shares = counted(Processes.launched().share(batches), "evaluation: loss", "batches", self.progress, leave=False)
@@ -99,10 +92,6 @@ class Validation:
 @torch.no_grad()
 def embed_texts(model: GroundedModel, examples: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     """Return the vectors read after each example's caption, or its prompt, and whether the LM predicts `[RET]` there.
-
-    Args:
-        model: the grounded model.
-        examples: n examples.
 
     Returns:
         Unit vectors (n, q), and 1 or 0 (n,).

@@ -52,12 +52,7 @@ def caption_states(model: GroundedModel, captions: Sequence[str], fit_ret_token:
 
 @torch.no_grad()
 def fit_text_layers(model: GroundedModel, anchors: Anchors) -> None:
-    """Set the text layers by ridge regression from the LM's states at `[RET]` to the anchors' image vectors.
-
-    Args:
-        model: the new model, whose image side is the old one's.
-        anchors: captions and their images.
-    """
+    """Set the text layers by ridge regression from the LM's states at `[RET]` to the anchors' image vectors."""
     states = caption_states(model, anchors.texts, fit_ret_token=True)
     vectors = model.embed_images(image_features=anchors.features).cpu()
     fitted = fit_states(states, vectors, anchors.images, anchors.groups)

@@ -58,17 +58,9 @@ def from_array(array: Any, name: str) -> Image.Image:
 
 
 def scale_to_bytes(values: np.ndarray, white: int, name: str) -> np.ndarray:
-    """Map numbers from 0 to `white` to 0 to 255.
+    """Map numbers from 0 to `white` to 0 to 255; numbers far outside, of unknown scale, raise GroundingValueError.
 
     NaN becomes black, and infinities black and white. Floats may overshoot a little, and are cut.
-
-    Args:
-        values: of any shape.
-        white: what is white.
-        name: of the image, for messages.
-
-    Raises:
-        GroundingValueError: numbers that are far below 0 or above `white`, whose scale cannot be known.
     """
     if values.dtype == np.uint8 and white == 255:
         return values

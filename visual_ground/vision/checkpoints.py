@@ -26,10 +26,7 @@ from visual_ground.vision.preprocessing import TransformProcessor
 
 
 def load_timm(name: str) -> nn.Module:
-    """Load an encoder of timm, without its classifier.
-
-    Args:
-        name: what follows "timm:".
+    """Load an encoder of timm, by the name that follows "timm:", without its classifier.
 
     Raises:
         GroundingFileError: the weights cannot be had, or are of another architecture.
@@ -58,10 +55,7 @@ def load_timm(name: str) -> nn.Module:
 
 
 def load_open_clip(name: str) -> tuple[nn.Module, Any]:
-    """Load a model of open_clip and its preprocessing.
-
-    Args:
-        name: what follows "open_clip:".
+    """Load a model of open_clip, by the name that follows "open_clip:", and its preprocessing.
 
     Raises:
         GroundingFileError: the weights cannot be had, or are of another architecture.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from visual_ground.errors import GroundingError, GroundingValueError
 from visual_ground.vision.arrays import scale_to_bytes
+from visual_ground.vision.formats import File, open_image
 
 # The orientation of a photo in EXIF, and what turns each upright.
 ORIENTATION = 0x0112
@@ -34,7 +34,7 @@ def decode_file(data: bytes, name: str) -> Image.Image:
         GroundingValueError: not an image, damaged, truncated, without pixels, or over Pillow's decompression limit.
     """
     try:
-        opened = Image.open(io.BytesIO(data))
+        opened = open_image(data)
     except UnidentifiedImageError as error:
         raise GroundingValueError(f"{name} is not an image that Pillow can read.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -79,10 +79,17 @@ def to_thumbnail(image: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def is_image(data: Any) -> bool:
+def to_png(image: Image.Image) -> bytes:
+    """Return a PNG file of an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def is_image(data: File) -> bool:
     """Return whether a path, or bytes, is an image by its content, as far as its header tells."""
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        with open_image(data) as image:
             return bool(image.format)
     except Exception:  # Whatever it is, it is no image.
         return False

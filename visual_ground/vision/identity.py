@@ -132,11 +132,7 @@ def file_key(data: bytes) -> str:
 
 
 def encoder_fingerprint(vision: VisionEncoder) -> str:
-    """Return 16 hex digits that stand for an encoder: its layers, weights, buffers and preprocessing.
-
-    Args:
-        vision: the encoder. Its preprocessing is recognised by the pixels that it makes of one small gradient.
-    """
+    """Return 16 hex digits for an encoder: layers, weights, buffers, and the pixels it makes of a small gradient."""
     digest = hashlib.sha256()
     if vision.num_patch_tokens:
         digest.update(f"parts:{vision.num_patch_tokens};".encode())

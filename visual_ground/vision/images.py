@@ -118,12 +118,7 @@ def shortened(address: str | bytes) -> str:
 
 
 def read_file(image: Any, rules: LinkRules | None = None) -> bytes:
-    """Return the bytes of an image's file, however it is given; see `to_rgb`.
-
-    Raises:
-        GroundingTypeError: no file.
-        GroundingValueError: the file cannot be opened.
-    """
+    """Return the bytes of an image's file, however it is given; see `to_rgb`, also for the errors."""
     if isinstance(image, Mapping):
         if image.get("bytes") is None and not isinstance(image.get("path"), (str, os.PathLike)):
             raise GroundingTypeError(
@@ -178,7 +173,7 @@ def _read_path(path: str | bytes) -> bytes:
 
 def is_base64_image(text: str) -> bool:
     """Return whether a text is the base64 of an image's file."""
-    return bool(BASE64.fullmatch(text)) and is_image(_from_base64(text))
+    return bool(BASE64.fullmatch(text)) and is_image(_from_base64(text) or b"")
 
 
 def _path_of(url: str) -> str:

@@ -68,11 +68,7 @@ class LinkRules:
             return False
 
     def fetch(self, url: str) -> bytes:
-        """Fetch the bytes of an image's file.
-
-        Raises:
-            GroundingFileError: a host, or one that it redirects to, is not allowed; too slow, too large, or missing.
-        """
+        """Fetch the bytes of an image's file; GroundingFileError where no rule allows it or that takes too long."""
         if not self.allow_host(url):
             raise GroundingFileError(
                 f"{url!r} is on no host that is allowed: nothing is fetched from the network unless its host is named. "

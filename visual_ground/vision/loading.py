@@ -100,16 +100,7 @@ def _load_by_name(name: str, image_processor: Any, hub: dict[str, Any]) -> tuple
 
 
 def processor_of(model: nn.Module, name: str | None = None, **hub: Any) -> Any:
-    """Find the preprocessing that belongs to a loaded model.
-
-    Args:
-        model: a timm, open_clip or transformers model.
-        name: where it was loaded from; what its config says where None.
-        hub: revision, token, cache_dir and local_files_only, for transformers' `from_pretrained`.
-
-    Raises:
-        GroundingValueError: none is known.
-    """
+    """Find the preprocessing that belongs to a loaded model of this name, or of that in its config where None."""
     if getattr(model, "pretrained_cfg", None) is not None:
         from timm import data
 

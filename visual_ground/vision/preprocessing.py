@@ -120,11 +120,7 @@ def bounded_size(width: int, height: int) -> tuple[int, int]:
 
 
 class TransformProcessor:
-    """A per-image transform, as open_clip and timm have them, with the interface of a transformers image processor.
-
-    Args:
-        transform: maps a PIL image to pixels (c, h, w).
-    """
+    """A per-image transform to pixels (c, h, w), of open_clip or timm, as an image processor of transformers."""
 
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform

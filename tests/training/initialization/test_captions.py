@@ -1,4 +1,4 @@
-"""The last start values: image tokens behind which the LM goes on with captions."""
+"""The last start values: image tokens after which the LM goes on with captions."""
 
 import pytest
 import torch

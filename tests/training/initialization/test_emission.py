@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingConfig, GroundingTrainer, ground
 from visual_ground.training.initialization import answers, dialogues, emission
 from visual_ground.training.initialization.answers import Answer, answers_to, place_of_picture
-from visual_ground.training.initialization.dialogues import OTHERS, others_about, requests_of
+from visual_ground.training.initialization.dialogues import later_turns, others_about, requests_of
+from visual_ground.training.initialization.wordings import OTHERS
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} w9 {% endfor %}"
 CAPTIONS = [f"w{20 + i}" for i in range(12)]
@@ -26,10 +29,13 @@ def grounded(family="llama_untied", template=TEMPLATE, **config):
 def ends(monkeypatch):
     """The tiny LMs' words have no stops: let a sentence end after every third word. Few and short answers will do."""
     monkeypatch.setattr(dialogues, "OTHERS", OTHERS[::9])
+    monkeypatch.setattr(dialogues, "NUM_NEXT_REQUESTS", 4)
+    monkeypatch.setattr(dialogues, "NUM_NEXT_OTHERS", 6)
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 8)
-    monkeypatch.setattr(
-        emission, "place_of_picture", lambda model, answer: 3 if answer.wanted and len(answer.ids) >= 3 else None
-    )
+    for module in (answers, emission):
+        monkeypatch.setattr(
+            module, "place_of_picture", lambda model, answer: 3 if answer.wanted and len(answer.ids) >= 3 else None
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,7 +79,7 @@ def test_training_keeps_what_was_fitted(ends, tmp_path):
         GroundingTrainer(model, arguments(tmp_path, max_steps=steps), ROWS).train()
         fitted.append([embedding.detach().clone() for embedding in model.adapter.ret_embeddings()])
     assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(*fitted, strict=True))
-    assert len(list((tmp_path / "features" / "answers").iterdir())) == 3
+    assert len(list((tmp_path / "features" / "answers").iterdir())) == 5
 
 
 def test_damaged_caches_are_made_again(ends, tmp_path):
@@ -98,6 +104,39 @@ def test_a_template_that_refuses_system_messages_gets_none():
     assert one == other
 
 
+def test_later_turns_stand_behind_the_first_turn_and_the_first_sentence_of_its_answer(ends, monkeypatch):
+    seen = []
+
+    def recorded(model, chats, wanted, folder, progress=False):
+        seen.append((chats, wanted))
+        return answers_to(model, chats, wanted, folder, progress)
+
+    model = grounded()
+    monkeypatch.setattr(answers, "answers_to", recorded)
+    found = answers.fitted_answers(model, CAPTIONS, [], None)
+    (requests, _), _, (asked, wanted), (others, unwanted) = seen
+    assert wanted and not unwanted and len(found) == sum(len(chats) for chats, _ in seen)
+    of_text = dict(zip(requests, answers_to(model, requests, True, None), strict=True))
+    for text, sentence, _ in [*asked, *others]:
+        assert sentence == model.tokenizer.decode(list(of_text[text].ids[:3])).strip()
+
+
+def test_a_template_of_one_turn_only_leaves_later_turns_out(ends):
+    refusing = "{% if messages[-1]['role'] != messages[0]['role'] or messages|length > 1 %}{{ raise_exception('no') }}"
+    model = grounded(template=refusing + "{% endif %}" + TEMPLATE)
+    found = answers.fitted_answers(model, CAPTIONS, [], None)
+    assert len(found) == len(requests_of(CAPTIONS)) + len(others_about(CAPTIONS))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
+def test_later_turns_are_as_many_as_asked_for_whatever_there_is_to_talk_about(captions, requests, answered):
+    firsts = [(f"q{i}", f"a{i}") for i in range(answered)]
+    asked, others = later_turns([f"w{i}." for i in range(captions)], [f"r{i}" for i in range(requests)], firsts)
+    assert len(asked) == dialogues.NUM_NEXT_REQUESTS and len(others) == dialogues.NUM_NEXT_OTHERS
+    assert {turn[:2] for turn in asked} <= set(firsts) and not any("{" in text for turn in others for text in turn)
+    assert later_turns(["w1"], ["r1"], []) == ([], [])
+
+
 def test_the_place_of_a_picture_is_behind_the_first_sentence():
     words = {4: "A", 5: " fox.", 6: " A", 7: " bus."}
     tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(words[i] for i in ids))
@@ -109,8 +148,9 @@ def test_the_place_of_a_picture_is_behind_the_first_sentence():
 
 
 def test_dialogues_are_filled_and_captions_become_requests():
-    said = others_about(["A cat.", "A very long caption of a dog."])
-    assert len(said) == len(OTHERS) and not any("{" in text for text in said)
-    said = others_about([f"A w{i}." for i in range(40)])
-    assert len(said) == len(set(said)) == len(OTHERS) + sum("{it}" in text for text in OTHERS)
+    for captions, things in ((["A cat.", "A very long caption of a dog."], 1), ([f"A w{i}." for i in range(80)], 2)):
+        said = others_about(captions)
+        assert len(said) == 2 * len(OTHERS) and not any("{" in text for text in said)
+        for number, other in enumerate(OTHERS):
+            assert len(set(said[2 * number : 2 * number + 2])) == (things if "{it}" in other else 1)
     assert "Show me a picture: a cat." in requests_of(["A cat."])

@@ -164,7 +164,7 @@ def test_turns_that_begin_alike_run_their_beginning_once():
     model.lm.register_forward_pre_hook(lambda m, a, kwargs: runs.append(kwargs["input_ids"].shape), with_kwargs=True)
     quick = PrefixCache(model, packed=True, shared_prefix=True).run(turns)
     assert torch.allclose(plain.vectors, quick.vectors, atol=1e-5) and torch.allclose(plain.loss, quick.loss, atol=1e-5)
-    # The beginning, two ids of each turn behind it, and each `[RET]`.
+    # The beginning, two ids of each turn after it, and each `[RET]`.
     assert sorted(n * s for n, s in runs) == [5, 5, 10]
 
 

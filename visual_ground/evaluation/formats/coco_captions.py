@@ -24,24 +24,15 @@ class CaptionedImage:
     captions: tuple[str, ...]
 
 
-def captions_file(folder: Path, split: str) -> Path:
-    """Return the path of a split's captions.
-
-    Raises:
-        GroundingFileError: the file is missing.
-    """
-    return files.find_file(folder, f"captions_{split}.json")
-
-
-def read_coco_captions(folder: Path, split: str) -> list[CaptionedImage]:
-    """Return the images of a split, such as "val2017", in the order of the file.
+def read_coco_captions(folder: Path, split: str) -> tuple[list[CaptionedImage], Path]:
+    """Return the images of a split, such as "val2017", in the order of their file, and the file.
 
     Raises:
         GroundingFileError: the file is missing or no JSON.
         GroundingValueError: a key that is missing, ids that come twice, a caption of an image that is not listed, or an
             image without captions.
     """
-    path = captions_file(folder, split)
+    path = files.find_file(folder, f"captions_{split}.json")
     content = files.read_json(path, dict)
     images = files.placed(files.entry_of(content, "images", list, path.name), f"{path.name}, images")
     annotations = files.placed(files.entry_of(content, "annotations", list, path.name), f"{path.name}, annotations")
@@ -61,4 +52,4 @@ def read_coco_captions(folder: Path, split: str) -> list[CaptionedImage]:
     return [
         CaptionedImage(image_id, f"{split}/{files.entry_of(image, 'file_name', str, where)}", tuple(captions[image_id]))
         for image_id, (where, image) in zip(ids, images, strict=True)
-    ]
+    ], path

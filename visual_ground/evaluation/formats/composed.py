@@ -32,6 +32,11 @@ class ComposedQuery:
     right: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """All images that it names."""
+        return self.reference, *self.right, *self.members
+
 
 @dataclass(frozen=True)
 class ComposedSet:
@@ -44,21 +49,6 @@ class ComposedSet:
 
     queries: list[ComposedQuery]
     images: dict[str, str]
-
-    def check(self, where: str) -> None:
-        """Raise where a query is there twice, or an image that a query names is not among those that are searched.
-
-        Raises:
-            GroundingValueError: names the query and the image.
-        """
-        files.check_unique((query.name for query in self.queries), f"{where}, ids of queries")
-        for query in self.queries:
-            for image in (query.reference, *query.right, *query.members):
-                if image not in self.images:
-                    raise GroundingValueError(
-                        f"{where}: the query {query.name} names the image {image!r}, which is not among the "
-                        f"{len(self.images)} images of the split. Take both files of the same split."
-                    )
 
 
 def read_cirr(folder: Path, split: str) -> tuple[ComposedSet, list[Path]]:
@@ -94,12 +84,7 @@ def _cirr_query(entry: Mapping[str, Any], where: str, split: str) -> ComposedQue
 
 
 def read_circo(folder: Path, split: str) -> tuple[ComposedSet, list[Path]]:
-    """Return CIRCO's queries, which search COCO's unlabelled images, and their files; `split` is "val" or "test".
-
-    Raises:
-        GroundingFileError: a file is missing or no JSON.
-        GroundingValueError: as in `read_cirr`.
-    """
+    """Return CIRCO's queries, which search COCO's unlabelled images, and their files; `split` is "val" or "test"."""
     path = files.find_file(folder, f"annotations/{split}.json")
     listed = files.find_file(folder, "image_info_unlabeled2017.json")
     content = files.entry_of(files.read_json(listed, dict), "images", list, listed.name)
@@ -124,12 +109,7 @@ def _circo_query(entry: Mapping[str, Any], where: str, split: str) -> ComposedQu
 
 
 def read_fashioniq(folder: Path, category: str, split: str) -> tuple[ComposedSet, list[Path]]:
-    """Return FashionIQ's queries of a category and their files; `split` is "val" or "test".
-
-    Raises:
-        GroundingFileError: a file is missing or no JSON.
-        GroundingValueError: as in `read_cirr`.
-    """
+    """Return FashionIQ's queries of a category and their files; `split` is "val" or "test"."""
     path = files.find_file(folder, f"cap.{category}.{split}.json")
     listed = files.find_file(folder, f"split.{category}.{split}.json")
     names = files.entries_of({"images": files.read_json(listed, list)}, "images", str, listed.name)
@@ -149,6 +129,13 @@ def read_fashioniq(folder: Path, category: str, split: str) -> tuple[ComposedSet
 
 
 def _checked(queries: list[ComposedQuery], images: dict[str, str], path: Path) -> ComposedSet:
-    composed = ComposedSet(queries, images)
-    composed.check(path.name)
-    return composed
+    """Raise where a query is there twice, or an image that a query names is not among those that are searched."""
+    files.check_unique((query.name for query in queries), f"{path.name}, ids of queries")
+    for query in queries:
+        for image in query.named:
+            if image not in images:
+                raise GroundingValueError(
+                    f"{path.name}: the query {query.name} names the image {image!r}, which is not among the "
+                    f"{len(images)} images of the split. Take both files of the same split."
+                )
+    return ComposedSet(queries, images)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from visual_ground.errors import GroundingFileError, GroundingValueError
-from visual_ground.prompts.types import IMAGE_SUFFIXES
+from visual_ground.vision.formats import IMAGE_SUFFIXES
 
 T = TypeVar("T")
 KINDS = {
@@ -92,11 +92,7 @@ def entries_of(mapping: Any, key: str, kind: type[T], where: str) -> list[T]:
 
 
 def placed(values: Any, where: str) -> list[tuple[str, Any]]:
-    """Return the values of a list, each with its place for messages.
-
-    Raises:
-        GroundingValueError: no list, or an empty one.
-    """
+    """Return the values of a list, each with its place for messages; raise GroundingValueError where there are none."""
     if not isinstance(values, list) or not values:
         found = "an empty one" if isinstance(values, list) else _kind_of(values)
         raise GroundingValueError(
@@ -106,11 +102,7 @@ def placed(values: Any, where: str) -> list[tuple[str, Any]]:
 
 
 def check_same_ids(ids: Iterable[Any], others: Iterable[Any], what: str, where: tuple[str, str]) -> None:
-    """Raise where two files are not about the same ids.
-
-    Raises:
-        GroundingValueError: names the first few that only one of the files has.
-    """
+    """Raise GroundingValueError where only one of two files is about an id, naming the first few."""
     one, other = set(ids), set(others)
     if one != other:
         raise GroundingValueError(
@@ -121,22 +113,14 @@ def check_same_ids(ids: Iterable[Any], others: Iterable[Any], what: str, where: 
 
 
 def number_in(sequence: Sequence[T], number: int, where: str) -> T:
-    """Return an entry by number.
-
-    Raises:
-        GroundingValueError: there are not so many.
-    """
+    """Return an entry by number; raise GroundingValueError where there are not so many."""
     if not 0 <= number < len(sequence):
         raise GroundingValueError(f"{where} is {number}, and there are {len(sequence)} entries, numbered from 0.")
     return sequence[number]
 
 
 def check_unique(ids: Iterable[Any], what: str) -> None:
-    """Raise where an id comes twice.
-
-    Raises:
-        GroundingValueError: names some of them.
-    """
+    """Raise GroundingValueError where an id comes twice, naming some of them."""
     seen, twice = set(), []
     for one in ids:
         if one in seen:
@@ -147,22 +131,14 @@ def check_unique(ids: Iterable[Any], what: str) -> None:
 
 
 def choose(value: T, allowed: Sequence[T], name: str) -> T:
-    """Return a setting that is one of those allowed.
-
-    Raises:
-        GroundingValueError: it is none of them.
-    """
+    """Return a setting that is one of those allowed, or raise GroundingValueError."""
     if value not in allowed:
         raise GroundingValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
     return value
 
 
 class ImageFolder:
-    """The image files in a folder and the folders within it, by name.
-
-    Args:
-        data: the folder.
-    """
+    """The image files in a folder and the folders within it, by name."""
 
     def __init__(self, data: str | os.PathLike[str]) -> None:
         self.folder = Path(data)
@@ -173,11 +149,7 @@ class ImageFolder:
                     self._paths.setdefault(key, []).append(path)
 
     def path(self, name: str) -> Path:
-        """Return the path of an image by its file's name, with or without its ending; it need not exist.
-
-        Raises:
-            GroundingValueError: several files have the name.
-        """
+        """Return the path of an image by its file's name, with or without its ending; it need not be there."""
         found = self._paths.get(name, [])
         if len(found) > 1:
             raise GroundingValueError(f"Several images have the name {name!r}: {list(map(str, found[:4]))}. Keep one.")

@@ -49,11 +49,7 @@ def read_vqa(folder: Path, split: str) -> list[VQAQuestion]:
 
 
 def vqa_files(folder: Path, split: str) -> tuple[Path, Path]:
-    """Return the paths of a split's questions and annotations.
-
-    Raises:
-        GroundingFileError: one is missing.
-    """
+    """Return the paths of a split's questions and annotations."""
     questions = files.find_file(folder, f"v2_OpenEnded_mscoco_{split}_questions.json")
     return questions, files.find_file(folder, f"v2_mscoco_{split}_annotations.json")
 

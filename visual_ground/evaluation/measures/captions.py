@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.errors import GroundingStateError, GroundingValueError, needing
 from visual_ground.evaluation.measures.ptb import caption_words
 
 # Maps ids to captions, several of each, and returns the words of each caption with spaces between them.
@@ -88,12 +88,8 @@ def _check(captions: Mapping[str, str], references: Mapping[str, Sequence[str]])
 
 
 def _package() -> dict[str, Any]:
-    try:
+    with needing('CIDEr and BLEU need pycocoevalcap. Run pip install "visual-ground[captions]".'):
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    except ImportError as error:
-        raise GroundingStateError(
-            'CIDEr and BLEU need pycocoevalcap. Run pip install "visual-ground[captions]".'
-        ) from error
     return {"bleu": Bleu, "cider": Cider, "ptb": PTBTokenizer}

@@ -21,7 +21,7 @@ def ranking(
     Args:
         scores: one for each name.
         names: of the images that are searched.
-        right: those that are right; behind wrong ones of the same score.
+        right: those that are right; after wrong ones of the same score.
         without: those that are taken out, such as the query's own image.
 
     Raises:

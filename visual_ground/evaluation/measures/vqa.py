@@ -53,9 +53,6 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
         answer: what the model says.
         answers: what each person said, ten of them in VQAv2.
 
-    Raises:
-        GroundingValueError: fewer than two people.
-
     Example:
         >>> round(vqa_accuracy("two", ["2"] * 3 + ["3"] * 7), 6)
         0.9

@@ -53,7 +53,7 @@ def composed_plan(
         found = images.read({image: folder / path for image, path in composed.images.items()})
         vectors = model.embed_images(image_features=found.features) if len(found.names) else found.features
         galleries[name] = Gallery(found, vectors)
-        complete = [query for query in composed.queries if all(one in found for one in _named(query))]
+        complete = [query for query in composed.queries if all(one in found for one in query.named)]
         asked += [(name, query) for query in complete]
         kept = {query.name for query in complete}
         left_out = {**found.missing, INCOMPLETE: [one.name for one in composed.queries if one.name not in kept]}
@@ -84,10 +84,6 @@ def values_by_way(
             for metric, value in found.items():
                 values.setdefault(prefix + metric, [[] for _ in records])[number] = [value]
     return values
-
-
-def _named(query: ComposedQuery) -> tuple[str, ...]:
-    return query.reference, *query.right, *query.members
 
 
 def _measure(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from visual_ground.lm.peft import trained_parameters
+from visual_ground.lm.base.peft import trained_parameters
 from visual_ground.model import GroundedModel
 from visual_ground.vision.identity import encoder_fingerprint
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from visual_ground.processes import Processes
 from visual_ground.progress import counted
 from visual_ground.vision.encoder import VisionEncoder
-from visual_ground.vision.feature_cache import FeatureCache
+from visual_ground.vision.features.cache import FeatureCache
 
 ABSENT, UNREADABLE = "images that are not there", "images that cannot be read"
 
@@ -65,10 +65,7 @@ class ImageFeatures:
         self._batch_size, self._progress = batch_size, progress and processes.is_main
 
     def read(self, images: Mapping[str, Any]) -> Images:
-        """Return the features of images by name; those that are absent or damaged are named with the reason.
-
-        Args:
-            images: paths, or PIL images.
+        """Return the features of images (paths, or PIL images) by name, and which are absent or damaged.
 
         Raises:
             GroundingValueError: features that float16 cannot hold.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,11 +34,7 @@ class Plan:
     counts: Mapping[str, int] = field(default_factory=dict)
 
     def check(self, name: str) -> None:
-        """Raise where there is nothing to measure, or two units have the same id.
-
-        Raises:
-            GroundingValueError: names the task, and what was left out and why.
-        """
+        """Raise GroundingValueError where there is nothing to measure, saying what was left out, or ids come twice."""
         if not self.units:
             left_out = "; ".join(f"{len(names)} {reason}" for reason, names in self.missing.items() if names)
             raise GroundingValueError(
@@ -73,20 +70,12 @@ class Scores:
         object.__setattr__(self, "values", {name: units for name, units in self.values.items() if any(units)})
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each unit and metric the sum of its values, and how many they are, both (units, metrics).
-
-        Metrics without any value are left out, as in `means`.
-        """
-        measured = [units for units in self.values.values() if any(map(len, units))]
-        sums = [[float(np.sum(values)) for values in units] for units in measured]
-        counts = [[len(values) for values in units] for units in measured]
+        """Return for each unit and metric the sum of its values, and how many they are, both (units, metrics)."""
+        sums = [[float(np.sum(values)) for values in units] for units in self.values.values()]
+        counts = [[len(values) for values in units] for units in self.values.values()]
         return np.array(sums, dtype=np.float64).T, np.array(counts, dtype=np.float64).T
 
     def means(self) -> dict[str, float]:
         """Return the metrics: means of `values`, then `whole`; a metric without any value is left out."""
-        means = {}
-        for name, units in self.values.items():
-            flat = [value for values in units for value in values]
-            if flat:
-                means[name] = float(np.mean(flat))
+        means = {name: float(np.mean(list(chain.from_iterable(units)))) for name, units in self.values.items()}
         return {**means, **{name: float(value) for name, value in self.whole.items()}}

@@ -62,23 +62,23 @@ def batch_of(
     return batch, tokens
 
 
-@torch.no_grad()
-def embed_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt]) -> Tensor:
-    """Return unit vectors (n, q), read behind each prompt as by `GroundedModel.embed_text`.
-
-    Args:
-        model: the grounded model.
-        prompts: see `without_features`; a string is encoded as a caption.
-    """
-    read = [without_features(prompt) for prompt in prompts]
-    encoded = model.processor.encode_queries([prompt for prompt, _ in read])
-    batch, tokens = batch_of(model, encoded, [one for _, features in read for one in features])
+def embed_encoded(model: GroundedModel, encoded: Sequence[EncodedPrompt], features: Sequence[Tensor]) -> Tensor:
+    """Return unit vectors (n, q), read at the last id of each prompt; see `batch_of` for the arguments."""
+    batch, tokens = batch_of(model, encoded, features)
     return last_vectors(model.frozen_lm, model.active, batch["input_ids"], batch["attention_mask"], tokens)
 
 
 @torch.no_grad()
+def embed_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt]) -> Tensor:
+    """Return unit vectors (n, q), read after each prompt (`without_features`) as by `GroundedModel.embed_text`."""
+    read = [without_features(prompt) for prompt in prompts]
+    encoded = model.processor.encode_queries([prompt for prompt, _ in read])
+    return embed_encoded(model, encoded, [one for _, features in read for one in features])
+
+
+@torch.no_grad()
 def answer_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt], **options: Any) -> list[str]:
-    """Return the text that the LM writes behind each prompt, greedily where the options say nothing else.
+    """Return the text that the LM writes after each prompt, greedily where the options say nothing else.
 
     Args:
         model: the grounded model.
@@ -94,12 +94,12 @@ def answer_prompts(model: GroundedModel, prompts: Sequence[FeaturePrompt], **opt
 def answer_encoded(
     model: GroundedModel, encoded: Sequence[EncodedPrompt], features: Sequence[Tensor], **options: Any
 ) -> list[str]:
-    """Return the text that the LM writes behind each prompt; see `answer_prompts`, and `batch_of` for the arguments."""
+    """Return the text that the LM writes after each prompt; see `answer_prompts`, and `batch_of` for the arguments."""
     batch, tokens = batch_of(model, encoded, features)
     tokens, padded = with_padding(model.active, tokens, {"do_sample": False, **options})
     parts = model.frozen_lm, model.active
     sequences = generate_ids(*parts, batch, tokens, RetrievalSettings(max_images=0), padded)
     silent, vocabulary = silent_ids(*parts), model.processor.vocabulary
     answers = sequences[:, batch["input_ids"].shape[1] :].tolist()
-    kept = [[i for i in ids if i not in silent and i < vocabulary.num_tokens] for ids in answers]
+    kept = [[i for i in ids if i not in silent and vocabulary.is_token(i)] for ids in answers]
     return [str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in kept]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.running.prompts import batch_of, without_features
+from visual_ground.generation.growing import joined
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 
@@ -40,8 +41,8 @@ class QuestionPrompt:
     """How a question is put.
 
     Args:
-        template: a text with {question} and {image}, behind which the answer is said after a space; or "chat", a turn
-            of the LM's chat template with the image and the question, behind which it is said at once.
+        template: a text with {question} and {image}, after which the answer is said after a space; or "chat", a turn
+            of the LM's chat template with the image and the question, after which it is said at once.
 
     Raises:
         GroundingValueError: a template without these, or with one of them twice.
@@ -75,7 +76,7 @@ class QuestionPrompt:
         parts: list[Any] = []
         for shot in shots:
             parts += [*self._filled(shot), f" {shot.answer}{BETWEEN_SHOTS}"]
-        return _joined([*parts, *self._filled(question)])
+        return [part for part in joined([*parts, *self._filled(question)]) if not isinstance(part, str) or part]
 
     def _filled(self, question: Question) -> list[Any]:
         # The template is cut before the question goes in, which may itself have braces in it.
@@ -84,20 +85,9 @@ class QuestionPrompt:
         return [said[0], question.image, said[1]]
 
 
-def _joined(parts: Sequence[Any]) -> list[Any]:
-    """Return parts with neighbouring texts as one, and none that is empty."""
-    joined: list[Any] = []
-    for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return [part for part in joined if not (isinstance(part, str) and not part)]
-
-
 @torch.no_grad()
 def likeliest(model: GroundedModel, prompts: Sequence[list[Any]], choices: Sequence[str], gap: str = " ") -> list[int]:
-    """Return which choice is likeliest behind each prompt, its log-likelihood summed over its tokens; n numbers.
+    """Return which choice is likeliest after each prompt, its log-likelihood summed over its tokens; n numbers.
 
     Each prompt is read once. A choice of several tokens is no likelier than its first one, so it is read only where
     that is likelier than every choice of a single token.
@@ -137,7 +127,7 @@ def likeliest(model: GroundedModel, prompts: Sequence[list[Any]], choices: Seque
 def _first_tokens(
     model: GroundedModel, encoded: Sequence[EncodedPrompt], features: Sequence[Sequence[Tensor]], first: Sequence[int]
 ) -> Tensor:
-    """Return the log-likelihoods of ids right behind each prompt, (n, ids), on the CPU."""
+    """Return the log-likelihoods of ids right after each prompt, (n, ids), on the CPU."""
     batch, tokens = batch_of(model, encoded, [image for images in features for image in images])
     ids = batch["input_ids"]
     last = torch.arange(1, len(encoded) + 1, device=ids.device) * ids.shape[1] - 1

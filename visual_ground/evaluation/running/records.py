@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.running.plan import Record
@@ -12,15 +17,13 @@ from visual_ground.processes import Processes
 from visual_ground.storage.append_only import AppendOnlyStore
 
 RECORDS_FILE = "records.jsonl"
+VECTOR = np.dtype("<f4")
 
 
 class Records:
-    """The records of one evaluation by unit, one JSON line each, which all its processes add to.
+    """The records of one evaluation by unit, one JSON line each, in a folder of its own; all its processes add to it.
 
     A batch is added whole or not at all, so a process that is killed at any moment leaves only whole batches.
-
-    Args:
-        folder: of this evaluation alone.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,3 +70,19 @@ class Records:
 
     def _read(self, unit: str) -> bytes:
         return self._store.read(self._store.numbers[unit])
+
+
+def pack(vector: Tensor) -> str:
+    """Return a vector (q,) for a record: its float32 numbers as base64, to the bit and in half of the room."""
+    return base64.b64encode(vector.detach().float().cpu().numpy().astype(VECTOR).tobytes()).decode("ascii")
+
+
+def unpack(texts: Sequence[str]) -> Tensor:
+    """Return packed vectors as (n, q) float32 on the CPU.
+
+    Example:
+        >>> unpack([pack(torch.tensor([0.5, -1.0]))]).tolist()
+        [[0.5, -1.0]]
+    """
+    rows = [np.frombuffer(base64.b64decode(text), VECTOR) for text in texts]
+    return torch.from_numpy(np.stack(rows).astype(np.float32)) if rows else torch.empty(0, 0)

@@ -25,7 +25,9 @@ from visual_ground.progress import progress_bar
 class Task(Protocol):
     """A task is made with its folder and settings, reads its files there and then, and can measure any model.
 
-    A class that names this one as its base gets `__call__`, and so is an `Evaluator`.
+    A class that names this one as its base gets `__call__`, and so is an `Evaluator`. A file that is missing or of
+    another kind raises GroundingFileError; a setting out of its range, an entry that is missing, ids that come twice or
+    do not match raise GroundingValueError.
 
     Attributes:
         name: as in `visual_ground.evaluate(model, NAME)`.

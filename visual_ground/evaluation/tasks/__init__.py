@@ -1,1 +1,1 @@
-"""The field's evaluations, each from its official files, one file each; `registry` has their names."""
+"""The field's evaluations, each from its official files, in folders by kind; `registry` has their names."""

@@ -13,17 +13,17 @@ from visual_ground.evaluation.running.task import Task
 # Each is "module:class", imported where it is first asked for. A class takes the folder of the data, where it needs
 # one, and its settings by name.
 TASKS: dict[str, str] = {
-    "captions": "visual_ground.evaluation.tasks.captions:Captions",
-    "circo": "visual_ground.evaluation.tasks.circo:Circo",
-    "cirr": "visual_ground.evaluation.tasks.cirr:Cirr",
-    "easy-vqa": "visual_ground.evaluation.tasks.easy_vqa:EasyVQA",
-    "emoji": "visual_ground.evaluation.tasks.emoji:EmojiRetrieval",
-    "fashioniq": "visual_ground.evaluation.tasks.fashioniq:FashionIQ",
-    "interleaved": "visual_ground.evaluation.tasks.interleaved:Interleaved",
-    "karpathy": "visual_ground.evaluation.tasks.karpathy:Karpathy",
-    "visdial": "visual_ground.evaluation.tasks.visdial:VisDial",
-    "vist": "visual_ground.evaluation.tasks.vist:Vist",
-    "vqav2": "visual_ground.evaluation.tasks.vqav2:VQAv2",
+    "captions": "visual_ground.evaluation.tasks.answers.captions:Captions",
+    "circo": "visual_ground.evaluation.tasks.composed.circo:Circo",
+    "cirr": "visual_ground.evaluation.tasks.composed.cirr:Cirr",
+    "easy-vqa": "visual_ground.evaluation.tasks.answers.easy_vqa:EasyVQA",
+    "emoji": "visual_ground.evaluation.tasks.retrieval.emoji:EmojiRetrieval",
+    "fashioniq": "visual_ground.evaluation.tasks.composed.fashioniq:FashionIQ",
+    "interleaved": "visual_ground.evaluation.tasks.answers.interleaved:Interleaved",
+    "karpathy": "visual_ground.evaluation.tasks.retrieval.karpathy:Karpathy",
+    "visdial": "visual_ground.evaluation.tasks.retrieval.visdial:VisDial",
+    "vist": "visual_ground.evaluation.tasks.retrieval.vist:Vist",
+    "vqav2": "visual_ground.evaluation.tasks.answers.vqav2:VQAv2",
 }
 
 

@@ -47,12 +47,7 @@ class PublishedDecoding:
 
 
 class ScaleRet(LogitsProcessor):
-    """Multiplies one column of the scores.
-
-    Args:
-        ret_token_id: the column.
-        factor: by what.
-    """
+    """Multiplies one column of the scores, `[RET]`'s, by a factor."""
 
     def __init__(self, ret_token_id: int, factor: float) -> None:
         self.ret_token_id, self.factor = ret_token_id, factor

@@ -85,11 +85,7 @@ class _Reader(pickle._Unpickler):
 
 
 def read_lists(path: str | os.PathLike[str], names: Sequence[str]) -> list[list[str | Tensor]]:
-    """Read a pickled dict's lists of texts and arrays of floats.
-
-    Args:
-        path: the file.
-        names: keys of the dict.
+    """Read a pickled dict's lists of texts and arrays of floats, by these names.
 
     Returns:
         For each name its list; arrays are float32 tensors. An array in a list's place is the list of its rows.

@@ -26,10 +26,6 @@ class Collection:
 
     One process writes at a time, and any number read.
 
-    Args:
-        connection: to Milvus.
-        name: of the collection.
-
     Raises:
         GroundingStateError: there is no such collection, or Milvus cannot be reached.
         GroundingFileError: it has other fields, or no counter.
@@ -50,11 +46,7 @@ class Collection:
 
     @classmethod
     def create(cls, connection: Connection, name: str, dim: int, search: MilvusSearch) -> Collection:
-        """Make an empty collection that has no name of its own before `publish`.
-
-        Raises:
-            GroundingStateError: a collection of this name is there.
-        """
+        """Make an empty collection, whose name must be new and is not its own before `publish`."""
         check_name(name)
         if connection.call(lambda client: client.has_collection(name)):
             raise GroundingStateError(
@@ -102,16 +94,10 @@ class Collection:
         self.counter = counter
 
     def append(self, rows: Iterable[dict[str, Any]], count: int, columns: set[str], next_id: int) -> range:
-        """Append rows, all or none, and return their positions.
+        """Append `count` rows, which lack only their position, all or none, and return their positions.
 
         The positions are taken first, in the counter. Where a process dies before all rows are there, the next one that
         writes deletes those that are.
-
-        Args:
-            rows: with all fields but the position.
-            count: how many.
-            columns: names of their metadata.
-            next_id: the lowest number that was never an id.
         """
         before = self.clean()
         positions = range(before.end, before.end + count)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.errors import GroundingStateError, GroundingValueError, needing
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,6 @@ def lite_file(path: str | os.PathLike[str]) -> str:
 class Connection:
     """Calls of a Milvus server, each tried again where the server was away.
 
-    Args:
-        server: where it is.
-
     Raises:
         GroundingStateError: pymilvus is not installed, or Milvus cannot be reached.
     """
@@ -111,9 +108,6 @@ class Connection:
         Args:
             use: what to do. It must do no harm twice, unless there is `again`.
             again: what to do from the second time on; a call that was lost may have been carried out.
-
-        Raises:
-            GroundingStateError: Milvus was away every time, or refused the call.
         """
         for number in range(self.server.tries):
             if number:
@@ -157,12 +151,8 @@ class Connection:
 
 def load_pymilvus() -> Any:
     """Return the module `pymilvus`, or say what to install."""
-    try:
+    with needing('This index needs pymilvus, which is not installed: pip install "visual-ground[milvus]".'):
         import pymilvus
-    except ImportError as error:
-        raise GroundingStateError(
-            'This index needs pymilvus, which is not installed: pip install "visual-ground[milvus]".'
-        ) from error
     # pymilvus logs the traceback of every call that fails, besides raising it; here, the error says it all.
     for name in ("pymilvus.decorators", "milvus_lite.adapter.grpc.servicer"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

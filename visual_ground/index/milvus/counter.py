@@ -46,12 +46,7 @@ class Counter:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Any], name: str) -> Counter:
-        """Read the counter from what a query for it returned.
-
-        Raises:
-            GroundingFileError: it is not there, or damaged.
-            GroundingValueError: it is of another format version.
-        """
+        """Read the counter from what a query for it returned; where it is not there or damaged, GroundingFileError."""
         values = rows[0].get("entry") if rows else None
         if not isinstance(values, dict) or type(values.get("end")) is not int:
             raise GroundingFileError(f"The Milvus collection {name!r} is damaged: it has no counter. Build it again.")

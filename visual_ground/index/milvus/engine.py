@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingValueError
-from visual_ground.index.base import SearchResult
-from visual_ground.index.exact import ExactIndex, as_block
+from visual_ground.index.engines.base import SearchResult
+from visual_ground.index.engines.exact import ExactIndex, as_block
 from visual_ground.index.milvus.collection import Collection
 from visual_ground.index.milvus.connection import COLLECTION, Connection, Place, lite_file, server_at
 from visual_ground.index.milvus.counter import COUNTER
@@ -88,12 +88,7 @@ class MilvusIndex:
 
     @classmethod
     def open(cls, place: Place, collection: str = COLLECTION, search: MilvusSearch | None = None) -> MilvusIndex:
-        """Open a collection.
-
-        Raises:
-            GroundingStateError: Milvus cannot be reached, or has no such collection.
-            GroundingFileError: a collection of something else.
-        """
+        """Open a collection; GroundingStateError where there is none, GroundingFileError for another kind."""
         return cls(Collection(Connection(server_at(place)), collection), search)
 
     @property
@@ -110,13 +105,7 @@ class MilvusIndex:
         entries: Sequence[Entry | None] | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Append vectors (m, q), all or none; they get the next positions.
-
-        Args:
-            vectors: to append.
-            entries: what they stand for.
-            progress: is called with 1 for each vector that was sent.
-        """
+        """Append vectors (m, q), all or none, at the next positions; `progress` gets 1 for each that was sent."""
         self._check(vectors)
         known = [None] * len(vectors) if entries is None else list(entries)
         cells = [to_row(entry) for entry in known]  # All are checked before any is sent.
@@ -140,14 +129,7 @@ class MilvusIndex:
         entries: Sequence[Entry],
         before: Mapping[int, Mapping[str, Any]],
     ) -> None:
-        """Write over rows, all or none; a reader sees each of them old or new.
-
-        Args:
-            positions: of the rows.
-            vectors: (m, q), or None for those that are there.
-            entries: what they stand for.
-            before: the rows as they are.
-        """
+        """Write over the rows `before`, all or none; a reader sees each old or new. With None, vectors stay."""
         if vectors is not None and vectors.shape != (len(positions), self.dim):
             raise GroundingValueError(
                 f"{len(positions)} entries need vectors ({len(positions)}, {self.dim}), got {tuple(vectors.shape)}."
@@ -169,11 +151,7 @@ class MilvusIndex:
             raise
 
     def remove(self, positions: Sequence[int]) -> None:
-        """Take vectors out; the others keep their positions.
-
-        Raises:
-            GroundingIndexError: a position that holds no vector; nothing has changed then.
-        """
+        """Take vectors out, or none where one is not there (GroundingIndexError); the others keep their positions."""
         found = self.collection.at(positions)
         if missing := [one for one in positions if one not in found or one < 0]:
             raise GroundingIndexError(f"Positions {missing} hold no vector of this index.")

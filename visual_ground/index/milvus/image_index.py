@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingIndexError, GroundingTypeError, GroundingValueError
-from visual_ground.index.base import SearchResult
+from visual_ground.index.engines.base import SearchResult
 from visual_ground.index.files import read_index
 from visual_ground.index.milvus.collection import WINDOW
 from visual_ground.index.milvus.connection import COLLECTION, Place
@@ -154,11 +154,7 @@ class MilvusImageIndex:
         return {**about, "columns": sorted({"id", *(counter.columns or ())}), "collection": self._rows.name}
 
     def entry(self, position: int) -> tuple[str | int, Any, Mapping[str, Any]]:
-        """Return the id, image (or None) and metadata at a position; images are shown as `ImageIndex.entry` does.
-
-        Raises:
-            GroundingIndexError: nothing is there, or it was removed.
-        """
+        """Return id, image and metadata at a position as `ImageIndex.entry`; GroundingIndexError for none."""
         return self.entries([position])[0]
 
     def entries(self, positions: Sequence[int]) -> list[tuple[str | int, Any, Mapping[str, Any]]]:

@@ -34,11 +34,7 @@ class Entry:
 
 
 def to_row(entry: Entry | None) -> dict[str, Any]:
-    """Return the cells of an entry; of a vector that stands for nothing where None.
-
-    Raises:
-        GroundingValueError: more than Milvus keeps for one entry.
-    """
+    """Return the cells of an entry that Milvus can keep; of a vector that stands for nothing where None."""
     if entry is None:
         return {"key": "", "entry": {}, "thumbnail": ""}
     cells: dict[str, Any] = {"id": {"string" if isinstance(entry.id, str) else "number": entry.id}}
@@ -69,11 +65,7 @@ def columns_of(entry: Entry | None) -> set[str]:
 
 
 def from_row(row: Mapping[str, Any]) -> Entry:
-    """Return the entry in a row.
-
-    Raises:
-        GroundingFileError: a row that `to_row` did not make.
-    """
+    """Return the entry in a row; GroundingFileError for a row that `to_row` did not make."""
     cells = row.get("entry")
     try:
         assert isinstance(cells, dict)

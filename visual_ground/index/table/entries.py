@@ -172,11 +172,7 @@ class Entries:
         return names
 
     def mask(self, condition: Condition) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Return, for each position, whether a condition holds.
-
-        Raises:
-            GroundingValueError: a column that no entry has; those that there are are listed.
-        """
+        """Return, for each position, whether a condition holds; GroundingValueError for a column that no entry has."""
         unknown = columns_of(condition) - {"id"}
         if unknown and self.end:
             known = {name for segment in self.segments for name in segment.table.column_names} - RESERVED

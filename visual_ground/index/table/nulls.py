@@ -8,11 +8,7 @@ PIECE = 1 << 16
 
 
 def shared_nulls(table: pa.Table) -> pa.Table:
-    """Return a table whose columns without any value take next to no memory.
-
-    Args:
-        table: n rows.
-    """
+    """Return a table whose columns without any value take next to no memory."""
     whole, rest = divmod(table.num_rows, PIECE)
     for number, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if whole and column.null_count == table.num_rows:

@@ -23,12 +23,7 @@ ROW_GROUP = 1 << 17
 
 
 def write_table(path: str | os.PathLike[str], tables: list[pa.Table]) -> None:
-    """Write tables one after another, without thumbnails; a column of different types in them goes to OTHERS.
-
-    Args:
-        path: where to; whole or not at all.
-        tables: at least one, each as `rows.make_table` makes it.
-    """
+    """Write tables of `rows.make_table`, without thumbnails, whole or not at all; mixed columns go to OTHERS."""
     types: dict[str, set[Any]] = {}
     tables = [table.select([name for name in table.column_names if name != THUMBNAIL]) for table in tables]
     for table in tables:
@@ -45,12 +40,7 @@ def write_table(path: str | os.PathLike[str], tables: list[pa.Table]) -> None:
 
 
 def read_table(path: str | os.PathLike[str]) -> pa.Table:
-    """Read a parquet file of entries, strictly.
-
-    Raises:
-        GroundingFileError: missing or damaged, or its columns are others.
-        GroundingValueError: ids repeat.
-    """
+    """Read a parquet file of entries, strictly: a damaged one is a GroundingFileError, ids must be distinct."""
     path = resolve(Path(path).parent, Path(path).name)
     if not path.is_file():
         raise GroundingFileError(f"{path} is missing: the folder is half-written. Save it again.")

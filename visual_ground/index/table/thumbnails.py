@@ -44,11 +44,7 @@ def _columns(entries: Entries) -> Iterator[pa.ChunkedArray]:
 
 
 def read_thumbnails(path: str | os.PathLike[str], count: int) -> pa.ChunkedArray:
-    """Return the thumbnails of `count` entries, mapped into memory.
-
-    Raises:
-        GroundingFileError: the file is missing, damaged, or of another number of entries.
-    """
+    """Return the thumbnails of `count` entries, mapped into memory; GroundingFileError where there are others."""
     path = resolve(Path(path).parent, Path(path).name)
     try:
         with pa.memory_map(os.fspath(path)) as file, pa.ipc.open_file(file) as opened:

@@ -10,7 +10,7 @@ from typing import Any
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
 from visual_ground.model import GroundedModel
-from visual_ground.rows import picture_of, rows_by_number
+from visual_ground.rows import picture_of, rows_by_number, undecoded
 from visual_ground.training.data.prompts import PROMPT, SplitPrompt, is_given, prompt_problem
 from visual_ground.training.data.rows import (
     PROBLEM,
@@ -130,14 +130,14 @@ def open_rows(rows: Any, columns: Columns) -> Any:
         GroundingValueError: no rows, or columns missing.
     """
     rows = rows_by_number(rows)
-    first = check_not_empty(_undecoded(rows, columns))
+    first = check_not_empty(undecoded(rows, [columns.image]))
     required = [columns.caption] if "image_features" in first else [columns.image, columns.caption]
     if missing := [name for name in required if name not in first]:
         raise GroundingValueError(
             f"The dataset has no columns {missing}; its columns are {sorted(first)}. Name them: image_column=, "
             "caption_column= (--image-column, --caption-column)."
         )
-    rows = _undecoded(rows, columns)
+    rows = undecoded(rows, [columns.image])
     if is_stream(rows):
         first_rows = enumerate(islice(rows, NUM_CHECKED))
         if not any([_has_caption(row, number, columns) for number, row in first_rows]):
@@ -197,20 +197,6 @@ def _has_caption(row: Mapping[str, Any], number: int, columns: Columns) -> bool:
 
 def _no_captions(columns: Columns) -> GroundingValueError:
     return GroundingValueError(f"All captions in the column {columns.caption!r} are empty. Choose another column.")
-
-
-def _undecoded(rows: Any, columns: Columns) -> Any:
-    import datasets
-
-    if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
-        return rows
-    rows, as_file = rows.with_format(None), datasets.Image(decode=False)
-    kind: Any = (rows.features or {}).get(columns.image)
-    if isinstance(kind, datasets.Image):
-        return rows.cast_column(columns.image, as_file)
-    if isinstance(getattr(kind, "feature", None), datasets.Image):
-        return rows.cast_column(columns.image, type(kind)(as_file))
-    return rows
 
 
 def _as_list(value: Any) -> Sequence[Any]:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
+from visual_ground.prompts.chat import typed_message
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.training.data.columns import Columns, open_rows, without_images
 from visual_ground.training.data.prompts import PromptIds
@@ -35,7 +36,7 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
     Args:
         rows: mappings with an image (or `image_features`, (f,)) and a caption; either may be a list, of which one is
-            sampled each time. Optional: `prompt`, texts and images behind which the image is to be found, as
+            sampled each time. Optional: `prompt`, texts and images after which the image is to be found, as
             `embed_text` takes it, read instead of the caption in retrieval; `request`, with which a user asks to be
             shown the image, likewise; `question`, which a user asks about the image when captioning; the latter two go
             through the tokenizer's chat template. `group`: rows of one group are no negatives of each other; by default
@@ -183,10 +184,9 @@ class ExampleCollator:
 
     def _chat(self, parts: Sequence[Any]) -> list[int]:
         # Typed, because a request that reads like a path is words.
-        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
-        if not self.processor.tokenizer.chat_template:
-            return list(self.processor.encode([*content, "\n"]).ids)
-        return list(self.processor.encode([{"role": "user", "content": content}]).ids)
+        message = typed_message("user", parts)
+        has_template = bool(self.processor.tokenizer.chat_template)
+        return list(self.processor.encode([message] if has_template else [*message["content"], "\n"]).ids)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return one batch.

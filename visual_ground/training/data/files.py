@@ -11,9 +11,9 @@ from itertools import islice
 from typing import Any
 
 from visual_ground.errors import GroundingFileError
-from visual_ground.prompts.types import IMAGE_SUFFIXES
 from visual_ground.storage.shards import read_shard
 from visual_ground.training.data.rows import KEY, PROBLEM
+from visual_ground.vision.formats import IMAGE_SUFFIXES
 
 # Samples of shards in which the columns are looked for; one of them may lack some.
 INSPECTED = 100
@@ -21,10 +21,6 @@ INSPECTED = 100
 
 def shard_rows(files: Sequence[str], streaming: bool) -> Any:
     """Return the rows of tar shards: a column for each kind of member, images as files and all else as text.
-
-    Args:
-        files: the shards.
-        streaming: as in `load_rows`.
 
     Raises:
         GroundingFileError: there is no sample in them.

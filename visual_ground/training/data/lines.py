@@ -25,12 +25,7 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # As Excel writes "Unicode text".
 
 
 def line_rows(pattern: str, streaming: bool) -> Any | None:
-    """Return the rows of files of JSON or fields, or None where nothing is damaged and `datasets` can read them.
-
-    Args:
-        pattern: path of the file, or a pattern of several.
-        streaming: as in `load_rows`.
-    """
+    """Return the rows of files of JSON or fields, or None where nothing is damaged and `datasets` can read them."""
     files = sorted(glob(pattern))
     names: set[str] = set()
     damaged = False
@@ -121,11 +116,7 @@ def _list_entries(file: str, where: str) -> Iterator[dict[str, Any]]:
 
 
 class _Lines:
-    """Lines that can be put back; it knows those of the present row.
-
-    Args:
-        lines: of the file.
-    """
+    """Lines that can be put back; it knows those of the present row."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines, self._waiting, self.number = lines, list[str](), 0
@@ -194,7 +185,7 @@ def _long_fields() -> Iterator[None]:
 
 
 def _closes_its_quotes(lines: Sequence[str]) -> bool:
-    """Return whether a row of several lines is one: behind the mark that closes a field, the field ends."""
+    """Return whether a row of several lines is one: after the mark that closes a field, the field ends."""
     # The marks around fields are two each, and those within are doubled. Else one that nothing closes has taken the
     # opening mark of a later row for its own end.
     if sum(line.count('"') for line in lines) % 2:

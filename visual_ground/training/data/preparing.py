@@ -21,19 +21,14 @@ from visual_ground.training.data.prompts import PROMPT
 from visual_ground.training.data.reading import first_image_key
 from visual_ground.training.data.rows import select_rows
 from visual_ground.training.data.skipped import Skipped
-from visual_ground.vision.feature_cache import FeatureCache
-from visual_ground.vision.feature_store import FeatureFile
+from visual_ground.vision.features.cache import FeatureCache
+from visual_ground.vision.features.store import FeatureFile
 
 Indices = NDArray[np.int64]
 
 
 class StoredFeatures:
-    """The features of each row's images, read from the cache's file when they are needed.
-
-    Args:
-        file: the cache's file.
-        places: for each row of the dataset, where its images' features are in the file.
-    """
+    """The features of each row's images, read from their places in the cache's file when they are needed."""
 
     def __init__(self, file: FeatureFile, places: Sequence[Indices]) -> None:
         self.file = file

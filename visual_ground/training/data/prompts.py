@@ -1,4 +1,4 @@
-"""The optional column `prompt`: texts and images, in any order or as a chat, behind which `[RET]` is said."""
+"""The optional column `prompt`: texts and images, in any order or as a chat, after which `[RET]` is said."""
 
 from __future__ import annotations
 
@@ -37,12 +37,7 @@ class SplitPrompt:
 
     @classmethod
     def of(cls, prompt: Any, resolve: Callable[[Any], Any]) -> SplitPrompt:
-        """Take the images out of a prompt.
-
-        Args:
-            prompt: as `embed_text` takes it.
-            resolve: gives the place of an image that is a relative path.
-        """
+        """Take the images out of a prompt; `resolve` gives the place of an image that is a relative path."""
         if isinstance(prompt, str):
             return cls(prompt, ())
         images: list[Any] = []
@@ -86,12 +81,7 @@ def is_given(prompt: Any) -> bool:
 
 
 def prompt_problem(prompt: Any, problem_of: Callable[[str], str | None]) -> str | None:
-    """Return why a prompt cannot be used; None where it can.
-
-    Args:
-        prompt: as it is in the dataset.
-        problem_of: the same for a text.
-    """
+    """Return why a prompt of a dataset cannot be used, or None; `problem_of` says the same of a text."""
     try:
         parts = [part for _, of_turn in _turns(prompt) for part in of_turn]
     except GroundingError as error:

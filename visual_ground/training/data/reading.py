@@ -26,11 +26,7 @@ def read_image(image: Any, skipped: list[str], may_skip: bool = True) -> Image.I
 
 
 def first_image_key(row: Mapping[str, Any], columns: Columns) -> str:
-    """Return by what a row's first image is known again; it and those of the row's prompt are opened.
-
-    Raises:
-        GroundingTypeError, GroundingValueError: one that cannot be read.
-    """
+    """Return by what a row's first image is known again; it and those of the row's prompt are opened."""
     image = columns.images(row)[0]
     for one in (*columns.prompt_images(row), image):
         to_rgb(one)

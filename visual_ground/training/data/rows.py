@@ -50,12 +50,7 @@ def named_by(row: Mapping[str, Any]) -> str:
 
 
 def has_images(rows: Any, column: str) -> list[bool]:
-    """Return for each row of a `datasets.Dataset` whether it has an image, without reading the images.
-
-    Args:
-        rows: the dataset.
-        column: with an image, or a list of them.
-    """
+    """Return for each row of a `datasets.Dataset` whether its column has an image or several, without reading them."""
     found: list[bool] = []
     tables = rows.select_columns([column]).with_format("arrow")
     for start in range(0, len(rows), BATCH_ROWS):

@@ -54,11 +54,7 @@ class TokenSequence:
 
 
 def number_images(sequences: Sequence[TokenSequence], first_image_id: int) -> list[TokenSequence]:
-    """Give the image tokens of a batch their ids, in order over all sequences.
-
-    Args:
-        sequences: with negative numbers for image tokens.
-        first_image_id: id of the batch's first image token.
+    """Give image tokens, negative numbers until then, their ids from the first on, in order over all sequences.
 
     Example:
         >>> sequences = [TokenSequence.of([-1, -1], [7]), TokenSequence.of([-1], [8])]
@@ -73,14 +69,10 @@ def number_images(sequences: Sequence[TokenSequence], first_image_id: int) -> li
 
 
 def with_retrieval_prompt(processor: GroundingProcessor, sequence: TokenSequence) -> TokenSequence:
-    """Return a sequence that ends where its state is read for retrieval.
+    """Return a sequence, whose last id is `[RET]`, that ends where its state is read for retrieval.
 
     Without a retrieval prompt that is `[RET]`, and the sequence is returned as it is. Else the prompt stands in the
     place of `[RET]`, which stays what is to be predicted there.
-
-    Args:
-        processor: knows the prompt.
-        sequence: its last id is `[RET]`.
     """
     if not processor.config.retrieval_prompt:
         return sequence

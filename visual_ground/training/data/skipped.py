@@ -30,15 +30,7 @@ class Skipped:
         self.names: list[str] = []
 
     def add(self, name: str, check: bool = True) -> None:
-        """Skip one, with its reason.
-
-        Args:
-            name: what is skipped, and why.
-            check: whether to raise where it is one too many.
-
-        Raises:
-            GroundingValueError: too many by now.
-        """
+        """Skip one, named with its reason; where `check` is True, raise GroundingValueError for one too many."""
         self.names.append(name)
         if len(self.names) <= NUM_SHOWN:
             logger.warning("Skipped %s", self.names[-1])

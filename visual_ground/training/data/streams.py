@@ -20,19 +20,14 @@ from visual_ground.training.data.preparing import Indices, Preparing
 from visual_ground.training.data.reading import example_of, prompt_of, read_image
 from visual_ground.training.data.sampler import picker
 from visual_ground.training.data.skipped import Skipped
-from visual_ground.vision.feature_store import FeatureFile
+from visual_ground.vision.features.store import FeatureFile
 from visual_ground.vision.identity import image_key
 from visual_ground.vision.images import image_name
 
 
 @dataclass(frozen=True)
 class StreamFeatures:
-    """The cached features of a process's part of a stream.
-
-    Args:
-        file: the cache's file.
-        places: where the features of one epoch's usable images are.
-    """
+    """The cached features of a process's part of a stream."""
 
     file: FeatureFile
     places: Indices
@@ -141,15 +136,7 @@ class _StreamImages:
 
 
 def prepare_stream(rows: Rows, preparing: Preparing) -> ExampleStream:
-    """Return the examples of this process's part of a stream; where there is a cache, its images are cached first.
-
-    Args:
-        rows: the stream.
-        preparing: how its examples are prepared.
-
-    Raises:
-        GroundingTypeError, GroundingValueError: as in `Preparing.examples`.
-    """
+    """Return the examples of this process's part of a stream; where there is a cache, its images are cached first."""
     columns, cache, processes = preparing.columns, preparing.cache, Processes.launched()
     part = open_rows(rows, columns)
     if processes.count > 1:

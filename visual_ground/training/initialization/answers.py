@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from transformers import BatchFeature
@@ -20,10 +22,17 @@ from visual_ground.model import GroundedModel
 from visual_ground.progress import counted
 from visual_ground.prompts.chat import ILLUSTRATED
 from visual_ground.storage.atomic import replacing
+from visual_ground.training.initialization.dialogues import evenly, later_turns, others_about, requests_of
+
+logger = logging.getLogger(__name__)
 
 # Long enough for the first sentence of most answers; the rest of an answer teaches nothing new.
 MAX_NEW_TOKENS = 32
 BATCH_SIZE = 32
+# Requests that the LM answers at most; its answers to them are cached, but the first run has to wait for them.
+MAX_REQUESTS = 160
+# What the user says, or the turns of the user and of the assistant, whose first and last are the user's.
+Chat: TypeAlias = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -48,19 +57,52 @@ class Answer:
         return len(self.ids) + self.ended
 
 
+def fitted_answers(
+    model: GroundedModel,
+    captions: Sequence[str],
+    requests: Sequence[str],
+    folder: Path | None,
+    progress: bool = False,
+) -> list[Answer]:
+    """Return the LM's answers that `[RET]` is fitted to: to requests and to others, in first turns and in later ones.
+
+    Args:
+        model: the grounded model, whose tokenizer has a chat template.
+        captions: what pictures show.
+        requests: what users say to see them; without any, the captions are put into requests.
+        folder: where answers are kept; None: nowhere.
+        progress: show progress bars.
+    """
+    requests = evenly(list(dict.fromkeys(requests or requests_of(captions))), MAX_REQUESTS)
+    others = others_about(captions)
+    answers = answers_to(model, requests, True, folder, progress)
+    answers += answers_to(model, others, False, folder, progress)
+    ends = [place_of_picture(model, answer) for answer in answers]
+    sentences = [model.tokenizer.decode(list(a.ids[:end])) for a, end in zip(answers, ends, strict=True)]
+    said = zip([*requests, *others], sentences, ends, strict=True)
+    answered = [(text, sentence.strip()) for text, sentence, end in said if end and sentence.strip()]
+    asked_next, others_next = later_turns(captions, requests, answered)
+    try:
+        later = answers_to(model, asked_next, True, folder, progress)
+        return answers + later + answers_to(model, others_next, False, folder, progress)
+    except GroundingValueError as error:  # A chat template for one turn only.
+        logger.info("[RET] is fitted to first turns only. %s", error)
+        return answers
+
+
 def answers_to(
-    model: GroundedModel, texts: Sequence[str], wanted: bool, folder: Path | None, progress: bool = False
+    model: GroundedModel, chats: Sequence[Chat], wanted: bool, folder: Path | None, progress: bool = False
 ) -> list[Answer]:
     """Let the LM answer what a user says, every second time after the system message `ILLUSTRATED`.
 
     Args:
         model: the grounded model, whose tokenizer has a chat template.
-        texts: what the user says.
-        wanted: whether that asks for a picture.
+        chats: what the user says, or the turns of a chat whose last is the user's.
+        wanted: whether the user asks for a picture last.
         folder: where answers are kept; None: nowhere.
         progress: show a progress bar.
     """
-    prompts = [_prompt(model, text, illustrated=bool(i % 2)) for i, text in enumerate(texts)]
+    prompts = [_prompt(model, chat, illustrated=bool(i % 2)) for i, chat in enumerate(chats)]
     path = None if folder is None else folder / f"{_key(model, prompts)}.json"
     said = _kept(path, len(prompts))
     if said is None:
@@ -77,15 +119,16 @@ def answers_to(
     return [Answer(prompt, tuple(ids), end, wanted) for prompt, (ids, end) in zip(prompts, said, strict=True)]
 
 
-def _prompt(model: GroundedModel, text: str, illustrated: bool) -> tuple[int, ...]:
+def _prompt(model: GroundedModel, chat: Chat, illustrated: bool) -> tuple[int, ...]:
     """Return the ids of a chat; some templates refuse system messages, and have none then."""
-    user: Mapping[str, str] = {"role": "user", "content": text}
+    turns = (chat,) if isinstance(chat, str) else chat
+    messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
     if illustrated:
         try:
-            return model.processor.encode([{"role": "system", "content": ILLUSTRATED}, user]).ids
+            return model.processor.encode([{"role": "system", "content": ILLUSTRATED}, *messages]).ids
         except GroundingValueError:
             pass
-    return model.processor.encode([user]).ids
+    return model.processor.encode(messages).ids
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Image tokens behind which the LM goes on as captions do: the last of the start values, by the captioning loss itself.
+"""Image tokens after which the LM goes on as captions do: the last of the start values, by the captioning loss itself.
 
 Imitation makes a picture stand for its caption's words, and the LM then says of them what it likes ("The original
 sentence is: ..."). Two things are moved here: the bias, which all pictures share, and which asks for a caption; and the
@@ -22,9 +22,9 @@ from visual_ground.training.initialization.retrieval import Collate
 from visual_ground.training.losses.captioning import CaptioningLoss
 from visual_ground.training.losses.objective import GroundingObjective
 
-NUM_STEPS, BATCH_SIZE = 20, 16
+NUM_STEPS, BATCH_SIZE = 10, 16
 # A step of the optimizer moves an image token by about these parts of the embeddings' standard deviation.
-BIAS_STEP, WEIGHT_STEP = 0.04, 0.08
+BIAS_STEP, WEIGHT_STEP = 0.06, 0.08
 
 
 def start_captions(

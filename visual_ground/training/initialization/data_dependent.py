@@ -94,7 +94,12 @@ def start_emission(
     if model.config.scaling != "embedding":
         return False
     requests = [example["request"] for example in examples if "request" in example]
-    return fit_emission(model, [example["caption"] for example in examples], requests, folder, progress)
+    shortest: dict[Any, str] = {}
+    for example in examples:
+        caption = shortest.setdefault(example["group"], example["caption"])
+        # The shortest is most like a name, which fits into what users say: "How long does a candle last?".
+        shortest[example["group"]] = min(caption, example["caption"], key=len)
+    return fit_emission(model, list(shortest.values()), requests, folder, progress)
 
 
 def start_image_tokens(

@@ -22,16 +22,13 @@ from torch.nn import functional as F
 from visual_ground.model import GroundedModel
 from visual_ground.progress import counted
 from visual_ground.storage.tensors import write_tensors
-from visual_ground.training.initialization.answers import BATCH_SIZE, Answer, answers_to, place_of_picture
-from visual_ground.training.initialization.dialogues import evenly, others_about, requests_of
+from visual_ground.training.initialization.answers import BATCH_SIZE, Answer, fitted_answers, place_of_picture
 
 logger = logging.getLogger(__name__)
 
-# Requests that the LM answers at most; its answers to them are cached, but the first run has to wait for them.
-MAX_REQUESTS = 160
 # What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
 # inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
-WEIGHT, PENALTY = 0.2, 3e-4
+WEIGHT, PENALTY = 0.1, 3e-4
 # Answers whose continuation is compared with each input embedding, and ids of it.
 NUM_COMPARED, CONTINUATION = 16, 12
 # Text whose embedding may stand for a picture within an answer; the mean embedding is compared too.
@@ -79,9 +76,7 @@ def fit_emission(
     adapter = model.adapter
     if not getattr(model.tokenizer, "chat_template", None) or adapter.tied or not captions:
         return False
-    requests = evenly(list(dict.fromkeys(requests or requests_of(captions))), MAX_REQUESTS)
-    answers = answers_to(model, requests, True, folder, progress)
-    answers += answers_to(model, others_about(captions), False, folder, progress)
+    answers = fitted_answers(model, captions, requests, folder, progress)
     ends = [place_of_picture(model, answer) if answer.wanted else None for answer in answers]
     if all(end is None for end in ends):
         logger.warning("No answer to a request has a whole sentence, so [RET] starts as it does without a chat.")

@@ -71,7 +71,7 @@ class PrefixCache:
         return self._likelihoods(self._captions(sequences))
 
     def states(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-        """Return the states that are read for retrieval, at `[RET]` or behind it, one (b, width) per text layer."""
+        """Return the states that are read for retrieval, at `[RET]` or after it, one (b, width) per text layer."""
         return self._states(self._captions(sequences))
 
     def _captions(self, sequences: Sequence[TokenSequence]) -> list[CachedCaption]:

@@ -53,12 +53,7 @@ class ComputePlan:
 
 
 class CaptioningLoss:
-    """Computes the captioning loss.
-
-    Args:
-        model: the grounded model.
-        plan: how; by default plainly.
-    """
+    """Computes the captioning loss."""
 
     def __init__(self, model: GroundedModel, plan: ComputePlan | None = None) -> None:
         self.model, self.plan = model, ComputePlan() if plan is None else plan

@@ -61,12 +61,7 @@ def choose_compute_plan(
 
 @torch.no_grad()
 def head_is_last(model: GroundedModel, sequences: Sequence[TokenSequence]) -> bool:
-    """Return whether the LM's logits are what its output head gave, neither capped nor scaled.
-
-    Args:
-        model: the grounded model.
-        sequences: the first is run.
-    """
+    """Return whether the LM's logits are what its output head gave, neither capped nor scaled; one sequence is run."""
     outputs: list[Tensor] = []
     head = model.lm.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, args, output: outputs.append(output))

@@ -33,6 +33,7 @@ class GroundingLoss(ModelOutput):
         image_to_text: the reverse.
         text_to_image_accuracy: part of the texts whose own image comes first.
         image_to_text_accuracy: the reverse.
+        terms: further numbers of a loss of one's own, by name; they are logged.
     """
 
     loss: Tensor | None = None
@@ -42,6 +43,7 @@ class GroundingLoss(ModelOutput):
     image_to_text: Tensor | None = None
     text_to_image_accuracy: Tensor | None = None
     image_to_text_accuracy: Tensor | None = None
+    terms: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Loss(Protocol):
     """
 
     def __call__(self, objective: GroundingObjective, batch: PreparedBatch) -> GroundingLoss:
-        """Return the losses, of which `loss` is minimised and all others are logged."""
+        """Return the losses, of which `loss` is minimised and all others, those in `terms` too, are logged."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class FromageLoss:
         Raises:
             GroundingValueError: both weights are 0.
         """
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         terms: list[Tensor] = []
         if self.caption_loss_scale:
             found["captioning"] = objective.captioning(batch)
@@ -165,11 +167,7 @@ class GroundingObjective(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **_: object
     ) -> None:
-        """Compute the LM's layers again in the backward pass instead of keeping their activations.
-
-        Args:
-            activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
-        """
+        """Compute the LM's layers again in the backward pass instead of keeping their activations."""
         self._checkpoints.enable(activation_checkpointing_kwargs)
 
     # `Trainer` calls the one or the other, depending on the version of transformers.

@@ -73,7 +73,7 @@ class PrefixFiles:
 def lm_fingerprint(model: GroundedModel) -> str:
     """Return 16 hex digits that stand for an LM: its config, its tensors, and how it is grounded."""
     digest = hashlib.sha256(f"{model.lm.config};{model.ret_token_id};".encode())
-    # A list of text layers and a prompt decide what is kept where the state is read behind a prompt.
+    # A list of text layers and a prompt decide what is kept where the state is read after a prompt.
     prompt = (model.config.retrieval_prompt, model.config.text_layers) if model.config.retrieval_prompt else ""
     digest.update(f"{model.config.mask_spare_columns}{prompt}".encode())
     for name, tensor in model.lm.state_dict().items():

@@ -41,11 +41,7 @@ class Asked:
 
     @classmethod
     def of(cls, model: GroundedModel, sequences: Sequence[TokenSequence], features: Tensor | None) -> Asked:
-        """Take a batch's sequences apart.
-
-        Raises:
-            GroundingIndexError: another number of images in the sequences than of features.
-        """
+        """Take a batch's sequences apart."""
         first, width = model.frozen_lm.vocabulary.first_image_id, model.config.num_visual_tokens
         tokens = [sum(i >= first for i in sequence.ids) for sequence in sequences]
         given = 0 if features is None else len(features)

@@ -67,11 +67,7 @@ class CaptionLikelihoods:
         )
 
     def loss(self, ret_output: Tensor) -> LossSum:
-        """Return the summed cross entropy of all captions' tokens and `[RET]`s.
-
-        Args:
-            ret_output: (h,), `[RET]`'s output embedding.
-        """
+        """Return the summed cross entropy of captions' tokens and `[RET]`s, with `[RET]`'s output embedding (h,)."""
         with torch.autocast(ret_output.device.type, enabled=False):
             ret_logits = self.head_input.to(ret_output) @ ret_output
         normaliser = torch.logaddexp(self.log_normaliser.to(ret_logits), ret_logits)

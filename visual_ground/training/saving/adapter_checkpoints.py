@@ -27,12 +27,7 @@ EMBEDDING_MEAN_ATOL = 1e-2  # in standard deviations of the embedding, whose mea
 
 
 class AdapterCheckpoints:
-    """Finds, writes, seals, removes and loads the checkpoints of one run.
-
-    Args:
-        model: the model whose adapter is trained.
-        args: the run's settings: `output_dir`, `save_total_limit`, and whether this process writes.
-    """
+    """Finds, writes, seals, removes and loads the checkpoints of one run."""
 
     def __init__(self, model: GroundedModel, args: TrainingArguments) -> None:
         self.model, self.args = model, args
@@ -107,9 +102,6 @@ def check_base(folder: str | os.PathLike[str], model: GroundedModel) -> None:
     """Raise unless a checkpoint was written for this model's LM, vision encoder and settings.
 
     The LM is recognised by the norms and the mean of its embedding and not by its name, since a folder may have moved.
-
-    Raises:
-        GroundingValueError: another LM or vision encoder, or other settings.
     """
     metadata, current = read_adapter_config(folder), model.config.to_dict()
     if metadata["config"] != current:

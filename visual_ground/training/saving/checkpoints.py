@@ -99,10 +99,6 @@ def settle(folder: Path) -> None:
 def removed_unless_written(folder: Path, writes: bool) -> Iterator[None]:
     """Remove a checkpoint that cannot be written, which also frees the disk, and name the complete ones in the error.
 
-    Args:
-        folder: the checkpoint.
-        writes: whether this process is the one that writes, and so removes, it.
-
     Raises:
         GroundingFileError: the block raised an OSError or RuntimeError, as writing to a full disk does.
     """

@@ -1,4 +1,4 @@
-"""`Publisher`: what a run puts on the Hub, which is what `GroundedModel.push_to_hub` puts there and nothing else.
+"""What a run notes on its adapter's card; `Publisher` puts it on the Hub as `GroundedModel.push_to_hub` does.
 
 transformers' `Trainer` uploads its whole output folder. Here that has drawings of evaluation pictures, image features,
 logs, and training arguments with local paths and the Hub's token.
@@ -7,8 +7,10 @@ logs, and training arguments with local paths and the Hub's token.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,25 @@ from visual_ground.storage.atomic import replacing
 from visual_ground.storage.hub import CARD_FILE, PushOptions, make_repository
 
 logger = logging.getLogger(__name__)
+
+# The arguments that an adapter's card shows: those that decide what is learnt, and so what a reader needs to train
+# another adapter alike. Folders, logging and the layout in memory are the machine's business.
+RECORDED_ARGUMENTS = (
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "caption_loss_scale",
+    "retrieval_loss_scale",
+    "concat_captions_prob",
+    "captioning_fraction",
+    "max_caption_length",
+    "seed",
+)
 
 # How the arguments of `Trainer.create_model_card` are named in a card's metadata.
 CARD_KEYS = {
@@ -59,11 +80,7 @@ class Publisher:
             )
 
     def open(self, token: str | None = None, private: bool | None = None) -> str:
-        """Return the repository's full name; it is made where it does not exist.
-
-        Raises:
-            GroundingFileError: the Hub did not take it.
-        """
+        """Return the repository's full name; it is made where it is new. GroundingFileError where the Hub refuses."""
         if self.repo_id is None:
             name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
             self.repo_id = make_repository(name, self._options(token, private))
@@ -128,9 +145,6 @@ class Publisher:
 def card_values(given: dict[str, Any]) -> dict[str, Any]:
     """Return a card's metadata from arguments of `Trainer.create_model_card`; `dataset_args` have no place in it.
 
-    Raises:
-        GroundingTypeError: no such argument.
-
     Example:
         >>> card_values({"tags": "cats", "dataset": None})
         {'tags': ['cats']}
@@ -153,3 +167,15 @@ def edit_card(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
         earlier = [tag for tag in card.data.get(key) or () if tag not in value] if key == "tags" else []
         setattr(card.data, key, [*earlier, *value] if key == "tags" else value)
     Path(path).write_text(str(card), encoding="utf-8")
+
+
+def record_settings(model: GroundedModel, args: TrainingArguments, examples: Any) -> None:
+    """Note on the adapter's card that it is trained here, and how; pairs of a stream are not counted."""
+    pairs = {"pairs": len(examples)} if hasattr(examples, "__len__") else {}
+    settings = {name: _recorded(getattr(args, name)) for name in RECORDED_ARGUMENTS}
+    model.active.record_training({**pairs, "library_version": version("visual-ground"), **settings})
+
+
+def _recorded(value: Any) -> Any:
+    """Return a value as JSON has it, which knows no infinity: `max_grad_norm=inf` clips nothing."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from visual_ground.lm.peft import trained_parameters
+from visual_ground.lm.base.peft import trained_parameters
 from visual_ground.model import GroundedModel
 from visual_ground.storage.tensors import read_tensors, write_json, write_tensors
 from visual_ground.training.selection.held_out import HeldOut
@@ -156,12 +156,7 @@ class BestState(TrainerCallback):
 
 
 def parts_of(model: GroundedModel, held_out: HeldOut) -> dict[str, Part]:
-    """Return what is kept together, by name.
-
-    Args:
-        model: the grounded model.
-        held_out: which scores there are, and whether retrieval reads image tokens.
-    """
+    """Return what is kept together, by name."""
     tensors: dict[str, Tensor] = dict(model.adapter.named_parameters())
     tunes_lm = model.config.train_lm_adapter
     if tunes_lm or held_out.reads_images_to_retrieve:

@@ -29,13 +29,7 @@ CACHE_BYTES = 2**28
 
 
 def split_off(examples: ExampleDataset, fraction: float, seed: int) -> tuple[ExampleDataset, ExampleDataset | None]:
-    """Return the examples to train on, and those of the groups that are held out, or None where these are too few.
-
-    Args:
-        examples: all of them.
-        fraction: of the groups to be held out.
-        seed: of which.
-    """
+    """Return the examples to train on, and a held-out fraction of the groups, or None where these are too few."""
     groups = list(dict.fromkeys(examples.groups))
     count = min(MAX_GROUPS, int(fraction * len(groups)))
     if count < MIN_GROUPS:

@@ -19,11 +19,7 @@ from visual_ground.errors import GroundingStateError
 
 
 class LayerCheckpoints:
-    """Checkpoints the layers of an LM inside `active()` blocks, once enabled; outside them the LM is as it was.
-
-    Args:
-        lm: the LM.
-    """
+    """Checkpoints the layers of an LM inside `active()` blocks, once enabled; outside them the LM is as it was."""
 
     def __init__(self, lm: nn.Module) -> None:
         self._lm = lm

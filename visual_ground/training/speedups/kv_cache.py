@@ -22,11 +22,7 @@ KeysValues = list[tuple[Tensor, Tensor]]
 
 
 class SharedPrefixCache:
-    """Runs prompt prefixes, none of which has a trained token, once each, and keeps their keys and values.
-
-    Args:
-        model: the grounded model, whose LM must keep one plain key-value cache per layer.
-    """
+    """Runs prompt prefixes, none of which has a trained token, once each, and keeps their keys and values."""
 
     def __init__(self, model: GroundedModel) -> None:
         self._model = model

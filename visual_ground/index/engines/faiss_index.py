@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingStateError
-from visual_ground.index.base import SearchResult
-from visual_ground.index.exact import ExactIndex, as_block
-from visual_ground.index.faiss_kinds import (
+from visual_ground.index.engines.base import SearchResult
+from visual_ground.index.engines.exact import ExactIndex, as_block
+from visual_ground.index.engines.faiss_kinds import (
     CANDIDATES,
     CODE_ROUNDS,
     EFFORTS,
@@ -31,6 +31,7 @@ from visual_ground.storage.tensors import FORMAT_VERSION, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+FILE, ABOUT = "index.faiss", "index.faiss.json"  # In the folder of an image index.
 TARGET_RECALL = 0.95
 SAMPLE, SAMPLE_K = 200, 10  # Queries that the recall is measured with, and how many entries for each.
 FEW = 0.05  # A filter that allows a smaller part is searched exactly: the graph would lead to nothing but others.
@@ -61,6 +62,8 @@ class FaissIndex:
         >>> index.search(torch.tensor([[0.1, 0.9, 0.2]]), k=2).positions.tolist()
         [[1, 2]]
     """
+
+    FILES: ClassVar[tuple[str, ...]] = (FILE, ABOUT)
 
     def __init__(
         self, vectors: Tensor | ExactIndex, kind: str | None = None, target_recall: float = TARGET_RECALL
@@ -131,7 +134,7 @@ class FaissIndex:
         write_json(f"{path}.faiss.json", whole.about(""))
 
     def whole(self) -> FaissIndex:
-        """Return the index without removed vectors, built again where there are any; those behind them move up."""
+        """Return the index without removed vectors, built again where there are any; those after them move up."""
         if self.exact.end == len(self):
             return self
         too_few = self.kind == "ivfpq" and len(self) < FEWEST_TO_LEARN
@@ -141,26 +144,37 @@ class FaissIndex:
         """Write what finds the vectors, without the vectors."""
         load_faiss().write_index(self._index, os.fspath(path))
 
+    def writers(self, belongs_to: Callable[[], str]) -> dict[str, Callable[[Path], object]]:
+        """Return what writes its files; see `SavedEngine.writers`."""
+        return {FILE: self.write, ABOUT: lambda path: write_json(path, self.about(belongs_to()))}
+
     def about(self, belongs_to: str) -> dict[str, Any]:
         """Return what is to be known beside that file; `belongs_to` is a checksum of the vectors, if there is one."""
         return {"format_version": FORMAT_VERSION, "effort": self.effort, "recall": self.recall, "vectors": belongs_to}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FaissIndex:
-        """Open what `save` wrote; both files are mapped into memory.
-
-        Raises:
-            GroundingFileError: a file is missing or damaged, or the two do not belong together.
-        """
+        """Open what `save` wrote, mapped into memory; GroundingFileError where the files are damaged."""
         return cls.beside(ExactIndex.load(path), f"{path}.faiss")
 
     @classmethod
-    def beside(cls, exact: ExactIndex, path: str | os.PathLike[str], belongs_to: str = "") -> FaissIndex:
-        """Open what `write` wrote into a file and `about` into `PATH.json`, beside the vectors that it was built of.
+    def read(cls, folder: Path, exact: ExactIndex, belongs_to: str) -> FaissIndex:
+        """Open its files in the folder of an index; see `beside`."""
+        return cls.beside(exact, folder / FILE, belongs_to)
 
-        Raises:
-            GroundingFileError: a file is missing or damaged, or belongs to other vectors.
-        """
+    @property
+    def description(self) -> str:
+        """What an index's README says of its search."""
+        if self.recall is None:
+            return ""
+        return (
+            f"It is searched with faiss ({self.kind}). Of the {SAMPLE_K} best entries, a search finds "
+            f"{100 * self.recall:.1f} %, measured against exact search with {SAMPLE} queries."
+        )
+
+    @classmethod
+    def beside(cls, exact: ExactIndex, path: str | os.PathLike[str], belongs_to: str = "") -> FaissIndex:
+        """Open what `write` wrote into a file and `about` into `PATH.json`, beside the vectors it was built of."""
         faiss, about = load_faiss(), read_json(Path(f"{path}.json"), FORMAT_VERSION)
         try:
             stored = faiss.read_index(str(Path(path)), faiss.IO_FLAG_MMAP)

@@ -15,11 +15,10 @@ from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import hits, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures, Images
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
-from visual_ground.evaluation.running.prompts import batch_of, embed_prompts
+from visual_ground.evaluation.running.prompts import embed_encoded, embed_prompts
 from visual_ground.evaluation.running.task import Task
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
-from visual_ground.scoring.query_vectors import last_vectors
 
 LENGTH = 5  # captions of a story
 # What is read before the last picture is asked for: how many of the last captions, and how many pictures between them.
@@ -54,10 +53,6 @@ class Vist(Task):
         data: folder with `<split>.story-in-sequence.json`, and images named by their Flickr ids, in any folder.
         split: "train", "val" or "test".
         variant: "standard" or "published".
-
-    Raises:
-        GroundingFileError: a file that is missing or another one.
-        GroundingValueError: an entry that is missing, or a story with one place twice.
     """
 
     name, unit = "vist", "story"
@@ -171,8 +166,7 @@ def _published_vectors(
             ids += [-1 - number] * (marks if number < shown else 0)
         encoded.append(EncodedPrompt((*ids, *processor.retrieval_suffix(ids)), ()))
     features = [images[name] for story in stories for name in story.images[:shown]]
-    batch, tokens = batch_of(model, encoded, features)
-    return last_vectors(model.frozen_lm, model.active, batch["input_ids"], batch["attention_mask"], tokens)
+    return embed_encoded(model, encoded, features)
 
 
 def _read_stories(annotations: Sequence[Any], name: str, sort: bool) -> tuple[list[Story], dict[str, list[str]]]:

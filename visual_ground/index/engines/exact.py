@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visual_ground.errors import GroundingFileError, GroundingIndexError, GroundingValueError
-from visual_ground.index.base import SearchResult
+from visual_ground.index.engines.base import SearchResult
 from visual_ground.storage.tensors import map_tensor, read_shapes, write_rows
 
 # Numbers that a search holds at once beside the vectors: scores, and vectors widened from float16.
@@ -119,28 +119,15 @@ class ExactIndex:
         return ExactIndex._of(self._rows.without(remove).followed_by(as_block(vectors).to(self.dtype)))
 
     def add(self, vectors: Tensor) -> None:
-        """Append vectors (m, q); they get the next positions.
-
-        Raises:
-            GroundingValueError: another width, or vectors that are not finite.
-        """
+        """Append finite vectors (m, q); they get the next positions."""
         self._rows = self.changed([], vectors)._rows
 
     def remove(self, positions: Sequence[int]) -> None:
-        """Take vectors out; the others keep their positions.
-
-        Raises:
-            GroundingIndexError: a position that holds no vector; nothing has changed then.
-        """
+        """Take vectors out, or none where one is not there (GroundingIndexError); the others keep their positions."""
         self._rows = self._rows.without(positions)
 
     def search(self, vectors: Tensor, k: int, filter: Tensor | None = None) -> SearchResult:
-        """Return the k best entries for each query, fewer where fewer are allowed.
-
-        Args:
-            vectors: (queries, q).
-            k: how many, at least 1.
-            filter: bool, one for each position that was ever given, True where it may be found; all where None.
+        """Return the k best entries for each query, as `VectorIndex.search`.
 
         Raises:
             GroundingValueError: k below 1, queries that are not finite or of another width, or another filter.
@@ -195,12 +182,7 @@ class ExactIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExactIndex:
-        """Open what `save` wrote. The file is mapped into memory: nothing of it is read before a search.
-
-        Raises:
-            GroundingFileError: the file is missing or damaged.
-            GroundingValueError: it holds other tensors.
-        """
+        """Open what `save` wrote, mapped into memory and unread; GroundingFileError where it is damaged."""
         path = Path(path)
         shapes = read_shapes(path)
         shape, dtype = shapes.get("vectors", ((), ""))
@@ -227,11 +209,7 @@ class ExactIndex:
 
 
 def as_block(vectors: Tensor) -> Tensor:
-    """Return vectors (n, q) as float16 or float32 on the CPU, without a copy where they are.
-
-    Raises:
-        GroundingValueError: vectors that are not (n, q) and finite.
-    """
+    """Return vectors (n, q), finite ones, as float16 or float32 on the CPU, without a copy where they are."""
     # The smallest and largest show a NaN or infinity, and need no memory beside the vectors as `isfinite` does.
     if vectors.dim() != 2 or (vectors.numel() and not bool(torch.isfinite(torch.stack(vectors.aminmax())).all())):
         raise GroundingValueError(f"vectors must be finite and (n, q), got shape {tuple(vectors.shape)}.")

@@ -31,10 +31,6 @@ class Cirr(Task):
         data: folder with `captions/cap.rc2.<split>.json`, `image_splits/split.rc2.<split>.json`, both also within
             `cirr/`, and the images where the latter says.
         split: "val" or "test1".
-
-    Raises:
-        GroundingFileError: a file is missing or no JSON.
-        GroundingValueError: a key that is missing, ids that come twice, an image that is not in the split.
     """
 
     name, unit, dataset = "cirr", "query", "CIRR"

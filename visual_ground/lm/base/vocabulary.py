@@ -50,6 +50,10 @@ class VirtualVocabulary:
         # From the middle of the vocabulary, because special tokens are at its ends.
         return next((i for i in range(count // 2, count) if i not in self.reserved_ids), 0)
 
+    def is_token(self, id: int) -> bool:
+        """Return whether an id is a token, which has a text; an LM with more embeddings can generate others."""
+        return id < self.num_tokens
+
     def is_virtual(self, ids: Tensor) -> Tensor:
         """Return the mask, shaped as `ids`, of the virtual ids."""
         return (ids == self.ret_token_id) | (ids >= self.first_image_id)

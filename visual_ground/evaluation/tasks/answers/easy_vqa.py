@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.errors import GroundingValueError, needing
 from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
@@ -35,10 +35,6 @@ class EasyVQA(Task):
         prompt: how a question is put, see `QuestionPrompt`.
         images: measure only so many pictures, drawn at random, with all their questions; None: all.
         seed: of the draw.
-
-    Raises:
-        GroundingValueError: images below 1.
-        GroundingStateError: the package is not installed.
     """
 
     name, primary_metric, unit = "easy-vqa", "accuracy", "image"
@@ -60,11 +56,7 @@ class EasyVQA(Task):
         self.files = [Path(_package().__file__).parent / "data" / split / "questions.json"]
 
     def read(self, split: str) -> list[tuple[str, str, int]]:
-        """Return the questions of a split, each with its answer and its image's number.
-
-        Raises:
-            GroundingValueError: an answer that is not among those of the package.
-        """
+        """Return the questions of a split, each with its answer and its image's number."""
         package = _package()
         read = package.get_train_questions if split == "train" else package.get_test_questions
         questions = list(zip(*read(), strict=True))
@@ -127,10 +119,6 @@ def _hits(record: Record, said: Sequence[str], answers: frozenset[str] | None = 
 
 
 def _package() -> Any:
-    try:
+    with needing('easy-VQA comes out of the package easy_vqa. Run pip install "visual-ground[demo]".'):
         import easy_vqa
-    except ImportError as error:
-        raise GroundingStateError(
-            'easy-VQA comes out of the package easy_vqa. Run pip install "visual-ground[demo]".'
-        ) from error
     return easy_vqa

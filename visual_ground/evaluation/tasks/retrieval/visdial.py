@@ -13,14 +13,13 @@ from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import RANKS, all_ranks, hits, ndcg, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures, Images
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
-from visual_ground.evaluation.running.prompts import batch_of, embed_prompts, without_features
+from visual_ground.evaluation.running.prompts import embed_encoded, embed_prompts, without_features
+from visual_ground.evaluation.running.records import pack, unpack
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.running.vectors import pack, unpack
-from visual_ground.evaluation.tasks.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
+from visual_ground.evaluation.tasks.retrieval.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.scoring.candidates import CandidateScorer
-from visual_ground.scoring.query_vectors import last_vectors
 
 PARTS = ("all", "answers", "retrieval")
 VARIANTS = ("standard", "published")
@@ -30,7 +29,7 @@ WAYS = ("dialog_to_image", "image_to_dialog")
 class VisDial(Task):
     """VisDial 1.0 val: `ndcg`, `mrr`, `answer_r<k>` in percent and `mean_rank` of the answers; recalls both ways.
 
-    Answers: behind the image and the dialogue up to a question, each candidate's log-likelihood is summed over its
+    Answers: after the image and the dialogue up to a question, each candidate's log-likelihood is summed over its
     tokens. `ndcg` is that of the rounds with dense annotations, the others are over all rounds. Retrieval:
     `dialog_to_image_r<k>` and `image_to_dialog_r<k>`, with all ten rounds and without the caption.
 
@@ -43,10 +42,6 @@ class VisDial(Task):
             `ndcg`), and images named `VisualDialog_val2018_<id>`, in any folder.
         part: "all", or only "answers" or "retrieval".
         variant: "standard" or "published".
-
-    Raises:
-        GroundingFileError: a file that is missing or another one.
-        GroundingValueError: another split, an entry that is missing, or ids that do not match.
     """
 
     name, unit, split, primary_metric = "visdial", "dialog", SPLIT, "mrr"
@@ -180,9 +175,8 @@ def _published_scores(
 
 
 def _published_vectors(model: GroundedModel, texts: Sequence[str]) -> Tensor:
-    """Return the vectors behind texts that begin with the opening ids only, without the captions' prompt."""
+    """Return the vectors after texts that begin with the opening ids only, without the captions' prompt."""
     processor = model.processor
     opened = [(*processor.sink, *processor.encode_text(text)) for text in texts]
     encoded = [EncodedPrompt((*ids, *processor.retrieval_suffix(ids)), ()) for ids in opened]
-    batch, _ = batch_of(model, encoded, [])
-    return last_vectors(model.frozen_lm, model.active, batch["input_ids"], batch["attention_mask"], None)
+    return embed_encoded(model, encoded, [])

@@ -29,10 +29,6 @@ class Circo(Task):
         data: folder with `annotations/<split>.json` and `COCO2017_unlabeled`, which has
             `annotations/image_info_unlabeled2017.json` and the images in `unlabeled2017`.
         split: "val" or "test".
-
-    Raises:
-        GroundingFileError: a file is missing or no JSON.
-        GroundingValueError: a key that is missing, ids that come twice, an image that is not listed.
     """
 
     name, unit, dataset = "circo", "query", "CIRCO"

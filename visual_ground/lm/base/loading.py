@@ -13,7 +13,10 @@ from visual_ground.storage.hub_names import check_name
 
 
 def multiplies_bfloat16(device: str = "cpu") -> bool:
-    """Return whether a device multiplies bfloat16 by itself, so that an LM in it reads about twice as fast."""
+    """Return whether a device has hardware instructions for bfloat16 products.
+
+    An LM in bfloat16 then reads about twice as fast.
+    """
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Older versions of torch do not say.
@@ -29,9 +32,9 @@ def load_lm(
     Args:
         lm: Hub id, local folder, a GGUF file as a path or "owner/repository/file.gguf", or a loaded model (also a
             `PeftModel`).
-        tokenizer: a tokenizer or its name; found by the LM's name where None.
+        tokenizer: a tokenizer or its name; None: found by the LM's name.
         revision: of a Hub id.
-        dtype: of the weights of an LM that is loaded here; the one that they were saved in where None.
+        dtype: of the weights of an LM that is loaded here; None: the one that they were saved in.
         hub: token, cache_dir and local_files_only, for transformers' `from_pretrained`.
 
     Raises:

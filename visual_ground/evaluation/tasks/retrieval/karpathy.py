@@ -16,8 +16,8 @@ from visual_ground.evaluation.metrics import RANKS, hits, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
 from visual_ground.evaluation.running.prompts import embed_prompts
+from visual_ground.evaluation.running.records import pack, unpack
 from visual_ground.evaluation.running.task import Task
-from visual_ground.evaluation.running.vectors import pack, unpack
 from visual_ground.model import GroundedModel
 
 # The folds in which COCO's 5,000 test images are also reported; Flickr30k's test images are 1,000.
@@ -48,11 +48,6 @@ class Karpathy(Task):
         dataset: "coco", "flickr30k" or "flickr8k".
         split: as in the file: "train", "restval", "val" or "test".
         fold_size: images of a fold; 1,000 for COCO where None, 0 for none.
-
-    Raises:
-        GroundingFileError: a file that is missing or another one.
-        GroundingValueError: another dataset, a split that the file lacks, an entry that is missing, or ids that come
-            twice.
     """
 
     name, unit = "karpathy", "image"
@@ -111,7 +106,7 @@ class Karpathy(Task):
         if size and len(records) > size:
             for metric in list(values):
                 values[f"fold_{metric}"] = [[] for _ in records]
-            for first in range(0, len(records) - size + 1, size):  # Images behind the last full fold are in none.
+            for first in range(0, len(records) - size + 1, size):  # Images after the last full fold are in none.
                 inside = (owners >= first) & (owners < first + size)
                 fold = _recalls(texts[inside], images[first : first + size], owners[inside] - first)
                 for metric, units in fold.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.formats import files
-from visual_ground.evaluation.formats.coco_captions import captions_file, read_coco_captions
+from visual_ground.evaluation.formats.coco_captions import read_coco_captions
 from visual_ground.evaluation.measures.captions import caption_scores, tokenise_in_python, tokenise_with_java
 from visual_ground.evaluation.running.images import ImageFeatures
 from visual_ground.evaluation.running.plan import Plan, Record, Scores
@@ -25,7 +25,7 @@ TOKENIZERS = {"python": tokenise_in_python, "stanford": tokenise_with_java}
 class Captions(Task):
     """CIDEr-D, times 100 as it is published, and BLEU-1 to BLEU-4, in percent.
 
-    The LM writes behind the prompt that the adapter was trained with, `config.image_prompt`, greedily; its first
+    The LM writes after the prompt that the adapter was trained with, `config.image_prompt`, greedily; its first
     sentence is the caption. The report's file has the captions in the format of the official results. CIDEr-D weighs
     words by the images that are scored, so that numbers of other sets of images do not compare.
 
@@ -34,10 +34,6 @@ class Captions(Task):
         split: such as "val2017".
         max_new_tokens: the most tokens of a caption.
         tokenizer: "python", or "stanford", which the published numbers were computed with and which needs Java.
-
-    Raises:
-        GroundingFileError: the file is missing or no JSON.
-        GroundingValueError: a key that is missing, ids that come twice, images without captions.
     """
 
     name, primary_metric, unit, dataset = "captions", "cider", "image", "COCO captions"
@@ -55,8 +51,8 @@ class Captions(Task):
         self.max_new_tokens, self.tokenizer = max_new_tokens, files.choose(tokenizer, tuple(TOKENIZERS), "tokenizer")
         self.settings: Mapping[str, Any] = {"split": split, "max_new_tokens": max_new_tokens, "tokenizer": tokenizer}
         self.folder = Path(data)
-        self.files = [captions_file(self.folder, split)]
-        self.images = {str(one.image_id): one for one in read_coco_captions(self.folder, split)}
+        images, path = read_coco_captions(self.folder, split)
+        self.images, self.files = {str(one.image_id): one for one in images}, [path]
 
     def prepare(self, model: GroundedModel, images: ImageFeatures) -> Plan:
         """Read the images."""

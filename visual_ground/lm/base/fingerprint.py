@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 # So few that they can be saved in adapter_config.json and read again at every load.
 SAMPLED_ROWS, SAMPLED_TOKENS, SAMPLED_DIMS = 8, 64, 8
 # Relative differences below these are a change of dtype, not of the LM: SmolLM2-135M in bfloat16 differs by 0.2 % and
-# 1.9 % from itself in float32; with linear layers of 8 bits, which is warned of, by 0 % and 5.3 %
+# 1.9 % from itself in float32; 8-bit linear layers differ by 0 % and 5.3 %, and cause the warning
 # (benchmarks/results/fingerprints.json).
 ROW_TOLERANCE, STATE_TOLERANCE = 0.01, 0.04
 
 
 def spread(count: int, number: int) -> list[int]:
-    """Return `number` positions spread evenly over `count`, or all of them where there are fewer.
+    """Return `number` positions spread evenly over `count`, or all of them if there are fewer.
 
     Example:
         >>> spread(100, 4)
@@ -55,7 +55,7 @@ class Fingerprint:
 
         Args:
             vocabulary: the tokens' ids.
-            rows: (8, d) embeddings of `spread(number of rows, 8)`.
+            rows: (8, d) embeddings of the ids `spread(count, 8)`, `count` being the smaller of rows and tokens.
             state: (h,) what the output head reads after two tokens.
         """
         tokens = max(vocabulary.values()) + 1
@@ -107,13 +107,7 @@ def relative_difference(one: Sequence[float], two: Sequence[float]) -> float:
 
 
 def warn_of_differences(trained: Fingerprint | None, present: Fingerprint | None, name: str | None) -> None:
-    """Log a warning, each text once, where an adapter is loaded on another LM than it was trained on.
-
-    Args:
-        trained: fingerprint of the LM it was trained on, as saved with the adapter.
-        present: fingerprint of the LM it is loaded on.
-        name: name of the LM it was trained on.
-    """
+    """Log a warning, each text once, if an adapter that was trained on the LM of this name is loaded on another."""
     if trained is None or present is None:
         return
     if differences := trained.differences(present):

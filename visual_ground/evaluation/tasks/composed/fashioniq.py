@@ -33,10 +33,6 @@ class FashionIQ(Task):
         data: folder with `captions/cap.<category>.<split>.json`, `image_splits/split.<category>.<split>.json` and
             `images`.
         split: "val", or "test", for which nothing but the number of `queries` can be measured.
-
-    Raises:
-        GroundingFileError: a file is missing or no JSON.
-        GroundingValueError: a key that is missing, ids that come twice, an image that is not in the split.
     """
 
     name, unit, dataset = "fashioniq", "query", "FashionIQ"

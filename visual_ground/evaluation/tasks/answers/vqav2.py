@@ -41,10 +41,6 @@ class VQAv2(Task):
         prompt: how a question is put, see `QuestionPrompt`.
         images: measure only so many images, drawn at random, with all their questions; None: all.
         seed: of what is drawn.
-
-    Raises:
-        GroundingFileError: a file is missing or no JSON.
-        GroundingValueError: another split or year, a key that is missing, ids that differ between files or come twice.
     """
 
     name, primary_metric, unit = "vqav2", "accuracy", "image"

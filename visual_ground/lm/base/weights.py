@@ -13,7 +13,7 @@ from visual_ground.errors import GroundingStateError, GroundingTypeError
 
 CHUNK = 512  # Embeddings read at once, so that no second copy of a whole vocabulary is made.
 # A head that must be run to be read gives only a sample of its rows, which is enough for their statistics.
-SAMPLED_ROWS = 4096
+SAMPLED_HEAD_ROWS = 4096
 DO_NOT_QUANTISE = "Leave it out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)."
 
 
@@ -83,7 +83,7 @@ def head_vectors(lm: nn.Module, count: int, head_dim: int) -> Iterator[Tensor]:
         if weight is not None and weight.shape[1] == head_dim:
             yield from torch.split(weight[:count], CHUNK)
             return
-    sampled = torch.arange(0, count, max(1, count // SAMPLED_ROWS))
+    sampled = torch.arange(0, count, max(1, count // SAMPLED_HEAD_ROWS))
     dtype, device = _input_dtype(lm), embedding_device(lm)
     bias = head(torch.zeros(1, 1, head_dim, dtype=dtype, device=device))[0, :, sampled]
     columns = []
@@ -146,11 +146,7 @@ class EmbeddingStatistics:
 
 
 class LMEnds:
-    """A causal LM's input embedding and output head, as they are now.
-
-    Args:
-        lm: the LM.
-    """
+    """A causal LM's input embedding and output head, as they are now."""
 
     def __init__(self, lm: nn.Module) -> None:
         self.embedding: nn.Module = lm.get_input_embeddings()

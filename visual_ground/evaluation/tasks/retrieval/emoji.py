@@ -17,7 +17,7 @@ from torch import Tensor
 from visual_ground.demo import emoji
 from visual_ground.demo.baselines import bag_of_words_ridge, chance
 from visual_ground.demo.pairs import CAPTION_KINDS
-from visual_ground.errors import GroundingStateError
+from visual_ground.errors import needing
 from visual_ground.evaluation.formats import files
 from visual_ground.evaluation.metrics import hits, ranks_of
 from visual_ground.evaluation.running.images import ImageFeatures
@@ -41,9 +41,6 @@ class EmojiRetrieval(Task):
         data: folder for the pictures, which are drawn where they are missing; a temporary one where None.
         split: "test", "validation" or "train".
         baseline: whether to measure the regression, which encodes all training pictures.
-
-    Raises:
-        GroundingStateError: the demo's packages are not installed.
     """
 
     name, primary_metric, unit, dataset = "emoji", "text_to_image_r1", "concept", "emoji concepts"
@@ -52,12 +49,8 @@ class EmojiRetrieval(Task):
     def __init__(self, data: str | os.PathLike[str] | None = None, split: str = "test", baseline: bool = True) -> None:
         self.split: str | None = files.choose(split, ("test", "validation", "train"), "split")
         self.settings: Mapping[str, Any] = {"split": split, "baseline": baseline}
-        try:
+        with needing('The emoji come out of the demo\'s packages. Run pip install "visual-ground[demo]".'):
             concepts = emoji.concepts()
-        except ImportError as error:
-            raise GroundingStateError(
-                'The emoji come out of the demo\'s packages. Run pip install "visual-ground[demo]".'
-            ) from error
         self.folder = Path(tempfile.mkdtemp() if data is None else data)
         if data is None:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -66,12 +59,7 @@ class EmojiRetrieval(Task):
 
     def prepare(self, model: GroundedModel, images: ImageFeatures) -> Plan:
         """Draw and read the pictures, and compare all descriptions with all pictures of each way of drawing."""
-        drawn = {
-            (concept.code, style): emoji.render(concept, style, self.folder)
-            for concept in self.concepts
-            for style in emoji.STYLES
-        }
-        found = images.read({" ".join(name): path for name, path in drawn.items()})
+        found = images.read(self._drawn(self.concepts))
         whole = [c for c in self.concepts if all(f"{c.code} {style}" in found for style in emoji.STYLES)]
         galleries = (
             [torch.stack([found[f"{c.code} {style}"] for c in whole]) for style in emoji.STYLES] if whole else []
@@ -92,6 +80,11 @@ class EmojiRetrieval(Task):
                 for metric in each[0]:
                     values.setdefault(f"{name}_{metric}", []).append([hit for of in each for hit in of[metric]])
         return Scores(values, {f"chance_{metric}": value for metric, value in chance(len(records)).items()})
+
+    def _drawn(self, concepts: Sequence[emoji.Concept]) -> dict[str, Path]:
+        return {
+            f"{one.code} {style}": emoji.render(one, style, self.folder) for one in concepts for style in emoji.STYLES
+        }
 
     def _ranks(
         self,
@@ -122,12 +115,7 @@ class EmojiRetrieval(Task):
 
     def _pairs_to_regress(self, images: ImageFeatures) -> tuple[list[str], Tensor]:
         """Return the descriptions of the training set, and for each the mean features (n, f) of its pictures."""
-        drawn = {
-            f"{concept.code} {style}": emoji.render(concept, style, self.folder)
-            for concept in self.trained
-            for style in emoji.STYLES
-        }
-        read = images.read(drawn)
+        read = images.read(self._drawn(self.trained))
         texts, features = [], []
         for concept in self.trained:
             names = [f"{concept.code} {style}" for style in emoji.STYLES]

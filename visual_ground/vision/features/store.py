@@ -51,11 +51,7 @@ class FeatureFile:
         self._store.refresh()
 
     def add(self, features: Mapping[str, NDArray[Any]]) -> None:
-        """Append the features (f,) of keys that the file lacks, all of them or none.
-
-        Raises:
-            GroundingFileError: the disk is full, or cannot be written.
-        """
+        """Append the features (f,) of keys that the file lacks, all or none; GroundingFileError for a full disk."""
         self._store.add({key: feature.tobytes() for key, feature in features.items()})
 
     def read(self, rows: Sequence[int] | NDArray[Any]) -> Tensor:

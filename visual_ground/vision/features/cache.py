@@ -17,7 +17,7 @@ from visual_ground.errors import GroundingError, GroundingValueError
 from visual_ground.progress import counted
 from visual_ground.vision.decoding import decode_file
 from visual_ground.vision.encoder import VisionEncoder, evaluating
-from visual_ground.vision.feature_store import FEATURES_FILE, STORED, FeatureFile
+from visual_ground.vision.features.store import FEATURES_FILE, STORED, FeatureFile
 from visual_ground.vision.identity import encoder_fingerprint, file_key, image_key
 from visual_ground.vision.images import ImageLike, has_pixels, image_name, read_file
 
@@ -186,12 +186,7 @@ class _Batch:
 
 
 class _Reader:
-    """Reads an image, and decodes and preprocesses it where the file lacks its features.
-
-    Args:
-        preprocess: maps images to pixels (n, c, h, w).
-        known: keys of the images whose features the file has.
-    """
+    """Reads an image, and decodes and preprocesses it where the file lacks its features."""
 
     def __init__(self, preprocess: Callable[[Sequence[ImageLike]], Tensor], known: Collection[str]) -> None:
         self.preprocess, self.known = preprocess, known

@@ -23,11 +23,7 @@ def base_model_of(lm: nn.Module) -> nn.Module:
 
 
 def tuner_layers(lm: nn.Module) -> list[Any]:
-    """Return the layers of an LM that PEFT has replaced.
-
-    Raises:
-        GroundingValueError: there are none.
-    """
+    """Return the layers of an LM that PEFT has replaced; raise GroundingValueError where there are none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [layer for layer in lm.modules() if isinstance(layer, BaseTunerLayer)]
@@ -70,11 +66,7 @@ def load_into(lm: Any, folder: str | os.PathLike[str]) -> None:
 
 
 def attach(lm: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Put the PEFT adapter that was saved beside an adapter into an LM; an LM that has one is returned as it is.
-
-    Raises:
-        GroundingFileError: no PEFT adapter was saved there.
-    """
+    """Put the PEFT adapter that was saved beside an adapter into an LM; an LM that has one is returned as it is."""
     if getattr(lm, "peft_config", None):
         return lm
     from peft import PeftModel

@@ -53,10 +53,6 @@ class Interleaved(Task):
         max_images: the most pictures of an answer; None for any number.
         ret_bias: as in `GroundedModel.generate`.
         documents: False asks the question alone.
-
-    Raises:
-        GroundingFileError: a file that is missing or another one.
-        GroundingValueError: an entry that is missing, or a reference with a picture that there is not.
     """
 
     name, unit, dataset, split, primary_metric = "interleaved", "query", "RAG-IGBench", None, "edit"

@@ -6,11 +6,7 @@ from torch import nn
 
 
 class FreezeGuard:
-    """Holds modules frozen and in evaluation mode, and remembers how they were.
-
-    Args:
-        modules: the modules to freeze.
-    """
+    """Holds modules frozen and in evaluation mode, and remembers how they were."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self._parameters: list[nn.Parameter] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from visual_ground.errors import GroundingStateError, GroundingValueError
+from visual_ground.errors import GroundingValueError, needing
 
 # Below so many vectors, comparing all is as fast as a graph; above so many, the graph and the vectors in it need more
 # memory than most machines have: 6.4 GB at width 256, where IVF-PQ needs 0.4 GB.
@@ -26,11 +26,7 @@ def kind_for(count: int) -> str:
 
 
 def factory_of(kind: str, count: int, dim: int) -> str:
-    """Return faiss's name for an index of a kind.
-
-    Raises:
-        GroundingValueError: another kind, or too few vectors to learn IVF-PQ from.
-    """
+    """Return faiss's name for an index of a kind; GroundingValueError for another, or too few vectors for IVF-PQ."""
     if kind not in EFFORTS:
         raise GroundingValueError(f"kind must be one of {sorted(EFFORTS)}, got {kind!r}.")
     if kind != "ivfpq":
@@ -46,10 +42,6 @@ def factory_of(kind: str, count: int, dim: int) -> str:
 
 def load_faiss() -> Any:
     """Return the module `faiss`, or say what to install."""
-    try:
+    with needing('This index needs faiss, which is not installed: pip install "visual-ground[faiss]".'):
         import faiss
-    except ImportError as error:
-        raise GroundingStateError(
-            'This index needs faiss, which is not installed: pip install "visual-ground[faiss]".'
-        ) from error
     return faiss

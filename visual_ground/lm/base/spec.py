@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.lm.fingerprint import SAMPLED_ROWS, Fingerprint, spread
-from visual_ground.lm.freezing import FreezeGuard
-from visual_ground.lm.vocabulary import VirtualVocabulary
-from visual_ground.lm.weights import check_head, embedding_device, ends_are_tied
+from visual_ground.lm.base.fingerprint import SAMPLED_ROWS, Fingerprint, spread
+from visual_ground.lm.base.freezing import FreezeGuard
+from visual_ground.lm.base.vocabulary import VirtualVocabulary
+from visual_ground.lm.base.weights import check_head, embedding_device, ends_are_tied
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,7 @@ class LMSpec:
 
 @torch.no_grad()
 def read_spec(lm: nn.Module, tokenizer: Any, text_layers: tuple[int, ...]) -> LMSpec:
-    """Read a language model's widths, ties, ids and fingerprint, by running two tokens through it.
-
-    Args:
-        lm: a causal LM.
-        tokenizer: its tokenizer.
-        text_layers: as in `GroundingConfig`.
+    """Read a language model's widths, whether its embeddings are tied, ids and fingerprint, by running two tokens.
 
     Raises:
         GroundingValueError: a text layer that the LM does not have.

@@ -1,0 +1,1 @@
+"""Tasks in which texts, stories or dialogues and images find each other, one file each."""
