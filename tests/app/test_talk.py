@@ -202,7 +202,8 @@ def test_a_batch_waits_for_requests_that_are_being_read_and_for_nobody_else():
     engine, plain = Engine(make_model(), EngineLimits(gather_seconds=60)), Sampling(retrieval=SILENT)
 
     def ask():
-        return Asked(engine, Question([{"role": "user", "content": "w4"}], None, "default", plain, 2))
+        messages = [{"role": "user", "content": [{"type": "text", "text": "w4"}]}]
+        return Asked(engine, Question(messages, None, "default", plain, 2))
 
     try:
         with engine.expecting():

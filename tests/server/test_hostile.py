@@ -17,6 +17,7 @@ from tests.tiny import picture
 from visual_ground.server import chats
 from visual_ground.server.engine import EngineLimits
 from visual_ground.server.http import ServerSettings
+from visual_ground.server.pictures import Pictures
 from visual_ground.server.requests import REFUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -264,6 +265,14 @@ def test_a_prompt_that_must_be_too_long_is_refused_before_its_tokens_are_counted
         broken.setattr(type(running.model.processor), "encode", None)
         status, message, _ = running.post(chat_body(messages=messages))
     assert status == 400 and "context" in message
+
+
+def test_an_answer_that_names_thousands_of_pictures_is_not_looked_through(running, monkeypatch):
+    sought = []
+    monkeypatch.setattr(Pictures, "find", lambda self, name: sought.append(name))
+    gone = {"role": "assistant", "content": "![x](/images/gone) " * 300}
+    status, message, _ = running.post(chat_body(messages=[gone] * 60))
+    assert status == 400 and "pictures" in message and len(sought) == 1024
 
 
 @pytest.mark.parametrize("extra", [{"n": -1}, {"n": 9}, {"n": 1.5}, {"n": "2"}, {"n": True}, {"n": [1]}, {"n": 2**63}])

@@ -23,8 +23,9 @@ from visual_ground.server.pictures import Pictures
 from visual_ground.server.requests import ChatRequest
 
 Event = tuple[int, Part | Finished]
-# No tokenizer makes a token of so many characters; where the context's length is unknown, so many tokens are the most.
-CHARACTERS_PER_TOKEN, MAX_TOKENS = 256, 1_000_000
+# The longest tokens that tokenizers have are of so many spaces; where the context's length is unknown, so many tokens
+# are the most.
+CHARACTERS_PER_TOKEN, MAX_TOKENS = 128, 1_000_000
 
 
 def encode(engine: Engine, request: ChatRequest, attached: AttachedAdapter | None = None) -> EncodedPrompt:

@@ -28,6 +28,8 @@ MAX_PIXELS = 40_000_000
 # Together, of the pictures of one request: a few bytes can claim the most pixels.
 MAX_REQUEST_PIXELS = 4 * MAX_PIXELS
 MAX_REQUEST_PICTURES = 128
+# Addresses of pictures in the answers that a request brings back, most of which may lead nowhere.
+MAX_ADDRESSES = 8 * MAX_REQUEST_PICTURES
 # Encoders see a few hundred pixels, and a conversation of many photos should not fill the memory.
 KEPT_PIXELS = 1024
 THUMBNAIL = 256
@@ -40,6 +42,7 @@ class Given:
 
     def __init__(self, rules: LinkRules) -> None:
         self.rules, self._pixels, self._pictures = rules, MAX_REQUEST_PIXELS, MAX_REQUEST_PICTURES
+        self._addresses = MAX_ADDRESSES
 
     def read(self, image_url: Any) -> Image.Image:
         """Return the picture of an `image_url`, an address or `{"url": ...}`; RequestFailure for none, or too many."""
@@ -51,6 +54,13 @@ class Given:
     def open(self, image: Any) -> Image.Image:
         """Return a picture of the server's own index; RequestFailure for one too many."""
         return self._counted(to_rgb(image))
+
+    def note_address(self) -> None:
+        """Count an address that is looked up in the index, and raise RequestFailure where there are too many."""
+        self._addresses -= 1
+        if self._addresses < 0:
+            message = f"The answers of a request may name {MAX_ADDRESSES} pictures. Leave older ones out."
+            raise RequestFailure(400, message)
 
     def _counted(self, picture: Image.Image) -> Image.Image:
         self._pictures -= 1
@@ -206,6 +216,7 @@ class Pictures:
         parts: list[Any] = []
         start = 0
         for begin, end, name in own_pictures(text):
+            images.note_address()
             with suppress(GroundingError):
                 if (image := self.find(name)) is not None:
                     parts += [text[start:begin], images.open(image)]
