@@ -82,6 +82,16 @@ def test_training_keeps_what_was_fitted(ends, tmp_path):
     assert len(list((tmp_path / "features" / "answers").iterdir())) == 5
 
 
+def test_a_run_goes_on_in_a_new_process_after_ret_was_fitted(ends, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    fitted, model = grounded(), grounded()
+    GroundingTrainer(fitted, arguments(tmp_path, max_steps=2, **saving), ROWS).train()
+    trainer = GroundingTrainer(model, arguments(tmp_path, max_steps=3, **saving), ROWS)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    assert torch.allclose(model.adapter.ret_output, fitted.adapter.ret_output, rtol=1e-5)
+
+
 def test_damaged_caches_are_made_again(ends, tmp_path):
     model, other = grounded(), grounded()
     assert emission.fit_emission(model, CAPTIONS, folder=tmp_path)

@@ -74,6 +74,7 @@ class FaissIndex:
             self.exact = ExactIndex(self.exact.vectors)
         self.kind = kind or kind_for(len(self.exact))
         self.recall: float | None = None
+        self._is_mapped = False
         recipe = factory_of(self.kind, len(self.exact), self.dim)
         self._index = faiss.index_factory(self.dim, recipe, faiss.METRIC_INNER_PRODUCT)
         self.effort = EFFORTS[self.kind][0]
@@ -94,14 +95,14 @@ class FaissIndex:
 
     def add(self, vectors: Tensor) -> None:
         """Append vectors (m, q); they get the next positions."""
-        exact = self.exact.changed([], vectors)
-        try:
-            self._index.add(as_block(vectors).float().numpy())
-        except RuntimeError as error:
+        # Not left to faiss, whose error in one of its threads ends the process.
+        if self._is_mapped:
             raise GroundingStateError(
                 "An IVF-PQ index that is mapped from its file takes no more vectors. Build it again of the old and "
                 "the new ones: FaissIndex(index.exact.changed([], vectors))."
-            ) from error
+            )
+        exact = self.exact.changed([], vectors)
+        self._index.add(as_block(vectors).float().numpy())
         self.exact = exact
 
     def remove(self, positions: Sequence[int]) -> None:
@@ -188,6 +189,7 @@ class FaissIndex:
             )
         index = cls.__new__(cls)
         index.exact, index._index, index.kind = exact, stored, kind
+        index._is_mapped = kind == "ivfpq"
         index.effort, index.recall = about.get("effort", EFFORTS[kind][-1]), about.get("recall")
         if type(index.effort) is not int or not isinstance(index.recall, (float, type(None))):
             raise GroundingFileError(f"{path}.json is damaged: it holds {about}. Build it again.")

@@ -113,7 +113,7 @@ class AdapterCheckpoints:
 def check_base(folder: str | os.PathLike[str], model: GroundedModel) -> None:
     """Raise unless a checkpoint was written for this model's LM, vision encoder and settings.
 
-    The LM is recognised by the norms and the mean of its embedding and not by its name, since a folder may have moved.
+    The LM is recognised by the mean and the spread of its embedding and not by its name, since a folder may have moved.
     """
     metadata, current = read_adapter_config(folder), model.config.to_dict()
     if metadata["config"] != current:
@@ -133,7 +133,7 @@ def check_base(folder: str | os.PathLike[str], model: GroundedModel) -> None:
             f"{provenance['vision_encoder']!r}. Use the checkpoint's encoder, or another output folder."
         )
     mean_atol = EMBEDDING_MEAN_ATOL * float(buffers["embedding_std"].mean())
-    for name, atol in (("ret_norms", 0.0), ("embedding_mean", mean_atol)):
+    for name, atol in (("embedding_std", 0.0), ("embedding_mean", mean_atol)):
         same_shape = saved[name].shape == buffers[name].shape
         if not same_shape or not torch.allclose(saved[name], buffers[name], rtol=STATISTICS_RTOL, atol=atol):
             raise GroundingValueError(
