@@ -66,7 +66,7 @@ def test_a_server_that_is_killed_under_load_harms_nothing(tmp_path):
     server, answered = Server(*arguments), threading.Event()
 
     def load():
-        with suppress(OSError, ValueError, HTTPException):  # Until the server is gone, maybe in the middle of an answer.
+        with suppress(OSError, ValueError, HTTPException):  # Until it is gone, maybe in the middle of an answer.
             while True:
                 ask(server.port)
                 answered.set()
