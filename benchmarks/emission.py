@@ -171,7 +171,8 @@ def main():
     concepts = emoji.concepts()
     train = sorted((c for c in concepts if c.split == "train"), key=lambda c: emoji.stable_number(c.code + "dialogue"))
     folder, start = options.cache / "answers", time.perf_counter()
-    requests = [] if options.captions_only else [emoji.request(c) for c in train[: options.requests]]
+    asked = [] if options.captions_only else train[: options.requests]
+    requests = {emoji.request(c): emoji.captions(c)[0] for c in asked}
     emission.fit_emission(model, [emoji.captions(c)[0] for c in train], requests, folder)
     print("fitted", round(time.perf_counter() - start), "s; norms", model.adapter.ret_norms.tolist(), flush=True)
     held = sorted((c for c in concepts if c.split == options.split), key=lambda c: emoji.stable_number(c.code))[

@@ -123,18 +123,19 @@ def test_later_turns_stand_behind_the_first_turn_and_the_first_sentence_of_its_a
 
     model = grounded()
     monkeypatch.setattr(answers, "answers_to", recorded)
-    found = answers.fitted_answers(model, CAPTIONS, [], None)
+    found = answers.fitted_answers(model, CAPTIONS, {}, None)
     (requests, _), _, (asked, wanted), (others, unwanted) = seen
     assert wanted and not unwanted and len(found) == sum(len(chats) for chats, _ in seen)
     of_text = dict(zip(requests, answers_to(model, requests, True, None), strict=True))
     for text, sentence, _ in [*asked, *others]:
-        assert sentence == model.tokenizer.decode(list(of_text[text].ids[:3])).strip()
+        picture = f" {CAPTIONS[requests.index(text)]}"  # Its caption, as image tokens stand for captions.
+        assert sentence == model.tokenizer.decode(list(of_text[text].ids[:3])).strip() + picture
 
 
 def test_a_template_of_one_turn_only_leaves_later_turns_out(ends):
     refusing = "{% if messages[-1]['role'] != messages[0]['role'] or messages|length > 1 %}{{ raise_exception('no') }}"
     model = grounded(template=refusing + "{% endif %}" + TEMPLATE)
-    found = answers.fitted_answers(model, CAPTIONS, [], None)
+    found = answers.fitted_answers(model, CAPTIONS, {}, None)
     assert len(found) == len(requests_of(CAPTIONS)) + len(others_about(CAPTIONS))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -23,6 +23,7 @@ from visual_ground.progress import counted
 from visual_ground.prompts.chat import ILLUSTRATED
 from visual_ground.storage.atomic import replacing
 from visual_ground.training.initialization.dialogues import evenly, later_turns, others_about, requests_of
+from visual_ground.training.initialization.idf import without_sentence_marks
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Answer:
 def fitted_answers(
     model: GroundedModel,
     captions: Sequence[str],
-    requests: Sequence[str],
+    requests: Mapping[str, str],
     folder: Path | None,
     progress: bool = False,
 ) -> list[Answer]:
@@ -69,19 +70,23 @@ def fitted_answers(
     Args:
         model: the grounded model, whose tokenizer has a chat template.
         captions: what pictures show.
-        requests: what users say to see them; without any, the captions are put into requests.
+        requests: what users say to see a picture, and its caption; without any, the captions are put into requests.
         folder: where answers are kept; None: nowhere.
         progress: show progress bars.
     """
-    requests = evenly(list(dict.fromkeys(requests or requests_of(captions))), MAX_REQUESTS)
-    others = others_about(captions)
-    answers = answers_to(model, requests, True, folder, progress)
+    shown = dict(requests or zip(requests_of(captions), captions, strict=True))
+    asked, others = evenly(list(shown), MAX_REQUESTS), others_about(captions)
+    answers = answers_to(model, asked, True, folder, progress)
     answers += answers_to(model, others, False, folder, progress)
-    ends = [place_of_picture(model, answer) for answer in answers]
-    sentences = [model.tokenizer.decode(list(a.ids[:end])) for a, end in zip(answers, ends, strict=True)]
-    said = zip([*requests, *others], sentences, ends, strict=True)
-    answered = [(text, sentence.strip()) for text, sentence, end in said if end and sentence.strip()]
-    asked_next, others_next = later_turns(captions, requests, answered)
+    answered = []
+    for text, answer in zip([*asked, *others], answers, strict=True):
+        end = place_of_picture(model, answer)
+        sentence = model.tokenizer.decode(list(answer.ids[:end])).strip()
+        if end and sentence:
+            # Image tokens are not fitted yet, and will stand for the words of captions.
+            picture = f" {without_sentence_marks(shown[text])}" if answer.wanted else ""
+            answered.append((text, sentence + picture))
+    asked_next, others_next = later_turns(captions, asked, answered)
     try:
         later = answers_to(model, asked_next, True, folder, progress)
         return answers + later + answers_to(model, others_next, False, folder, progress)

@@ -93,12 +93,12 @@ def start_emission(
     """Fit when `[RET]` is said, see `emission.fit_emission`; return whether it was."""
     if model.config.scaling != "embedding":
         return False
-    requests = [example["request"] for example in examples if "request" in example]
     shortest: dict[Any, str] = {}
     for example in examples:
         caption = shortest.setdefault(example["group"], example["caption"])
         # The shortest is most like a name, which fits into what users say: "How long does a candle last?".
         shortest[example["group"]] = min(caption, example["caption"], key=len)
+    requests = {example["request"]: shortest[example["group"]] for example in examples if "request" in example}
     return fit_emission(model, list(shortest.values()), requests, folder, progress)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
 # inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
-WEIGHT, PENALTY = 0.1, 3e-4
+WEIGHT, PENALTY = 0.05, 3e-4
 # Answers whose continuation is compared with each input embedding, and ids of it.
 NUM_COMPARED, CONTINUATION = 16, 12
 # Text whose embedding may stand for a picture within an answer; the mean embedding is compared too.
@@ -56,7 +56,7 @@ class Places:
 def fit_emission(
     model: GroundedModel,
     captions: Sequence[str],
-    requests: Sequence[str] = (),
+    requests: Mapping[str, str] | None = None,
     folder: Path | None = None,
     progress: bool = False,
 ) -> bool:
@@ -65,7 +65,7 @@ def fit_emission(
     Args:
         model: the grounded model.
         captions: what pictures show.
-        requests: what users say to see them; without any, the captions are put into requests.
+        requests: what users say to see one, and its caption; without any, the captions are put into requests.
         folder: where the LM's answers are kept; None: nowhere.
         progress: show progress bars.
 
@@ -76,7 +76,7 @@ def fit_emission(
     adapter = model.adapter
     if not getattr(model.tokenizer, "chat_template", None) or adapter.tied or not captions:
         return False
-    answers = fitted_answers(model, captions, requests, folder, progress)
+    answers = fitted_answers(model, captions, requests or {}, folder, progress)
     ends = [place_of_picture(model, answer) if answer.wanted else None for answer in answers]
     if all(end is None for end in ends):
         logger.warning("No answer to a request has a whole sentence, so [RET] starts as it does without a chat.")
