@@ -93,7 +93,7 @@ class GroundedModel(nn.Module):
         image_features: Tensor | None = None,
         **lm_options: Any,
     ) -> Any:
-        """Run the LM over what `prepare` gives; return the LM's own output, with logits (b, s, >= v + 1).
+        """Run the LM over what `prepare` gives; return the LM's own output, with logits (b, s, columns).
 
         Args:
             input_ids: (b, s).
@@ -180,7 +180,7 @@ class GroundedModel(nn.Module):
         return self.frozen_lm.disabled()
 
     def unground(self) -> nn.Module:
-        """Take everything off the LM and hand it back, bit for bit what it was."""
+        """Take everything off the LM and hand it back; its own weights are bit for bit what they were."""
         self.adapters.release()
         return self.frozen_lm.release()
 
@@ -206,7 +206,7 @@ class GroundedModel(nn.Module):
         self.active.save(folder, self.lm)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Commit what `save_pretrained` writes to the Hub, at once or not at all; return the commit's address.
+        """Push the adapter's files to the Hub in one commit, without names of local models; return its address.
 
         `repo_id` is made if it is new; `options` are private, revision, token, commit_message and create_pr.
         """

@@ -23,7 +23,7 @@ ROUNDING = 1e-3
 
 
 class BranchReader:
-    """Reads branches on copies of the keys and values of the LM's running `generate`, which it leaves as they are.
+    """Reads branches beside the LM's running `generate`, whose keys and values are afterwards as they were.
 
     Branches of different places are read in one pass, each seeing only what comes before it. Whether an LM can do that
     depends on how it makes its attention masks. The first time in each range of lengths (powers of two) and for each
@@ -67,8 +67,8 @@ class BranchReader:
     def join(self, branches: Sequence[Branch], token: int) -> JoinedBranches | None:
         """Let the next step of `generate` read branches together with its own id; None if `read` must read them.
 
-        It must if there are several sequences (all of them would become longer), if it has not yet found that the LM
-        reads branches together, or if more is needed than what the output head reads.
+        None if there are several sequences (all of them would become longer), if the LM is not yet known to read
+        branches together, if `text_layers` asks for more than what the output head reads, or if a branch does not fit.
 
         Args:
             branches: of the one sequence.

@@ -102,7 +102,7 @@ class GrowingAnswer:
         index: where images are searched.
         settings: how many are shown.
         silent: ids that are no text, though the tokenizer may decode them; see `options.silent_ids`.
-        stops: strings before which the answer ends, in what is generated, whether it is released yet or not.
+        stops: the answer is cut before the first of these, which are looked for also in what is still held back.
 
     Attributes:
         latest: the parts of the latest `[RET]`, even if they are not released yet.

@@ -17,8 +17,8 @@ from visual_ground.generation.seeing import SeenImages
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.scoring.query_vectors import mean_vector, opening_contexts, vectors_after
 
-# Called with the sequence, the token and, if it is `[RET]`, its retrieval vector (q,); returns whether to continue. A
-# token may come together with the next one, in order.
+# Called with the row of the sequence, the token and, if it is `[RET]`, its retrieval vector (q,); returns whether to
+# continue. A `[RET]` may be reported one step late, just before the token after it.
 OnToken = Callable[[int, int, Tensor | None], bool]
 
 
@@ -37,10 +37,10 @@ class _Waiting:
 class AnswerListener(StoppingCriteria):
     """Follows a `generate` token by token, and reads the retrieval vector of each `[RET]` as it comes.
 
-    The state is read from a copy of the keys and values that `generate` holds, so what came before is not run again;
-    an LM that holds something else is run once more up to the `[RET]`. For what is also read at an answer's first
-    `[RET]`, see `query_vectors.opening_contexts`. If there is one sequence, the step that follows the `[RET]` reads
-    this too, because a forward of its own would take about as long as that step.
+    The state is read beside the keys and values that `generate` holds, so what came before is not run again; an LM that
+    holds something else is run once more up to the `[RET]`. For what is also read at an answer's first `[RET]`, see
+    `query_vectors.opening_contexts`. If `BranchReader.join` allows it, the step that follows the `[RET]` reads all of
+    this, because a forward of its own would take about as long as that step.
 
     Args:
         frozen_lm: the LM.
@@ -95,7 +95,7 @@ class AnswerListener(StoppingCriteria):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Take the end of `generate`: a `[RET]` that was the last token has no step that follows."""
+        """Report a `[RET]` that was the last token, which no step followed; called when `generate` has ended."""
         if not self.lost and self._waiting is not None:
             self._tell_waiting(self._waiting.reader)
 
@@ -148,7 +148,7 @@ class AnswerListener(StoppingCriteria):
         return mean_vector([read[one] if one in read else next(again) for one in branches])
 
     def _tell_waiting(self, reader: BranchReader) -> None:
-        """Tell of the `[RET]` before the newest token, which has been read meanwhile; else read it with a reader."""
+        """Report the `[RET]` that was waiting for this step; if the step could not read its vector, read it now."""
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             return

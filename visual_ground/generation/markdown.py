@@ -59,7 +59,7 @@ def escaped_address(address: str) -> str | None:
 
 
 def image_address(address: str) -> str | None:
-    """Return the address of an image as Markdown takes it: of the web, a path, or a data URI of an image.
+    """Return the address of an image as Markdown takes it: of the web, a path, or a data URI of a PNG.
 
     Example:
         >>> image_address("my pictures/cat (1).png"), image_address("javascript:alert(1)")

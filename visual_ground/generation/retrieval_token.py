@@ -103,7 +103,7 @@ class RetLogitsProcessor(LogitsProcessor):
         self.settings, self.places, self._decode = settings, places, decode
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (b, v + 1) with the bias added to `[RET]`'s, or -inf in its place if it may not come.
+        """Return scores (b, columns) with the bias added to `[RET]`'s, or -inf in its place if it may not come.
 
         Scores without a column for `[RET]`, as of an LM whose adapter is disabled, stay as they are.
         """

@@ -86,7 +86,9 @@ def _up_to(parts: Sequence[str | RetrievedImage], room: int) -> list[str | Retri
 
 
 class GrowingSentences:
-    """Releases a growing answer sentence by sentence; joined, what it released equals `cut_to_sentences` of the whole.
+    """Releases a growing answer sentence by sentence.
+
+    Joined, what it released equals `cut_to_sentences` of the whole, or the whole if the LM ended the answer itself.
 
     Example:
         >>> growing = GrowingSentences()
@@ -102,7 +104,7 @@ class GrowingSentences:
         """Take what has been generated since, and return what can now be released."""
         self._parts += parts
         text = "".join(part for part in self._parts if isinstance(part, str))
-        # With a letter after it, a full stop at the very end is not yet taken for the end of a sentence.
+        # The letter keeps a full stop at the very end from counting: what comes next may continue it ("3." and "5").
         ends = sentence_ends(text + "x")
         return self._let_out(_up_to(self._parts, ends[-1])) if ends else []
 

@@ -86,7 +86,7 @@ class FrozenLM:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Return a context manager, inside which the LM behaves as if nothing were attached, in all threads."""
+        """Return a context manager; calls that begin inside it, in any thread, run as if nothing were attached."""
         return self.virtual_tokens.switch.off(self.virtual_tokens.context)
 
     def bare(self) -> AbstractContextManager[HookContext]:
@@ -94,7 +94,7 @@ class FrozenLM:
         return self.virtual_tokens.bind(enabled=False)
 
     def release(self) -> nn.Module:
-        """Take the hooks off the LM and return it, bit for bit as it was."""
+        """Take the hooks off the LM and return it; its own weights are bit for bit what they were."""
         self.virtual_tokens.detach()
         return self.lm
 
@@ -124,7 +124,7 @@ class FrozenLM:
         image_tokens: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Run the LM on ids that may be virtual; return its own output, with logits (b, s, >= v + 1).
+        """Run the LM on ids that may be virtual; return its own output, with logits (b, s, columns).
 
         Args:
             input_ids: (b, s).

@@ -26,7 +26,7 @@ class HookContext:
         owner: the hooks that this context is meant for.
         image_tokens: (n * k, d) input embeddings of the images, or None.
         positions: (r,) long, positions of the flattened (b, s) ids; if given, the output head runs only there and
-            logits are (1, r, v + 1).
+            logits are (1, r, columns).
         enabled: False makes the LM behave as if nothing were attached.
         suspending: the open `Switch.off` blocks that were entered during this call.
         max_logits: the output head runs only at the first `max_logits` of the positions; `head_input` has them all.

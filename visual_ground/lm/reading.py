@@ -11,7 +11,7 @@ from torch import Tensor
 
 from visual_ground.lm.key_values import shortened
 
-# What a step of `generate` is given that may become longer. An LM that takes anything else for each id is left alone.
+# Arguments of a step of `generate` that grow with its ids. An LM that takes anything else for each id is left alone.
 PER_ID = ("input_ids", "attention_mask", "position_ids", "cache_position")
 CACHES, SWITCHES = ("cache", "past_key_values"), ("use_cache", "return_dict")
 
@@ -23,7 +23,7 @@ class LMReading:
     Args:
         head_input: (r, h), what the output head read.
         states: one (r, width) for each layer that was asked for.
-        logits: (r, v + 1), or fewer positions if `max_logits` was given.
+        logits: (r, columns), or fewer positions if `max_logits` was given.
         output: the LM's own output, with its cache.
     """
 
@@ -48,7 +48,9 @@ def states_at(output: Any, head_input: Tensor, layers: Sequence[int], positions:
 
 @dataclass(eq=False)
 class ExtraIds:
-    """Ids that are read in the forward of a step of `generate`, which neither sees them nor keeps anything of them.
+    """Further ids, read in the same forward as a step of `generate`.
+
+    The step's own id does not attend to them, and they are taken out of the cache afterwards.
 
     A forward of one id takes about as long as one of several, because all weights are read once for either.
 

@@ -40,7 +40,7 @@ class VirtualTokens:
         lm: a causal LM with `get_input_embeddings` and `get_output_embeddings`.
         vocabulary: which ids are the LM's and which are virtual.
         ret_embeddings: returns `[RET]`'s input (d,) and output embedding (h,), read anew in each forward.
-        masks_spare_columns: returns whether to set the logits of the LM's ids that no token uses to -inf, likewise.
+        masks_spare_columns: returns whether ids that no token uses get the logit -inf; read anew in each forward.
     """
 
     _ends: LMEnds  # As `attach` found them.
@@ -59,7 +59,7 @@ class VirtualTokens:
         self._frozen: FreezeGuard | None = None
         # Who takes these hooks off in the end, as a weak reference; see `visual_ground.lm.attachment`.
         self.holder: Callable[[], Any] | None = None
-        self.switch = Switch()  # Turns the hooks off, in all threads.
+        self.switch = Switch()  # Turns the hooks off for calls that begin from then on, in all threads.
         # Whether -inf in the logits survives the rest of the LM, which may cap or scale them.
         self._keeps_infinity: bool | None = None
 

@@ -98,7 +98,7 @@ def is_image(data: File) -> bool:
     """Return whether a path, or bytes, is an image by its content, as far as its header tells."""
     try:
         with open_image(data) as image:
-            return bool(image.format)
+            return min(image.size) > 0
     except Exception:  # Whatever it is, it is no image.
         return False
 

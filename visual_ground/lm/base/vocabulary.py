@@ -75,7 +75,7 @@ class VirtualVocabulary:
             mask_spare: whether columns of ids that no token uses become -inf.
 
         Returns:
-            (b, s, >= v + 1).
+            (b, s, columns): the LM's own and `[RET]`'s, which may be a spare one of these, and those of image tokens.
         """
         ret_column = ret_column.unsqueeze(-1)
         own, width = logits.shape[-1], self.first_image_id + num_image_tokens
