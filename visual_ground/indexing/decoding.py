@@ -22,6 +22,7 @@ from torch import Tensor
 from visual_ground.errors import GroundingError, GroundingStateError, GroundingValueError
 from visual_ground.index.table.rows import check_ids, check_texts
 from visual_ground.indexing.sources import SourceImage
+from visual_ground.storage.texts import printable
 from visual_ground.vision.decoding import to_thumbnail
 from visual_ground.vision.images import image_name, to_rgb
 from visual_ground.vision.preprocessing import Preprocessing
@@ -151,7 +152,7 @@ def _read(items: Sequence[SourceImage], preprocessing: Preprocessing, thumbnail_
                 picture = to_rgb(item.image)
                 pixels.append(preprocessing([picture]))
         except GroundingError as error:
-            unreadable.append((name_of(item), str(error)))
+            unreadable.append((printable(name_of(item)), str(error)))
             continue
         read.append(item)
         small = None if thumbnail_size is None or picture is None else to_thumbnail(picture, thumbnail_size)

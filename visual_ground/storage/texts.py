@@ -1,4 +1,4 @@
-"""Which texts a file in UTF-8 can hold."""
+"""Which texts UTF-8 can hold, and what is shown of others."""
 
 from __future__ import annotations
 
@@ -13,3 +13,13 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def printable(text: str) -> str:
+    r"""Return a text that every log and terminal takes, with the halves of surrogates as `\udce9`.
+
+    Example:
+        >>> printable("caf\udce9.png")
+        'caf\\udce9.png'
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
