@@ -28,8 +28,8 @@ class RowsByNumber(Sequence[Any]):
         picked: the numbers of the rows; all if None.
 
     Example:
-        >>> list(RowsByNumber(["a", "b", "c"]).select([2, 0]))
-        ['c', 'a']
+        >>> list(RowsByNumber([{"n": 1}, {"n": 2}, {"n": 3}]).select([2, 0]))
+        [{'n': 3}, {'n': 1}]
     """
 
     def __init__(self, source: Any, picked: Sequence[int] | None = None) -> None:

@@ -90,3 +90,13 @@ def test_max_images_counts_images_at_once_and_one_ret_after_another(images_per_r
     counts = [len(images) for images in together]
     assert sum(counts) == (3 * images_per_ret if most is None else most)
     assert all(count == images_per_ret for count in counts[:-1])
+
+
+@given(st.integers(0, 99), st.integers(1, 3))
+def test_if_no_picture_can_be_opened_an_answer_shows_those_that_it_would_show(seed, images_per_ret):
+    torch.manual_seed(seed)
+    vectors, asked = torch.randn(20, 4), torch.randn(3, 4)
+    gone = ImageIndex(vectors, images=[f"/nowhere/{i}.png" for i in range(20)])
+    settings = RetrievalSettings(images_per_ret=images_per_ret, max_images=None)
+    there, lost = (retrieve(asked, index, settings) for index in (ImageIndex(vectors), gone))
+    assert [[image.id for image in part] for part in lost] == [[image.id for image in part] for part in there]

@@ -231,8 +231,8 @@ def _readable(
     entries: _Entries, hits: list[tuple[int, float]], count: int, shown: set[int]
 ) -> tuple[RetrievedImage, ...]:
     """Return the first `count` images of some hits; images that could not be fetched only fill up the count."""
-    found: list[RetrievedImage] = []
-    failed: list[RetrievedImage] = []
+    found: dict[int, RetrievedImage] = {}
+    failed: dict[int, RetrievedImage] = {}
     for number, (position, score) in enumerate(hits):
         if len(found) == count:
             break
@@ -241,6 +241,8 @@ def _readable(
         image_id, image, metadata = entries.known[position]
         is_gone = isinstance(image, str) and not is_url(image) and not os.path.exists(image)
         is_lost = is_gone or (isinstance(image, ImageLink) and image.failed)
-        (failed if is_lost else found).append(RetrievedImage(image_id, score, image, metadata))
-        shown.add(position)
-    return tuple([*found, *failed][:count])
+        (failed if is_lost else found)[position] = RetrievedImage(image_id, score, image, metadata)
+    chosen = dict([*found.items(), *failed.items()][:count])
+    # Images that gave way to others are not tried again; if none can be read, the next best are for the next `[RET]`.
+    shown.update(chosen, failed if found else ())
+    return tuple(chosen.values())
