@@ -151,6 +151,8 @@ def test_a_file_or_row_that_an_index_cannot_name_is_left_out_and_ends_no_build(t
     report = build_index(grounded(), tmp_path / "photos", tmp_path / "index", BuildOptions(progress=False))
     assert report.num_images == 2 and "half a character" in report.unreadable[0][1]
     assert report.unreadable[0][0].encode().endswith(rb"caf\udce9.png")  # A terminal can show it.
+    with pytest.raises(GroundingError, match="d800"):  # The name of no file at all.
+        build_index(grounded(), [str(tmp_path / "photos" / "a.png"), "\ud800.png"], tmp_path / "listed")
     rows = [{"image": picture(i), "id": one} for i, one in enumerate(("a", True, 2**64, "\udcff", 7))]
     report = build_index(grounded(), rows, tmp_path / "rows", BuildOptions(progress=False))
     assert len(report.unreadable) == 3 and ImageIndex.from_pretrained(tmp_path / "rows").ids == ["a", 7]

@@ -51,7 +51,7 @@ def described(source: Any) -> str:
     paths = [source] if isinstance(source, (str, os.PathLike)) else source
     if isinstance(paths, Sequence) and paths and all(isinstance(one, (str, os.PathLike)) for one in paths):
         names = [os.fspath(one) for one in paths]
-        digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass")).hexdigest()[:16]
         return f"{len(names)} paths, {digest}, the first of which is {names[0]!r}"
     return f"a {type(source).__name__}{f' of {len(source)} rows' if hasattr(source, '__len__') else ''}"
 
