@@ -86,13 +86,17 @@ class Eye(torch.nn.Module):
 
 def filled(texts, concepts):
     """Put concepts into wordings, in turns."""
-    of_all = [texts[i % len(texts)].replace("{np}", c.phrase).replace("{name}", c.name) for i, c in enumerate(concepts)]
-    return list(dict.fromkeys(of_all))
+    return [texts[i % len(texts)].replace("{np}", c.phrase).replace("{name}", c.name) for i, c in enumerate(concepts)]
+
+
+def first_turns(wordings, concepts):
+    """Put concepts into wordings, in turns; each text once."""
+    return list(dict.fromkeys(filled(wordings, concepts)))
 
 
 def second_turns(model, split, concepts, folder):
     """Return answers to second turns: requests and others, each behind a first turn of either kind."""
-    firsts = [*filled(WORDINGS[split], concepts), *filled(OTHERS[split], concepts)]
+    firsts = [*first_turns(WORDINGS[split], concepts), *first_turns(OTHERS[split], concepts)]
     answers = answers_to(model, firsts, True, folder)
     ends = [place_of_picture(model, answer) for answer in answers]
     said = [
@@ -104,8 +108,7 @@ def second_turns(model, split, concepts, folder):
     others = concepts[1:] + concepts[:1]
     second = []
     for wordings, wanted in ((NEXT[split], True), (NEXT_OTHERS[split], False)):
-        texts = [filled(wordings[i % len(wordings) :][:1], [concept])[0] for i, concept in enumerate(others)]
-        chats = [(*first, text) for first, text in zip(turned, texts, strict=True)]
+        chats = [(*first, text) for first, text in zip(turned, filled(wordings, others), strict=True)]
         second += answers_to(model, chats, wanted, folder)
     return second
 
@@ -178,8 +181,8 @@ def main():
     held = sorted((c for c in concepts if c.split == options.split), key=lambda c: emoji.stable_number(c.code))[
         : options.count
     ]
-    answers = answers_to(model, filled(WORDINGS[options.split], held), True, folder)
-    answers += answers_to(model, filled(OTHERS[options.split], held), False, folder)
+    answers = answers_to(model, first_turns(WORDINGS[options.split], held), True, folder)
+    answers += answers_to(model, first_turns(OTHERS[options.split], held), False, folder)
     result = score(model, answers)
     for name, number in (("without a system message", 0), ("with ILLUSTRATED", 1)):
         # Every second dialogue of each kind has the system message.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visual_ground.cli.shared.arguments import (
+    add_address,
     add_max_images,
     add_vision_option,
     check_address,
@@ -53,8 +54,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--example", metavar="TEXT", action="append", default=[], help="a question to begin with")
     parser.add_argument("--title", default="visual_ground", help="the page's heading")
     parser.add_argument("--demo", metavar="DIR", type=Path, default=Path("demo"), help="where `make demo` wrote; demo")
-    parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", metavar="N", type=whole(0, 65535), default=7860, help="7860 where not given")
+    add_address(parser, 7860)
     add_max_images(parser)
     parser.add_argument("--max-batch", type=whole(1), default=8, help="answers that are generated together")
     parser.add_argument("--max-waiting", type=whole(1), default=64, help="questions that may wait; more are refused")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from visual_ground.cli.shared.arguments import (
+    add_address,
     add_index_options,
     add_max_images,
     add_model_arguments,
@@ -31,8 +32,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("serve", help="answer over HTTP, as OpenAI's API does")
     add_model_arguments(parser)
     add_index_options(parser)
-    parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", metavar="N", type=whole(0, 65535), default=8000, help="8000 where not given")
+    add_address(parser, 8000)
     parser.add_argument("--name", default="visual-ground", help="what clients call the model")
     parser.add_argument("--origin", action="append", default=[], help="web page that may call the server")
     add_max_images(parser)

@@ -117,6 +117,12 @@ def check_places(file: str | None = None, folder: str | None = None) -> None:
         raise GroundingFileError(f"The output is a folder, and {folder!r} is a file. Give the name of a folder.")
 
 
+def add_address(parser: argparse.ArgumentParser, port: int) -> None:
+    """Add the options that say where to listen, by default at this port of this machine; see `check_address`."""
+    parser.add_argument("--address", default="127.0.0.1", help="where to listen; 0.0.0.0 lets other machines in")
+    parser.add_argument("--port", metavar="N", type=whole(0, 65535), default=port, help=f"{port} where not given")
+
+
 def check_address(address: str, port: int) -> None:
     """Raise GroundingStateError if nothing can listen at an address; loading the models before would take long."""
     try:

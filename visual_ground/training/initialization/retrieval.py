@@ -16,6 +16,7 @@ from visual_ground.shared_space.accumulator import MomentAccumulator
 from visual_ground.training.data.reading import without_prompt
 from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
 from visual_ground.training.initialization.idf import without_sentence_marks
+from visual_ground.training.initialization.wordings import REQUESTS
 from visual_ground.training.losses.objective import GroundingObjective
 from visual_ground.training.losses.prompts import Asked
 
@@ -29,12 +30,7 @@ BATCH_SIZE = 128
 # points less often (docs/recipe.md). Were only some groups' requests fitted, the difference between the states of
 # captions and of requests would be taken for one between these groups' images and the others'.
 REQUESTS_A_GROUP = 1
-REQUESTS = (
-    "Show me a picture: {caption}.",
-    "Can I see this? {caption}",
-    "Find me an image of {caption}, please.",
-    "I am looking for a photo or drawing: {caption}.",
-)
+WORDINGS = REQUESTS[:4]  # Those that this was measured with.
 
 
 @torch.no_grad()
@@ -126,8 +122,8 @@ def _states(objective: GroundingObjective, batch: Mapping[str, Any], steps_follo
 
 def as_request(example: Example) -> dict[str, Any]:
     """Return an example with its caption as a request, in one of four wordings."""
-    wording = REQUESTS[example["row"] % len(REQUESTS)]
-    return {**example, "request": wording.format(caption=without_sentence_marks(example["caption"]))}
+    wording = WORDINGS[example["row"] % len(WORDINGS)]
+    return {**example, "request": wording.format(it=without_sentence_marks(example["caption"]))}
 
 
 def batched(examples: Iterable[Example]) -> Iterator[list[Example]]:
