@@ -106,7 +106,7 @@ def chat_request(
         pictures: the index's.
         rules: where its images may be fetched from.
         default_tokens: the length of an answer, if the request gives none.
-        default_images: the most places of an answer with pictures, if the request gives none; None for any number.
+        default_images: the most images of an answer, if the request gives none; None for any number.
 
     Raises:
         RequestFailure: a field that is missing or out of its range.
