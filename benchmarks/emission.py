@@ -94,10 +94,9 @@ def first_turns(wordings, concepts):
     return list(dict.fromkeys(filled(wordings, concepts)))
 
 
-def second_turns(model, split, concepts, folder):
-    """Return answers to second turns: requests and others, each behind a first turn of either kind."""
+def second_turns(model, split, concepts, answers, folder):
+    """Return answers to second turns: requests and others, each behind a first turn of either kind and its answer."""
     firsts = [*first_turns(WORDINGS[split], concepts), *first_turns(OTHERS[split], concepts)]
-    answers = answers_to(model, firsts, True, folder)
     ends = [place_of_picture(model, answer) for answer in answers]
     said = [
         (text, model.tokenizer.decode(answer.ids[:end]).strip())
@@ -116,9 +115,8 @@ def second_turns(model, split, concepts, folder):
 @torch.no_grad()
 def said_at(model, answer):
     """Return the place of the first `[RET]` in a greedy answer, or None."""
-    first = len(answer.prompt) - 1
-    states = emission._states(model, [(*answer.prompt, *answer.ids)], [range(first, first + answer.num_places)])
-    said = states.float() @ model.adapter.ret_output > emission._own_logits(model, states).max(-1).values
+    states = answer.states.to(model.adapter.ret_output.device)
+    said = states @ model.adapter.ret_output > emission._own_logits(model, states).max(-1).values
     return next(iter(said.nonzero()[:, 0].tolist()), None)
 
 
@@ -187,7 +185,7 @@ def main():
     for name, number in (("without a system message", 0), ("with ILLUSTRATED", 1)):
         # Every second dialogue of each kind has the system message.
         result[name] = {k: v for k, v in score(model, answers[number::2]).items() if k != "wrong"}
-    result["second turns"] = score(model, second_turns(model, options.split, held, folder))
+    result["second turns"] = score(model, second_turns(model, options.split, held, answers, folder))
     print(json.dumps(result, indent=1))
 
 

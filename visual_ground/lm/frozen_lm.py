@@ -37,7 +37,7 @@ class FrozenLM:
         lm: the transformers model, not a copy of it.
         vocabulary: which ids are the LM's own and which are virtual.
         virtual_tokens: the hooks.
-        takes_positions: whether its forward takes position_ids.
+        takes_positions, cache_name: whether its forward takes position_ids, and its argument for keys and values.
         reads_branches: by attention implementation and range of lengths, whether it reads several branches in one pass;
             see `generation.branches.BranchReader`, which finds out.
     """
@@ -59,7 +59,7 @@ class FrozenLM:
         self.takes_positions = "position_ids" in parameters
         self.reads_branches: dict[tuple[str | None, int], bool] = {}
         # transformers 5.24 renamed the argument past_key_values.
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.virtual_tokens = VirtualTokens(core, spec.vocabulary, ret_embeddings, masks_spare_columns)
         self.virtual_tokens.attach(frozen)
         self.virtual_tokens.holder = weakref.ref(self)
@@ -147,7 +147,7 @@ class FrozenLM:
         if self.virtual_tokens.disabled:
             self.vocabulary.refuse_virtual(input_ids)
         if cache is not None:
-            options[self._cache_name] = cache
+            options[self.cache_name] = cache
         if attention_mask is not None and self.takes_positions and "position_ids" not in options:
             if attention_mask.dim() == 2 and not bool(attention_mask[:, 0].all()):
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

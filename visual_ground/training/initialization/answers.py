@@ -6,56 +6,31 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from transformers import BatchFeature
+from torch import Tensor
 
 from visual_ground.errors import GroundingValueError
-from visual_ground.generation.generate import generate_ids
-from visual_ground.generation.options import end_ids
-from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.sentences import sentence_ends
 from visual_ground.model import GroundedModel
 from visual_ground.progress import counted
 from visual_ground.prompts.chat import ILLUSTRATED
-from visual_ground.storage.atomic import replacing
 from visual_ground.training.initialization.dialogues import evenly, later_turns, others_about, requests_of
+from visual_ground.training.initialization.greedy import Answer, greedy_answers
 from visual_ground.training.initialization.idf import without_sentence_marks
+from visual_ground.training.initialization.kept import kept
 
 logger = logging.getLogger(__name__)
 
-# Long enough for the first sentence of most answers; the rest of an answer teaches nothing new.
-MAX_NEW_TOKENS = 32
-BATCH_SIZE = 32
+# Long enough for the first sentence of most answers, and a little of what follows it; the rest teaches nothing new.
+MAX_NEW_TOKENS, CONTINUATION = 32, 12
+BATCH_SIZE = 64
 # Requests that the LM answers at most; its answers to them are cached, but the first run has to wait for them.
 MAX_REQUESTS = 160
 # What the user says, or the turns of the user and of the assistant, whose first and last are the user's.
 Chat: TypeAlias = str | Sequence[str]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the LM answers by itself.
-
-    Args:
-        prompt: the ids before the answer.
-        ids: the answer's, without the one that ends it.
-        ended: whether the LM ended it; else it ran out of tokens.
-        wanted: whether a picture was asked for.
-    """
-
-    prompt: tuple[int, ...]
-    ids: tuple[int, ...]
-    ended: bool
-    wanted: bool
-
-    @property
-    def num_places(self) -> int:
-        """At how many places `[RET]` could have come: before each id, and before the end."""
-        return len(self.ids) + self.ended
 
 
 def fitted_answers(
@@ -76,8 +51,8 @@ def fitted_answers(
     """
     shown = dict(requests or zip(requests_of(captions), captions, strict=True))
     asked, others = evenly(list(shown), MAX_REQUESTS), others_about(captions)
-    answers = answers_to(model, asked, True, folder, progress)
-    answers += answers_to(model, others, False, folder, progress)
+    answers = answers_to(model, asked, True, folder, progress, CONTINUATION)
+    answers += answers_to(model, others, False, folder, progress, CONTINUATION)
     answered = []
     for text, answer in zip([*asked, *others], answers, strict=True):
         end = place_of_picture(model, answer)
@@ -88,15 +63,20 @@ def fitted_answers(
             answered.append((text, sentence + picture))
     asked_next, others_next = later_turns(captions, asked, answered)
     try:
-        later = answers_to(model, asked_next, True, folder, progress)
-        return answers + later + answers_to(model, others_next, False, folder, progress)
+        later = answers_to(model, asked_next, True, folder, progress, CONTINUATION)
+        return answers + later + answers_to(model, others_next, False, folder, progress, CONTINUATION)
     except GroundingValueError as error:  # A chat template for one turn only.
         logger.info("[RET] is fitted to first turns only. %s", error)
         return answers
 
 
 def answers_to(
-    model: GroundedModel, chats: Sequence[Chat], wanted: bool, folder: Path | None, progress: bool = False
+    model: GroundedModel,
+    chats: Sequence[Chat],
+    wanted: bool,
+    folder: Path | None,
+    progress: bool = False,
+    after: int | None = None,
 ) -> list[Answer]:
     """Let the LM answer what a user says, every second time after the system message `ILLUSTRATED`.
 
@@ -106,22 +86,34 @@ def answers_to(
         wanted: whether the user asks for a picture last.
         folder: where answers are kept; None: nowhere.
         progress: show a progress bar.
+        after: the most ids behind an answer's first sentence; None: any number.
     """
     prompts = [_prompt(model, chat, illustrated=bool(i % 2)) for i, chat in enumerate(chats)]
-    path = None if folder is None else folder / f"{_key(model, prompts)}.json"
-    said = _kept(path, len(prompts))
-    if said is None:
-        # Prompts of a length share a batch, so that little of it is padding.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        starts = counted(range(0, len(order), BATCH_SIZE), "the LM's own answers", "batches", progress)
-        in_order = [one for i in starts for one in _generated(model, [prompts[j] for j in order[i : i + BATCH_SIZE]])]
-        of = dict(zip(order, in_order, strict=True))
-        said = [of[i] for i in range(len(prompts))]
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(said), encoding="utf-8")
-    return [Answer(prompt, tuple(ids), end, wanted) for prompt, (ids, end) in zip(prompts, said, strict=True)]
+    if not prompts:
+        return []
+    path = None if folder is None else folder / f"{_key(model, prompts, after)}.safetensors"
+
+    def compute() -> dict[str, Tensor]:
+        answers: dict[int, Answer] = {}
+        for batch in counted(_batches(prompts), "the LM's own answers", "batches", progress):
+            asked = [prompts[i] for i in batch]
+            answers |= zip(batch, greedy_answers(model, asked, wanted, MAX_NEW_TOKENS, enough), strict=True)
+        return _to_tensors([answers[i] for i in range(len(prompts))])
+
+    def enough(answer: Answer) -> int | None:
+        end = None if after is None else place_of_picture(model, answer)
+        return None if end is None else end + after
+
+    return _from_tensors(prompts, wanted, kept(path, compute))
+
+
+def _batches(prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Put prompts (by number) that begin alike, and have about the same length, into batches."""
+    batches = []
+    for first in (0, 1):  # Without the system message and with it.
+        order = sorted(range(first, len(prompts), 2), key=lambda i: len(prompts[i]))
+        batches += [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
+    return batches
 
 
 def _prompt(model: GroundedModel, chat: Chat, illustrated: bool) -> tuple[int, ...]:
@@ -136,40 +128,33 @@ def _prompt(model: GroundedModel, chat: Chat, illustrated: bool) -> tuple[int, .
     return model.processor.encode(messages).ids
 
 
-@torch.no_grad()
-def _generated(model: GroundedModel, prompts: Sequence[tuple[int, ...]]) -> list[tuple[list[int], bool]]:
-    """Return for each prompt the ids of its greedy answer, and whether the LM ended it."""
-    length = max(map(len, prompts))
-    pad = model.processor.pad_token_id
-    ids = torch.tensor([[*[pad] * (length - len(prompt)), *prompt] for prompt in prompts])
-    mask = torch.tensor([[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts])
-    batch = BatchFeature({"input_ids": ids, "attention_mask": mask}).to(model.frozen_lm.device)
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
-    without = RetrievalSettings(max_images=0)
-    sequences = generate_ids(model.frozen_lm, model.active, batch, None, without, options)
-    stops, answers = end_ids(model.frozen_lm, model.active, options), []
-    for row in sequences[:, length:].tolist():
-        end = next((i for i, token in enumerate(row) if token in stops), None)
-        answers.append((row[:end], end is not None))
-    return answers
-
-
-def _key(model: GroundedModel, prompts: Sequence[tuple[int, ...]]) -> str:
+def _key(model: GroundedModel, prompts: Sequence[tuple[int, ...]], after: int | None) -> str:
     """Return a name for the answers of this LM to these prompts."""
     fingerprint = model.active.spec.fingerprint
     of_lm = None if fingerprint is None else fingerprint.to_dict()
-    return hashlib.sha256(json.dumps([of_lm, MAX_NEW_TOKENS, prompts]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([of_lm, MAX_NEW_TOKENS, after, prompts]).encode()).hexdigest()[:32]
 
 
-def _kept(path: Path | None, count: int) -> list[tuple[list[int], bool]] | None:
-    """Return the answers on disk, or None if there are none or they are damaged."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return [([int(i) for i in ids], bool(end)) for ids, end in said] if len(said) == count else None
-    except (ValueError, TypeError):
-        return None
+def _to_tensors(answers: Sequence[Answer]) -> dict[str, Tensor]:
+    """Return answers as they are kept on disk."""
+    return {
+        "ids": torch.tensor([token for answer in answers for token in answer.ids], dtype=torch.long),
+        "lengths": torch.tensor([len(answer.ids) for answer in answers]),
+        "ended": torch.tensor([int(answer.ended) for answer in answers]),
+        "states": torch.cat([answer.states for answer in answers]),
+        "log_normaliser": torch.cat([answer.log_normaliser for answer in answers]),
+    }
+
+
+def _from_tensors(prompts: Sequence[tuple[int, ...]], wanted: bool, tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Return the answers to prompts from the tensors that were kept."""
+    lengths, ended = tensors["lengths"], tensors["ended"]
+    ids = torch.split(tensors["ids"], lengths.tolist())
+    states, normalisers = (torch.split(tensors[k], (lengths + ended).tolist()) for k in ("states", "log_normaliser"))
+    return [
+        Answer(prompt, tuple(one.tolist()), bool(end), wanted, *read)
+        for prompt, one, end, *read in zip(prompts, ids, ended, states, normalisers, strict=True)
+    ]
 
 
 def place_of_picture(model: GroundedModel, answer: Answer) -> int | None:
@@ -179,9 +164,7 @@ def place_of_picture(model: GroundedModel, answer: Answer) -> int | None:
     whole = decode(list(answer.ids), **options)
     # At the end of an answer that was cut off, what looks like a sentence's end may be the point in "3.5".
     ends = [end for end in sentence_ends(whole) if answer.ended or end < len(whole.rstrip())]
-    ended = [
-        n for n in range(1, len(answer.ids) + 1) if ends and len(decode(list(answer.ids[:n]), **options)) >= ends[0]
-    ]
-    if ended:
-        return ended[0]
+    for n in range(1, len(answer.ids) + 1) if ends else ():
+        if len(decode(list(answer.ids[:n]), **options)) >= ends[0]:
+            return n
     return len(answer.ids) if answer.ended and answer.ids else None

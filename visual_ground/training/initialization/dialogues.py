@@ -21,15 +21,11 @@ def requests_of(captions: Sequence[str]) -> list[str]:
 
 
 def others_about(captions: Sequence[str]) -> list[str]:
-    """Return each dialogue without pictures twice; those about something, with two of the shorter captions.
-
-    Every second chat has a system message (`answers_to`), so each of them is read with it and without it.
-    """
+    """Return the dialogues without pictures; those about something, with one of the shorter captions."""
     things = sorted({without_sentence_marks(caption) for caption in captions}, key=lambda text: (len(text), text))
     things = things[: max(1, len(things) // 2)] or ["it"]
     step = max(1, len(things) // len(OTHERS))
-    numbered = [(other, i * step + turn) for i, other in enumerate(OTHERS) for turn in (0, 1)]
-    return [other.replace("{it}", things[n % len(things)]) for other, n in numbered]
+    return [other.replace("{it}", things[i * step % len(things)]) for i, other in enumerate(OTHERS)]
 
 
 def later_turns(

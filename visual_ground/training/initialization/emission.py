@@ -1,36 +1,33 @@
 """When `[RET]` is said: its two embeddings, fitted to answers that the frozen LM gives by itself.
 
 An answer to a request for a picture gets its `[RET]` behind its first sentence; nowhere else, and nowhere in an answer
-to anything else, is there one. What the output head reads at these places depends on nothing trained, so the output
-embedding is found by a convex fit, and the text around `[RET]` stays the LM's own.
+to anything else, is there one. What the output head reads at these places depends on nothing trained, and was kept when
+the answers were generated. So the output embedding is found by a convex fit, and the text around `[RET]` stays the
+LM's own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from visual_ground.model import GroundedModel
-from visual_ground.progress import counted
-from visual_ground.storage.tensors import write_tensors
-from visual_ground.training.initialization.answers import BATCH_SIZE, Answer, fitted_answers, place_of_picture
+from visual_ground.training.initialization.answers import CONTINUATION, fitted_answers, place_of_picture
+from visual_ground.training.initialization.greedy import Answer
 
 logger = logging.getLogger(__name__)
 
 # What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
 # inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
 WEIGHT, PENALTY = 0.05, 3e-4
-# Answers whose continuation is compared with each input embedding, and ids of it.
-NUM_COMPARED, CONTINUATION = 16, 12
+# Answers whose continuation is compared with each input embedding.
+NUM_COMPARED = 8
 # Text whose embedding may stand for a picture within an answer; the mean embedding is compared too.
 STAND_INS = (" ", ".", "\n")
 # A bound only: L-BFGS stops by itself.
@@ -82,8 +79,7 @@ def fit_emission(
         logger.warning("No answer to a request has a whole sentence, so [RET] starts as it does without a chat.")
         return False
     adapter.ret_input.copy_(choose_input_embedding(model, answers, ends))
-    places = read_places(model, answers, ends, folder, progress)
-    adapter.ret_output.copy_(fit_output_embedding(places))
+    adapter.ret_output.copy_(fit_output_embedding(places_of(answers, ends)))
     # Scaled back to these norms after each step.
     adapter.ret_norms.copy_(torch.stack([embedding.norm() for embedding in adapter.ret_embeddings()]))
     adapter.keep(["ret_input", "ret_output"])  # The text loss would move them to where captions end.
@@ -124,61 +120,16 @@ def choose_input_embedding(model: GroundedModel, answers: Sequence[Answer], ends
     return candidates[losses.index(min(losses))]
 
 
-def read_places(
-    model: GroundedModel,
-    answers: Sequence[Answer],
-    ends: Sequence[int | None],
-    folder: Path | None = None,
-    progress: bool = False,
-) -> Places:
-    """Read what the output head reads at each place of the answers, those with a picture as they go on behind it.
+def places_of(answers: Sequence[Answer], ends: Sequence[int | None]) -> Places:
+    """Return all places of the answers, as the LM goes on without a picture; with one, it should go on alike.
 
     Args:
-        model: the grounded model, with `[RET]`'s input embedding as it will be.
         answers: the LM's own.
         ends: for each, where its picture belongs, or None.
-        folder: where the states are kept; None: nowhere.
-        progress: show a progress bar.
     """
-    sequences, places, is_ret = [], [], []
-    for answer, end in zip(answers, ends, strict=True):
-        first = len(answer.prompt) - 1
-        if end is None:
-            sequences.append((*answer.prompt, *answer.ids))
-            places.append(range(first, first + answer.num_places))
-        else:
-            after = answer.ids[end : end + CONTINUATION]
-            sequences.append((*answer.prompt, *answer.ids[:end], model.ret_token_id, *after))
-            places.append(range(first, len(sequences[-1])))
-        is_ret += [end is not None and place == first + end for place in places[-1]]
-    path = None
-    if folder is not None:
-        row = model.adapter.ret_input.float().cpu().numpy().tobytes()
-        name = hashlib.sha256(repr((model.active.spec.fingerprint, sequences)).encode() + row).hexdigest()[:32]
-        path = folder / f"{name}.safetensors"
-    states, normaliser = _kept(path, len(is_ret)) or _read(model, sequences, places, progress)
-    if path is not None and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"states": states, "log_normaliser": normaliser})
-    return Places(states, normaliser, torch.tensor(is_ret))
-
-
-def _read(
-    model: GroundedModel, sequences: Sequence[tuple[int, ...]], places: Sequence[range], progress: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the states (n, h) and log normalisers (n,) of all places, sequence by sequence."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for start in counted(range(0, len(order), BATCH_SIZE), "start values: [RET]", "batches", progress):
-        some = order[start : start + BATCH_SIZE]
-        states = _states(model, [sequences[i] for i in some], [places[i] for i in some])
-        normaliser = torch.cat([_own_logits(model, part).logsumexp(-1) for part in torch.split(states, 256)])
-        lengths = [len(places[i]) for i in some]
-        parts = zip(*(torch.split(one.float().cpu(), lengths) for one in (states, normaliser)), strict=True)
-        found |= dict(zip(some, parts, strict=True))
-    columns = zip(*(found[i] for i in range(len(sequences))), strict=True)
-    states, normaliser = (torch.cat(column) for column in columns)
-    return states, normaliser
+    is_ret = [place == end for answer, end in zip(answers, ends, strict=True) for place in range(answer.num_places)]
+    states = torch.cat([answer.states for answer in answers])
+    return Places(states, torch.cat([answer.log_normaliser for answer in answers]), torch.tensor(is_ret))
 
 
 def _states(model: GroundedModel, sequences: Sequence[tuple[int, ...]], places: Sequence[range]) -> Tensor:
@@ -196,19 +147,6 @@ def _own_logits(model: GroundedModel, states: Tensor) -> Tensor:
     logits = model.frozen_lm.head_logits(states)
     logits[:, model.ret_token_id] = float("-inf")
     return logits
-
-
-def _kept(path: Path | None, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return the states and log normalisers on disk, or None if there are none or they are damaged."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        tensors = load_file(path)
-        states, normaliser = tensors["states"], tensors["log_normaliser"]
-    except (SafetensorError, OSError, KeyError):
-        path.unlink(missing_ok=True)
-        return None
-    return (states, normaliser) if len(states) == len(normaliser) == count else None
 
 
 def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float = PENALTY) -> Tensor:

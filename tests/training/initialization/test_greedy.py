@@ -1,0 +1,59 @@
+"""Greedy answers in batches are those of each prompt alone, and what was read on the way is what is read again."""
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
+from visual_ground import GroundingConfig, ground
+from visual_ground.training.initialization import emission, greedy
+from visual_ground.training.initialization.greedy import greedy_answers
+
+PROMPTS = [(1, 20, 21, 22, 30), (1, 20, 21, 22, 31, 32, 33, 34, 35, 36, 37), (1, 20, 21, 22, 40, 41, 42)]
+
+
+def grounded(family):
+    config = GroundingConfig(retrieval_dim=6, caption_prompt="w7", image_prompt="w7 {image}")
+    return ground(build(family), Eye(), tokenizer(), image_processor, config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_batch_answers_as_each_prompt_alone(family):
+    model = grounded(family)
+    together = greedy_answers(model, PROMPTS, True, 10)
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": [model.ret_token_id]}
+        alone = model.lm.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert answer.prompt == prompt and answer.ids == tuple(i for i in alone[0, len(prompt) :].tolist() if i != 2)
+        first = len(prompt) - 1
+        places = range(first, first + answer.num_places)
+        states = emission._states(model, [(*prompt, *answer.ids)], [places])
+        assert torch.allclose(answer.states, states, atol=1e-4, rtol=1e-3)
+        normaliser = emission._own_logits(model, states).logsumexp(-1)
+        if "capped" not in family:  # Read again, the head alone caps nothing.
+            assert torch.allclose(answer.log_normaliser, normaliser, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [(5, 6), (7, 8, 9)], [(1, 5)] * 3])
+def test_answers_stop_where_they_are_long_enough(prompts):
+    model = grounded("llama_untied")
+    whole = greedy_answers(model, prompts, True, 10)
+    short = greedy_answers(model, prompts, True, 10, lambda answer: 3 if len(answer.prompt) < 6 else None)
+    for one, other in zip(short, whole, strict=True):
+        assert one.ids == (other.ids[:3] if len(one.prompt) < 6 else other.ids)
+        assert len(one.states) == one.num_places == len(one.log_normaliser)
+
+
+def test_what_all_prompts_begin_with_is_read_once():
+    model, read = grounded("llama_untied"), []
+    model.lm.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
+    greedy_answers(model, PROMPTS, True, 1)
+    # The four shared ids, and then seven columns of the three prompts.
+    assert read == [4, 3 * 7]
+
+
+def test_an_answer_is_cut_with_what_was_read():
+    answer = greedy.Answer((1,), (5, 6, 7), True, False, torch.zeros(4, 2), torch.zeros(4))
+    assert answer.cut(3) is answer
+    assert answer.cut(2).ids == (5, 6) and len(answer.cut(2).states) == 2 and not answer.cut(2).ended

@@ -1,0 +1,184 @@
+"""Greedy answers of the frozen LM, in batches, with what its output head read for each of their tokens.
+
+Reading many answers again would take as long as generating them, and so would reading anew in each prompt what all
+begin with.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchFeature, LogitsProcessor
+
+from visual_ground.generation.generate import generate_ids
+from visual_ground.generation.options import end_ids
+from visual_ground.generation.retrieval_token import RetrievalSettings
+from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.lm.key_values import cache_of, copy_of, plain_layers
+from visual_ground.model import GroundedModel
+
+# Tokens after which answers that are long enough leave the batch, as the others need not wait for them.
+ROUND = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the LM answers by itself.
+
+    Args:
+        prompt: the ids before the answer.
+        ids: the answer's, without the one that ends it.
+        ended: whether the LM ended it; else it ran out of tokens, or was long enough.
+        wanted: whether a picture was asked for.
+        states: (n, h), what the output head read at each of the n places at which `[RET]` could have come.
+        log_normaliser: (n,), of the LM's own columns there.
+    """
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    ended: bool
+    wanted: bool
+    states: Tensor = field(default_factory=lambda: torch.empty(0, 0), compare=False)
+    log_normaliser: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
+
+    @property
+    def num_places(self) -> int:
+        """At how many places `[RET]` could have come: before each id, and before the end."""
+        return len(self.ids) + self.ended
+
+    def cut(self, count: int) -> Answer:
+        """Return it with its first ids only, at most so many."""
+        if count >= len(self.ids):
+            return self
+        read = self.states[:count], self.log_normaliser[:count]
+        return Answer(self.prompt, self.ids[:count], False, self.wanted, *read)
+
+    def longer(self, new: Sequence[int], stops: set[int], states: Tensor, log_normaliser: Tensor) -> Answer:
+        """Return it with m new ids, up to the one that ends it, and what was read (m, h) and (m,) for them."""
+        end = next((i for i, token in enumerate(new) if token in stops), None)
+        count = len(new) if end is None else end + 1
+        states = torch.cat([self.states.view(-1, states.shape[1]), states[:count]])
+        log_normaliser = torch.cat([self.log_normaliser, log_normaliser[:count]])
+        return Answer(self.prompt, (*self.ids, *new[:end]), end is not None, self.wanted, states, log_normaliser)
+
+
+class HeadRecorder(LogitsProcessor):
+    """Keeps what the output head reads in each step of a running `generate`.
+
+    Args:
+        frozen_lm: the LM.
+
+    Attributes:
+        states: of each step, (b, h).
+        log_normalisers: of each step, (b,).
+        cache: what the LM kept of the latest step.
+    """
+
+    def __init__(self, frozen_lm: FrozenLM) -> None:
+        self.frozen_lm = frozen_lm
+        self.cache: Any = None
+        self.states, self.log_normalisers = list[Tensor](), list[Tensor]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Take the scores (b, columns) of a step, in which `[RET]` is forbidden, and leave them as they are."""
+        context = self.frozen_lm.virtual_tokens.context
+        assert context is not None and context.head_input is not None, "the head ran"
+        self.states.append(context.head_input[:, -1].float().cpu())
+        self.log_normalisers.append(scores.float().logsumexp(-1).cpu())
+        self.cache = context.cache
+        return scores
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return the states (b, n, h) and the log normalisers (b, n) of n steps."""
+        return torch.stack(self.states, 1), torch.stack(self.log_normalisers, 1)
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: GroundedModel,
+    prompts: Sequence[tuple[int, ...]],
+    wanted: bool,
+    max_new_tokens: int,
+    enough: Callable[[Answer], int | None] = lambda answer: None,
+) -> list[Answer]:
+    """Let the LM answer a batch of prompts, without `[RET]`.
+
+    Args:
+        model: the grounded model.
+        prompts: the ids of each.
+        wanted: whether they ask for a picture.
+        max_new_tokens: the most ids of an answer, and the one that ends it.
+        enough: returns how many ids of an answer are enough, or None if it cannot be told yet.
+    """
+    frozen_lm, ids, mask = model.frozen_lm, *_padded(model, prompts)
+    stops, cache = end_ids(frozen_lm, model.active), _shared_beginning(frozen_lm, prompts)
+    # Without a copy of the cache, answers cannot go on from where they were.
+    step = max_new_tokens if cache is None else ROUND
+    answers, going = [Answer(prompt, (), False, wanted) for prompt in prompts], list(range(len(prompts)))
+    for done in range(0, max_new_tokens, step):
+        recorder, width = HeadRecorder(frozen_lm), ids.shape[1]
+        ids = _continued(model, ids, mask, cache, min(step, max_new_tokens - done), recorder)
+        kept = []
+        for i, (row, new, *read) in enumerate(zip(going, ids[:, width:].tolist(), *recorder.read(), strict=True)):
+            answer = answers[row].longer(new, stops, *read)
+            count = enough(answer)
+            answers[row] = answer if count is None else answer.cut(count)
+            if not answer.ended and (count is None or count > len(answer.ids)):
+                kept.append(i)
+        if not kept or step == max_new_tokens:
+            break
+        mask = nn.functional.pad(mask, (0, ids.shape[1] - width), value=1)[kept]
+        ids, going, cache = ids[kept], [going[i] for i in kept], copy_of(recorder.cache, _rows(kept))
+    return answers
+
+
+def _continued(
+    model: GroundedModel, ids: Tensor, mask: Tensor, cache: Any, max_new_tokens: int, recorder: HeadRecorder
+) -> Tensor:
+    """Return ids (b, s) with the next ones behind them."""
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "logits_processor": [recorder]}
+    options |= {} if cache is None else {model.frozen_lm.cache_name: cache}
+    batch = BatchFeature({"input_ids": ids, "attention_mask": mask})
+    return generate_ids(model.frozen_lm, model.active, batch, None, RetrievalSettings(max_images=0), options)
+
+
+def _rows(kept: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor[kept]
+
+
+def _padded(model: GroundedModel, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Return the ids (b, s) of prompts, padded on the left, and their mask."""
+    length, pad = max(map(len, prompts)), model.processor.pad_token_id
+    ids = torch.tensor([[*[pad] * (length - len(prompt)), *prompt] for prompt in prompts])
+    mask = torch.tensor([[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts])
+    return ids.to(model.frozen_lm.device), mask.to(model.frozen_lm.device)
+
+
+def _shared_beginning(frozen_lm: FrozenLM, prompts: Sequence[tuple[int, ...]]) -> Any:
+    """Return the keys and values of the first columns of prompts that are padded on the left and begin alike.
+
+    Each row of the cache has its own padding, so a short prompt's has fewer of the shared ids, and the rest of them is
+    read with what follows.
+
+    Returns:
+        A cache; None if the LM keeps something else, or the prompts do not begin alike.
+    """
+    length = max(map(len, prompts))
+    shared = os.path.commonprefix(list(prompts))[: length - 1]
+    if not shared:
+        return None
+    ids = torch.tensor([shared], device=frozen_lm.device)
+    last = torch.tensor([len(shared) - 1], device=frozen_lm.device)
+    cache = cache_of(frozen_lm.read(ids, torch.ones_like(ids), last, use_cache=True).output)
+    layers = plain_layers(cache, len(shared))
+    if layers is None or any(layer.keys.shape[-2] != len(shared) for layer in layers):
+        return None
+    padding = torch.tensor([length - len(prompt) for prompt in prompts], device=ids.device)
+    # What is read as padding is masked.
+    columns = (torch.arange(len(shared), device=ids.device) - padding[:, None]).clamp_min(0)
+    return copy_of(cache, lambda tensor: tensor[0][:, columns.to(tensor.device)].transpose(0, 1))
