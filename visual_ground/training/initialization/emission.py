@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
 WEIGHT, PENALTY = 0.05, 3e-4
 # Answers whose continuation is compared with each input embedding.
-NUM_COMPARED = 8
+NUM_COMPARED = 16
 # Text whose embedding may stand for a picture within an answer; the mean embedding is compared too.
 STAND_INS = (" ", ".", "\n")
 # A bound only: L-BFGS stops by itself.
@@ -47,6 +47,12 @@ class Places:
     states: Tensor
     log_normaliser: Tensor
     is_ret: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Places]) -> Places:
+        """Return the places of all parts."""
+        columns = zip(*((part.states, part.log_normaliser, part.is_ret) for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
 
 
 @torch.no_grad()
@@ -78,21 +84,29 @@ def fit_emission(
     if all(end is None for end in ends):
         logger.warning("No answer to a request has a whole sentence, so [RET] starts as it does without a chat.")
         return False
-    adapter.ret_input.copy_(choose_input_embedding(model, answers, ends))
-    adapter.ret_output.copy_(fit_output_embedding(places_of(answers, ends)))
+    embedding, behind = choose_input_embedding(model, answers, ends)
+    adapter.ret_input.copy_(embedding)
+    # A few places behind `[RET]` are enough for no other to follow it at once.
+    places = [places_of(answers, ends)] if behind is None else [places_of(answers, ends), behind]
+    adapter.ret_output.copy_(fit_output_embedding(Places.joined(places)))
     # Scaled back to these norms after each step.
     adapter.ret_norms.copy_(torch.stack([embedding.norm() for embedding in adapter.ret_embeddings()]))
     adapter.keep(["ret_input", "ret_output"])  # The text loss would move them to where captions end.
     return True
 
 
-def choose_input_embedding(model: GroundedModel, answers: Sequence[Answer], ends: Sequence[int | None]) -> Tensor:
+def choose_input_embedding(
+    model: GroundedModel, answers: Sequence[Answer], ends: Sequence[int | None]
+) -> tuple[Tensor, Places | None]:
     """Return the embedding (d,) after which the LM continues most nearly as it does without a picture.
 
     Args:
         model: the grounded model.
         answers: the LM's own.
         ends: for each, where its picture belongs, or None.
+
+    Returns:
+        It, and the places at and behind it in the continuations that were compared, if there are any.
     """
     candidates = [model.adapter.embedding_mean]
     for text in STAND_INS:
@@ -101,23 +115,24 @@ def choose_input_embedding(model: GroundedModel, answers: Sequence[Answer], ends
             candidates.insert(-1, model.frozen_lm.embed(torch.tensor(ids)).float().mean(0))
     pairs = [(a, end) for a, end in zip(answers, ends, strict=True) if end is not None and len(a.ids) - end >= 2]
     if not pairs:
-        return candidates[0]
+        return candidates[0], None
     sequences: list[tuple[int, ...]] = []
-    counts: list[int] = []
+    places: list[range] = []
     for answer, end in pairs[:NUM_COMPARED]:
-        after = answer.ids[end : end + CONTINUATION]
-        sequences.append((*answer.prompt, *answer.ids[:end], model.ret_token_id, *after))
-        counts.append(len(after))
-    rows = list(zip(sequences, counts, strict=True))
-    targets = torch.tensor([token for row, count in rows for token in row[-count:]])
-    places = [range(len(row) - count - 1, len(row) - 1) for row, count in rows]
-    kept, losses = model.adapter.ret_input.clone(), []
+        before = (*answer.prompt, *answer.ids[:end])
+        sequences.append((*before, model.ret_token_id, *answer.ids[end : end + CONTINUATION]))
+        places.append(range(len(before), len(sequences[-1]) - 1))
+    targets = torch.tensor([row[i + 1] for row, of_row in zip(sequences, places, strict=True) for i in of_row])
+    kept, compared = model.adapter.ret_input.clone(), list[tuple[float, Tensor, Places]]()
     for candidate in candidates:
         model.adapter.ret_input.copy_(candidate)
         states = _states(model, sequences, places)
-        losses.append(float(F.cross_entropy(_own_logits(model, states), targets.to(states.device))))
+        logits = _own_logits(model, states)
+        behind = Places(states.float().cpu(), logits.logsumexp(-1).cpu(), torch.zeros(len(states), dtype=torch.bool))
+        compared.append((float(F.cross_entropy(logits, targets.to(logits.device))), candidate, behind))
     model.adapter.ret_input.copy_(kept)
-    return candidates[losses.index(min(losses))]
+    _, best, behind = min(compared, key=lambda one: one[0])
+    return best, behind
 
 
 def places_of(answers: Sequence[Answer], ends: Sequence[int | None]) -> Places:
