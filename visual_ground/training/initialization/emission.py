@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
 # inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
-WEIGHT, PENALTY = 0.05, 3e-4
+WEIGHT, PENALTY = 0.03, 3e-4
 # Answers whose continuation is compared with each input embedding.
 NUM_COMPARED = 16
 # Text whose embedding may stand for a picture within an answer; the mean embedding is compared too.
