@@ -164,3 +164,11 @@ def test_dialogues_are_filled_and_captions_become_requests():
         assert len(said) == len(OTHERS) and not any("{" in text for text in said)
         assert said[0] == OTHERS[0] and not any("very long" in text for text in said)
     assert "Show me a picture: a cat." in requests_of(["A cat."])
+
+
+@given(st.integers(0, 300), st.integers(1, 200))
+def test_as_many_texts_are_taken_as_asked_for_at_even_distances(length, count):
+    taken = dialogues.evenly(range(length), count)
+    assert len(taken) == min(length, count)
+    gaps = {after - before for before, after in zip(taken, taken[1:], strict=False)}
+    assert len(gaps) <= 2 and all(gap > 0 for gap in gaps)

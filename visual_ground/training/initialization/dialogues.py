@@ -59,5 +59,5 @@ def _behind(answered: Sequence[tuple[str, str]], texts: Sequence[str]) -> list[t
 
 
 def evenly(texts: Sequence[Any], count: int) -> list[Any]:
-    """Return at most so many, at even distances."""
-    return [texts[i] for i in range(0, len(texts), -(-len(texts) // count))] if texts else []
+    """Return so many at even distances, or all if there are not more."""
+    return [texts[i * len(texts) // count] for i in range(count)] if len(texts) > count else list(texts)
