@@ -89,7 +89,8 @@ def test_in_mixed_precision_the_fit_is_nearly_the_same(family, tmp_path):
         )
         fit(model, ROWS, args)
         vectors.append(model.embed_text([row["caption"] for row in ROWS]))
-    assert not torch.equal(*vectors) and float((vectors[0] * vectors[1]).sum(-1).mean()) > 0.95
+    # 0.93 to 1 by the processor, whose bfloat16 products are added in different orders.
+    assert not torch.equal(*vectors) and float((vectors[0] * vectors[1]).sum(-1).mean()) > 0.9
 
 
 @pytest.mark.parametrize(
