@@ -92,7 +92,7 @@ class Pictures:
         weight, bias = self._steps(captioner, imitation.base, weight, bias)
         rows, names = (self.mean + self.std * (self.z @ weight.T + bias))[:, :, None], self.data.captions(0)
         unseen = torch.stack([rows[i, n % 2] for n, i in enumerate(self.held_out)])
-        said, seen = {}, self.fitted[::11]
+        said, seen = {}, self.fitted[::16]
         for kind, chosen in (("unseen", self.held_out[:40]), ("seen", seen)):
             concepts = [self.data.concepts[i] for i in chosen]
             said[kind] = names_said(concepts, captioner.captions(rows[chosen, 0]))
