@@ -54,8 +54,8 @@ class GroundingConfig:
             the first token whatever it is, and this keeps a caption's first word out of that place. None: the
             tokenizer's BOS, or else its EOS.
         caption_prompt: text between the sink token and a caption in retrieval.
-        image_prompt: the same in captioning; "{image}" stands for the image. Its wording matters: captioning is learnt
-            many times sooner after words that make an LM repeat what the image tokens mean.
+        image_prompt: the same in captioning; "{image}" stands for the image. Its wording matters: after two examples in
+            words, an LM names what the image tokens mean, where it would else write an essay (docs/recipe.md).
         retrieval_prompt: words put after a text; the state for retrieval is read at the last of them. An LM that is
             about to say what something looks like knows more of it than one that has just ended a sentence. They are
             read on a copy of the cache, so they are no part of an answer, and the LM continues without them. Empty:
@@ -89,7 +89,7 @@ class GroundingConfig:
     ret_token: str = "[RET]"
     sink_token: str | None = None
     caption_prompt: str = "Image:"
-    image_prompt: str = "Image of {image}:"
+    image_prompt: str = "Image of cat: a cat. Image of house: a house. Image of {image}:"
     retrieval_prompt: str = "It looks like a"
     image_first: bool = False
     scaling: str = "embedding"
