@@ -11,6 +11,7 @@ from tests.tiny import FAMILIES, build, grounded, picture, tokenizer
 from visual_ground import GroundedModel, GroundingError, GroundingTrainer, GroundingTrainingArguments, fit
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.indexing.foreign import read_embeddings
+from visual_ground.lm.base.loading import multiplies_bfloat16
 from visual_ground.transferring.image_side import ImageSide
 
 ROWS = [{"image": picture(i), "caption": f"w{10 + i} w{20 + 2 * i}"} for i in range(12)]
@@ -89,8 +90,9 @@ def test_in_mixed_precision_the_fit_is_nearly_the_same(family, tmp_path):
         )
         fit(model, ROWS, args)
         vectors.append(model.embed_text([row["caption"] for row in ROWS]))
-    # 0.93 to 1 by the processor, whose bfloat16 products are added in different orders.
-    assert not torch.equal(*vectors) and float((vectors[0] * vectors[1]).sum(-1).mean()) > 0.9
+    # Without instructions for bfloat16, products are added in another order: 0.93 for one family.
+    least = 0.95 if multiplies_bfloat16() else 0.9
+    assert not torch.equal(*vectors) and float((vectors[0] * vectors[1]).sum(-1).mean()) > least
 
 
 @pytest.mark.parametrize(
