@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visual_ground.model import GroundedModel
+from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.training.initialization.answers import CONTINUATION, fitted_answers, place_of_picture
 from visual_ground.training.initialization.greedy import Answer
 
@@ -149,10 +150,9 @@ def places_of(answers: Sequence[Answer], ends: Sequence[int | None]) -> Places:
 
 def _states(model: GroundedModel, sequences: Sequence[tuple[int, ...]], places: Sequence[range]) -> Tensor:
     """Return what the output head reads at the places of each sequence, (n, h)."""
-    length, pad = max(map(len, sequences)), model.processor.pad_token_id
-    ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in sequences])
-    mask = torch.tensor([[*[1] * len(row), *[0] * (length - len(row))] for row in sequences])
-    positions = torch.tensor([i * length + place for i, of_row in enumerate(places) for place in of_row])
+    vocabulary, pad_id = model.frozen_lm.vocabulary, model.processor.pad_token_id
+    ids, mask = pad_batch([EncodedPrompt(row, ()) for row in sequences], vocabulary.first_image_id, pad_id, "right")
+    positions = torch.tensor([i * ids.shape[1] + place for i, of_row in enumerate(places) for place in of_row])
     device = model.frozen_lm.device
     return model.frozen_lm.hidden_states(ids.to(device), mask.to(device), positions.to(device))[0]
 

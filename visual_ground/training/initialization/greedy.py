@@ -21,6 +21,7 @@ from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.lm.key_values import cache_of, copy_of, plain_layers
 from visual_ground.model import GroundedModel
+from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 
 # Tokens after which answers that are long enough leave the batch, as the others need not wait for them.
 ROUND = 4
@@ -153,9 +154,8 @@ def _rows(kept: Sequence[int]) -> Callable[[Tensor], Tensor]:
 
 def _padded(model: GroundedModel, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Return the ids (b, s) of prompts, padded on the left, and their mask."""
-    length, pad = max(map(len, prompts)), model.processor.pad_token_id
-    ids = torch.tensor([[*[pad] * (length - len(prompt)), *prompt] for prompt in prompts])
-    mask = torch.tensor([[*[0] * (length - len(prompt)), *[1] * len(prompt)] for prompt in prompts])
+    vocabulary, pad_id = model.frozen_lm.vocabulary, model.processor.pad_token_id
+    ids, mask = pad_batch([EncodedPrompt(prompt, ()) for prompt in prompts], vocabulary.first_image_id, pad_id, "left")
     return ids.to(model.frozen_lm.device), mask.to(model.frozen_lm.device)
 
 
