@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
 from tests.training.runs import ROWS, arguments
@@ -70,6 +71,22 @@ def test_answers_and_states_are_computed_once(ends, tmp_path, monkeypatch):
     assert emission.fit_emission(other, CAPTIONS, folder=tmp_path)
     assert torch.equal(model.adapter.ret_output, other.adapter.ret_output)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other tensors", "fewer ids"])
+def test_kept_answers_that_are_damaged_are_given_again(damage, tmp_path):
+    model = grounded()
+    whole = answers_to(model, ["w3", "w4 w5"], True, tmp_path)
+    (path,) = tmp_path.iterdir()
+    tensors = load_file(path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif damage == "other tensors":
+        save_file({"states": tensors["states"]}, path)
+    else:
+        save_file({**tensors, "ids": tensors["ids"][1:].clone()}, path)
+    assert answers_to(model, ["w3", "w4 w5"], True, tmp_path) == whole
+    assert torch.equal(load_file(path)["ids"], tensors["ids"])
 
 
 def test_training_keeps_what_was_fitted(ends, tmp_path):

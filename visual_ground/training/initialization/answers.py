@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from visual_ground.errors import GroundingValueError
@@ -17,10 +19,10 @@ from visual_ground.generation.sentences import sentence_ends
 from visual_ground.model import GroundedModel
 from visual_ground.progress import counted
 from visual_ground.prompts.chat import ILLUSTRATED
+from visual_ground.storage.tensors import write_tensors
 from visual_ground.training.initialization.dialogues import evenly, later_turns, others_about, requests_of
 from visual_ground.training.initialization.greedy import Answer, greedy_answers
 from visual_ground.training.initialization.idf import without_sentence_marks
-from visual_ground.training.initialization.kept import kept
 
 logger = logging.getLogger(__name__)
 
@@ -93,18 +95,22 @@ def answers_to(
         return []
     path = None if folder is None else folder / f"{_key(model, prompts, after)}.safetensors"
 
-    def compute() -> dict[str, Tensor]:
-        answers: dict[int, Answer] = {}
-        for batch in counted(_batches(prompts), "the LM's own answers", "batches", progress):
-            asked = [prompts[i] for i in batch]
-            answers |= zip(batch, greedy_answers(model, asked, wanted, MAX_NEW_TOKENS, enough), strict=True)
-        return _to_tensors([answers[i] for i in range(len(prompts))])
+    if (tensors := _kept(path, len(prompts))) is not None:
+        return _from_tensors(prompts, wanted, tensors)
 
     def enough(answer: Answer) -> int | None:
         end = None if after is None else place_of_picture(model, answer)
         return None if end is None else end + after
 
-    return _from_tensors(prompts, wanted, kept(path, compute))
+    of: dict[int, Answer] = {}
+    for batch in counted(_batches(prompts), "the LM's own answers", "batches", progress):
+        asked = [prompts[i] for i in batch]
+        of |= zip(batch, greedy_answers(model, asked, wanted, MAX_NEW_TOKENS, enough), strict=True)
+    answers = [of[i] for i in range(len(prompts))]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, _to_tensors(answers))
+    return answers
 
 
 def _batches(prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
@@ -133,6 +139,21 @@ def _key(model: GroundedModel, prompts: Sequence[tuple[int, ...]], after: int | 
     fingerprint = model.active.spec.fingerprint
     of_lm = None if fingerprint is None else fingerprint.to_dict()
     return hashlib.sha256(json.dumps([of_lm, MAX_NEW_TOKENS, after, prompts]).encode()).hexdigest()[:32]
+
+
+def _kept(path: Path | None, count: int) -> dict[str, Tensor] | None:
+    """Return so many answers as they are on disk, or None if there are none or they are damaged."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        lengths, ended = tensors["lengths"], tensors["ended"]
+        places = len(tensors["states"]), len(tensors["log_normaliser"])
+        whole = len(lengths) == len(ended) == count and int(lengths.sum()) == len(tensors["ids"])
+    except (SafetensorError, OSError, KeyError):
+        path.unlink(missing_ok=True)
+        return None
+    return tensors if whole and set(places) == {int((lengths + ended).sum())} else None
 
 
 def _to_tensors(answers: Sequence[Answer]) -> dict[str, Tensor]:
