@@ -105,11 +105,11 @@ def second_turns(model, split, concepts, answers, folder):
     ]
     turned = [said[(5 * i) % len(said)] for i in range(len(concepts))]  # As many of each kind as there are.
     others = concepts[1:] + concepts[:1]
-    second = []
-    for wordings, wanted in ((NEXT[split], True), (NEXT_OTHERS[split], False)):
-        chats = [(*first, text) for first, text in zip(turned, filled(wordings, others), strict=True)]
-        second += answers_to(model, chats, wanted, folder)
-    return second
+    asked, unasked = (
+        [(*first, text) for first, text in zip(turned, filled(wordings, others), strict=True)]
+        for wordings in (NEXT[split], NEXT_OTHERS[split])
+    )
+    return answers_to(model, asked, unasked, folder)
 
 
 @torch.no_grad()
@@ -179,8 +179,8 @@ def main():
     held = sorted((c for c in concepts if c.split == options.split), key=lambda c: emoji.stable_number(c.code))[
         : options.count
     ]
-    answers = answers_to(model, first_turns(WORDINGS[options.split], held), True, folder)
-    answers += answers_to(model, first_turns(OTHERS[options.split], held), False, folder)
+    asked, others = (first_turns(wordings[options.split], held) for wordings in (WORDINGS, OTHERS))
+    answers = answers_to(model, asked, others, folder)
     result = score(model, answers)
     for name, number in (("without a system message", 0), ("with ILLUSTRATED", 1)):
         # Every second dialogue of each kind has the system message.

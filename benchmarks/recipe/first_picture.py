@@ -48,7 +48,7 @@ def main() -> None:
     numbers = pairs.numbers("train")[::STEP]
     concepts = [pairs.concepts[i] for i in numbers]
     asked = [c.fill(UNFITTED_REQUESTS[stable_number(c.code) % len(UNFITTED_REQUESTS)]) for c in concepts]
-    answers = answers_to(model, asked, True, CACHE / "recipe")
+    answers = answers_to(model, asked, [], CACHE / "recipe")
     ends = [place_of_picture(model, answer) for answer in answers]
     whole = [i for i, end in enumerate(ends) if end]
     numbers = [numbers[i] for i in whole]

@@ -76,7 +76,7 @@ def test_answers_and_states_are_computed_once(ends, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["cut", "other tensors", "fewer ids"])
 def test_kept_answers_that_are_damaged_are_given_again(damage, tmp_path):
     model = grounded()
-    whole = answers_to(model, ["w3", "w4 w5"], True, tmp_path)
+    whole = answers_to(model, ["w3"], ["w4 w5"], tmp_path)
     (path,) = tmp_path.iterdir()
     tensors = load_file(path)
     if damage == "cut":
@@ -85,7 +85,7 @@ def test_kept_answers_that_are_damaged_are_given_again(damage, tmp_path):
         save_file({"states": tensors["states"]}, path)
     else:
         save_file({**tensors, "ids": tensors["ids"][1:].clone()}, path)
-    assert answers_to(model, ["w3", "w4 w5"], True, tmp_path) == whole
+    assert answers_to(model, ["w3"], ["w4 w5"], tmp_path) == whole
     assert torch.equal(load_file(path)["ids"], tensors["ids"])
 
 
@@ -96,7 +96,7 @@ def test_training_keeps_what_was_fitted(ends, tmp_path):
         GroundingTrainer(model, arguments(tmp_path, max_steps=steps), ROWS).train()
         fitted.append([embedding.detach().clone() for embedding in model.adapter.ret_embeddings()])
     assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(*fitted, strict=True))
-    assert len(list((tmp_path / "features" / "answers").iterdir())) == 4
+    assert len(list((tmp_path / "features" / "answers").iterdir())) == 2
 
 
 def test_a_run_goes_on_in_a_new_process_after_ret_was_fitted(ends, tmp_path):
@@ -127,23 +127,24 @@ def test_without_a_chat_template_or_with_one_embedding_nothing_changes(ends):
 
 def test_a_template_that_refuses_system_messages_gets_none():
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
-    one, other = answers_to(grounded(template=refusing), ["w5", "w5"], True, None)
+    one, other = answers_to(grounded(template=refusing), ["w5", "w5"], [], None)
     assert one == other
 
 
 def test_later_turns_stand_behind_the_first_turn_and_the_first_sentence_of_its_answer(ends, monkeypatch):
     seen = []
 
-    def recorded(model, chats, wanted, *options):
-        seen.append((chats, wanted))
-        return answers_to(model, chats, wanted, *options)
+    def recorded(model, asked, others, *options):
+        seen.append((asked, others))
+        return answers_to(model, asked, others, *options)
 
     model = grounded()
     monkeypatch.setattr(answers, "answers_to", recorded)
     found = answers.fitted_answers(model, CAPTIONS, {}, None)
-    (requests, _), _, (asked, wanted), (others, unwanted) = seen
-    assert wanted and not unwanted and len(found) == sum(len(chats) for chats, _ in seen)
-    of_text = dict(zip(requests, answers_to(model, requests, True, None), strict=True))
+    (requests, first_others), (asked, others) = seen
+    wanted = [(requests, True), (first_others, False), (asked, True), (others, False)]
+    assert [answer.wanted for answer in found] == [of_all for chats, of_all in wanted for _ in chats]
+    of_text = dict(zip(requests, answers_to(model, requests, [], None), strict=True))
     for text, sentence, _ in [*asked, *others]:
         picture = f" {CAPTIONS[requests.index(text)]}"  # Its caption, as image tokens stand for captions.
         assert sentence == model.tokenizer.decode(list(of_text[text].ids[:3])).strip() + picture

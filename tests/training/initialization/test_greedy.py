@@ -6,9 +6,13 @@ import torch
 from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
 from visual_ground import GroundingConfig, ground
 from visual_ground.training.initialization import emission, greedy
-from visual_ground.training.initialization.greedy import greedy_answers
+from visual_ground.training.initialization.greedy import Answer, greedy_answers
 
 PROMPTS = [(1, 20, 21, 22, 30), (1, 20, 21, 22, 31, 32, 33, 34, 35, 36, 37), (1, 20, 21, 22, 40, 41, 42)]
+
+
+def starts(prompts):
+    return [Answer(prompt, (), False, True) for prompt in prompts]
 
 
 def grounded(family):
@@ -20,7 +24,7 @@ def grounded(family):
 @torch.no_grad()
 def test_a_batch_answers_as_each_prompt_alone(family):
     model = grounded(family)
-    together = greedy_answers(model, PROMPTS, True, 10)
+    together = greedy_answers(model, starts(PROMPTS), 10)
     for prompt, answer in zip(PROMPTS, together, strict=True):
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": [model.ret_token_id]}
@@ -38,8 +42,8 @@ def test_a_batch_answers_as_each_prompt_alone(family):
 @pytest.mark.parametrize("prompts", [PROMPTS, [(5, 6), (7, 8, 9)], [(1, 5)] * 3])
 def test_answers_stop_where_they_are_long_enough(prompts):
     model = grounded("llama_untied")
-    whole = greedy_answers(model, prompts, True, 10)
-    short = greedy_answers(model, prompts, True, 10, lambda answer: 3 if len(answer.prompt) < 6 else None)
+    whole = greedy_answers(model, starts(prompts), 10)
+    short = greedy_answers(model, starts(prompts), 10, lambda answer: 3 if len(answer.prompt) < 6 else None)
     for one, other in zip(short, whole, strict=True):
         assert one.ids == (other.ids[:3] if len(one.prompt) < 6 else other.ids)
         assert len(one.states) == one.num_places == len(one.log_normaliser)
@@ -48,7 +52,7 @@ def test_answers_stop_where_they_are_long_enough(prompts):
 def test_what_all_prompts_begin_with_is_read_once():
     model, read = grounded("llama_untied"), []
     model.lm.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
-    greedy_answers(model, PROMPTS, True, 1)
+    greedy_answers(model, starts(PROMPTS), 1)
     # The four shared ids, and then seven columns of the three prompts.
     assert read == [4, 3 * 7]
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Long enough for the first sentence of most answers, and a little of what follows it; the rest teaches nothing new.
 MAX_NEW_TOKENS, CONTINUATION = 32, 12
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 # Requests that the LM answers at most; its answers to them are cached, but the first run has to wait for them.
 MAX_REQUESTS = 160
 # What the user says, or the turns of the user and of the assistant, whose first and last are the user's.
@@ -53,8 +53,7 @@ def fitted_answers(
     """
     shown = dict(requests or zip(requests_of(captions), captions, strict=True))
     asked, others = evenly(list(shown), MAX_REQUESTS), others_about(captions)
-    answers = answers_to(model, asked, True, folder, progress, CONTINUATION)
-    answers += answers_to(model, others, False, folder, progress, CONTINUATION)
+    answers = answers_to(model, asked, others, folder, progress, CONTINUATION)
     answered = []
     for text, answer in zip([*asked, *others], answers, strict=True):
         end = place_of_picture(model, answer)
@@ -63,10 +62,8 @@ def fitted_answers(
             # Image tokens are not fitted yet, and will stand for the words of captions.
             picture = f" {without_sentence_marks(shown[text])}" if answer.wanted else ""
             answered.append((text, sentence + picture))
-    asked_next, others_next = later_turns(captions, asked, answered)
     try:
-        later = answers_to(model, asked_next, True, folder, progress, CONTINUATION)
-        return answers + later + answers_to(model, others_next, False, folder, progress, CONTINUATION)
+        return answers + answers_to(model, *later_turns(captions, asked, answered), folder, progress, CONTINUATION)
     except GroundingValueError as error:  # A chat template for one turn only.
         logger.info("[RET] is fitted to first turns only. %s", error)
         return answers
@@ -74,23 +71,28 @@ def fitted_answers(
 
 def answers_to(
     model: GroundedModel,
-    chats: Sequence[Chat],
-    wanted: bool,
+    asked: Sequence[Chat],
+    others: Sequence[Chat],
     folder: Path | None,
     progress: bool = False,
     after: int | None = None,
 ) -> list[Answer]:
-    """Let the LM answer what a user says, every second time after the system message `ILLUSTRATED`.
+    """Let the LM answer what users say, every second one of each kind after the system message `ILLUSTRATED`.
 
     Args:
         model: the grounded model, whose tokenizer has a chat template.
-        chats: what the user says, or the turns of a chat whose last is the user's.
-        wanted: whether the user asks for a picture last.
+        asked: what a user says to see a picture, or the turns of a chat whose last is that.
+        others: the same of users who want none.
         folder: where answers are kept; None: nowhere.
         progress: show a progress bar.
         after: the most ids behind an answer's first sentence; None: any number.
+
+    Returns:
+        The answers to `asked`, then those to `others`.
     """
-    prompts = [_prompt(model, chat, illustrated=bool(i % 2)) for i, chat in enumerate(chats)]
+    wanted = [True] * len(asked) + [False] * len(others)
+    illustrated = [bool(i % 2) for i in (*range(len(asked)), *range(len(others)))]
+    prompts = [_prompt(model, chat, own) for chat, own in zip([*asked, *others], illustrated, strict=True)]
     if not prompts:
         return []
     path = None if folder is None else folder / f"{_key(model, prompts, after)}.safetensors"
@@ -103,9 +105,9 @@ def answers_to(
         return None if end is None else end + after
 
     of: dict[int, Answer] = {}
-    for batch in counted(_batches(prompts), "the LM's own answers", "batches", progress):
-        asked = [prompts[i] for i in batch]
-        of |= zip(batch, greedy_answers(model, asked, wanted, MAX_NEW_TOKENS, enough), strict=True)
+    for batch in counted(_batches(prompts, illustrated), "the LM's own answers", "batches", progress):
+        starts = [Answer(prompts[i], (), False, wanted[i]) for i in batch]
+        of |= zip(batch, greedy_answers(model, starts, MAX_NEW_TOKENS, enough), strict=True)
     answers = [of[i] for i in range(len(prompts))]
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +115,13 @@ def answers_to(
     return answers
 
 
-def _batches(prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Put prompts (by number) that begin alike, and have about the same length, into batches."""
+def _batches(prompts: Sequence[tuple[int, ...]], illustrated: Sequence[bool]) -> list[list[int]]:
+    """Put prompts (by number) that begin alike, and have about the same length, into batches of about one size."""
     batches = []
-    for first in (0, 1):  # Without the system message and with it.
-        order = sorted(range(first, len(prompts), 2), key=lambda i: len(prompts[i]))
-        batches += [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
+    for kind in (False, True):
+        chosen = [i for i, own in enumerate(illustrated) if own == kind]
+        order, count = sorted(chosen, key=lambda i: len(prompts[i])), -(-len(chosen) // BATCH_SIZE)
+        batches += [order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]
     return batches
 
 
@@ -167,14 +170,16 @@ def _to_tensors(answers: Sequence[Answer]) -> dict[str, Tensor]:
     }
 
 
-def _from_tensors(prompts: Sequence[tuple[int, ...]], wanted: bool, tensors: Mapping[str, Tensor]) -> list[Answer]:
+def _from_tensors(
+    prompts: Sequence[tuple[int, ...]], wanted: Sequence[bool], tensors: Mapping[str, Tensor]
+) -> list[Answer]:
     """Return the answers to prompts from the tensors that were kept."""
     lengths, ended = tensors["lengths"], tensors["ended"]
     ids = torch.split(tensors["ids"], lengths.tolist())
     states, normalisers = (torch.split(tensors[k], (lengths + ended).tolist()) for k in ("states", "log_normaliser"))
     return [
-        Answer(prompt, tuple(one.tolist()), bool(end), wanted, *read)
-        for prompt, one, end, *read in zip(prompts, ids, ended, states, normalisers, strict=True)
+        Answer(prompt, tuple(one.tolist()), bool(end), for_picture, *read)
+        for prompt, for_picture, one, end, *read in zip(prompts, wanted, ids, ended, states, normalisers, strict=True)
     ]
 
 

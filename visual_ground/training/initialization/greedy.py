@@ -102,8 +102,7 @@ class HeadRecorder(LogitsProcessor):
 @torch.no_grad()
 def greedy_answers(
     model: GroundedModel,
-    prompts: Sequence[tuple[int, ...]],
-    wanted: bool,
+    starts: Sequence[Answer],
     max_new_tokens: int,
     enough: Callable[[Answer], int | None] = lambda answer: None,
 ) -> list[Answer]:
@@ -111,16 +110,16 @@ def greedy_answers(
 
     Args:
         model: the grounded model.
-        prompts: the ids of each.
-        wanted: whether they ask for a picture.
+        starts: answers that have no ids yet.
         max_new_tokens: the most ids of an answer, and the one that ends it.
         enough: returns how many ids of an answer are enough, or None if it cannot be told yet.
     """
-    frozen_lm, ids, mask = model.frozen_lm, *_padded(model, prompts)
+    frozen_lm, prompts = model.frozen_lm, [answer.prompt for answer in starts]
+    ids, mask = _padded(model, prompts)
     stops, cache = end_ids(frozen_lm, model.active), _shared_beginning(frozen_lm, prompts)
     # Without a copy of the cache, answers cannot go on from where they were.
     step = max_new_tokens if cache is None else ROUND
-    answers, going = [Answer(prompt, (), False, wanted) for prompt in prompts], list(range(len(prompts)))
+    answers, going = list(starts), list(range(len(starts)))
     for done in range(0, max_new_tokens, step):
         recorder, width = HeadRecorder(frozen_lm), ids.shape[1]
         ids = _continued(model, ids, mask, cache, min(step, max_new_tokens - done), recorder)
