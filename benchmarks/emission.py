@@ -135,9 +135,8 @@ def score(model, answers):
         said += place is not None
         right += place is not None and place == belongs
         if place != belongs:
-            wrong.append(
-                (model.tokenizer.decode(answer.prompt[-16:]), model.tokenizer.decode(answer.ids), place, belongs)
-            )
+            asked = model.tokenizer.decode([i for i in answer.prompt[-16:] if i >= 0])  # Without pictures.
+            wrong.append((asked, model.tokenizer.decode(answer.ids), place, belongs))
     return {
         "precision": round(right / max(said, 1), 3),
         "recall": round(right / max(wanted, 1), 3),
@@ -174,7 +173,8 @@ def main():
     folder, start = options.cache / "answers", time.perf_counter()
     asked = [] if options.captions_only else train[: options.requests]
     requests = {emoji.request(c): emoji.captions(c)[0] for c in asked}
-    emission.fit_emission(model, [emoji.captions(c)[0] for c in train], requests, folder)
+    begun = emission.begin_emission(model, [emoji.captions(c)[0] for c in train], requests, folder)
+    emission.fit_emission(model, begun, folder=folder)
     print("fitted", round(time.perf_counter() - start), "s; norms", model.adapter.ret_norms.tolist(), flush=True)
     held = sorted((c for c in concepts if c.split == options.split), key=lambda c: emoji.stable_number(c.code))[
         : options.count

@@ -21,7 +21,8 @@ from visual_ground.training.data.columns import is_stream
 from visual_ground.training.data.examples import ExampleCollator, ExampleDataset
 from visual_ground.training.fast_paths import set_compute_plan
 from visual_ground.training.initialization.captions import start_captions
-from visual_ground.training.initialization.data_dependent import evenly_sampled, start_emission, start_image_tokens
+from visual_ground.training.initialization.data_dependent import evenly_sampled, start_image_tokens
+from visual_ground.training.initialization.emission import finish_emission, start_emission
 from visual_ground.training.initialization.ret_token import fit_ret
 from visual_ground.training.initialization.retrieval import BATCH_SIZE, batched, fit_prompts, fit_retrieval
 from visual_ground.training.initialization.statistics import first_examples, standardise
@@ -87,13 +88,15 @@ def _fit(model: GroundedModel, examples: ExampleDataset, args: GroundingTraining
     set_compute_plan(objective, collator(first_examples(examples, setup.PLAN_EXAMPLES)), args, sharded=False)
     sampled = evenly_sampled(examples)
     with autocast_lm(model.lm, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None):
-        said = start_emission(model, sampled, Path(args.features_folder, setup.ANSWERS_FOLDER), args.shows_progress)
+        folder = Path(args.features_folder, setup.ANSWERS_FOLDER)
+        begun = start_emission(model, sampled, folder, args.shows_progress)
         pairs = fit_retrieval(objective, _read(examples, args, "captions and requests"), collator, steps_follow=False)
         features = torch.cat([image_features(model, batch) for batch in batched(sampled)])
         start_image_tokens(model, sampled, features, progress=args.shows_progress)
         start_captions(objective, sampled, features, collator, progress=args.shows_progress)
+        finish_emission(model, begun, sampled, features, folder, args.shows_progress)
         fit_prompts(objective, pairs, _read(examples, args, "prompts"), collator)
-        if not said:
+        if begun is None:
             _fit_ret_token(objective, sampled, collator)
 
 

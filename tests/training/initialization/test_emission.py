@@ -12,19 +12,26 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingConfig, GroundingTrainer, ground
-from visual_ground.training.initialization import answers, dialogues, emission
+from visual_ground.training.initialization import answers, dialogues, emission, turns
 from visual_ground.training.initialization.answers import answers_to, place_of_picture
-from visual_ground.training.initialization.dialogues import later_turns, others_about, requests_of
+from visual_ground.training.initialization.dialogues import Shown, later_turns, others_about, requests_of
 from visual_ground.training.initialization.greedy import Answer
+from visual_ground.training.initialization.ret_token import Places, fit_output_embedding
 from visual_ground.training.initialization.wordings import OTHERS
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} w9 {% endfor %}"
 CAPTIONS = [f"w{20 + i}" for i in range(12)]
+FEATURES = {caption: torch.eye(12)[i] for i, caption in enumerate(CAPTIONS)}
 
 
 def grounded(family="llama_untied", template=TEMPLATE, **config):
     settings = GroundingConfig(retrieval_dim=6, caption_prompt="w7", image_prompt="w7 {image}", **config)
     return ground(build(family), Eye(), tokenizer(template=template), image_processor, settings).eval()
+
+
+def fit_ret(model, folder=None, features=None):
+    begun = emission.begin_emission(model, CAPTIONS, folder=folder)
+    emission.fit_emission(model, begun, features, folder)
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def ends(monkeypatch):
     monkeypatch.setattr(dialogues, "NUM_NEXT_REQUESTS", 4)
     monkeypatch.setattr(dialogues, "NUM_NEXT_OTHERS", 6)
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 8)
-    for module in (answers, emission):
+    for module in (answers, emission, turns):
         monkeypatch.setattr(
             module, "place_of_picture", lambda model, answer: 3 if answer.wanted and len(answer.ids) >= 3 else None
         )
@@ -46,7 +53,7 @@ def test_every_family_s_ret_is_fitted_and_leaves_its_text_alone(family, ends, tm
     chats = [[{"role": "user", "content": text}] for text in requests_of(CAPTIONS)[:4]]
     options = {"max_new_tokens": 8, "do_sample": False}
     before = [answer.text for answer in model.generate(chats, max_images=0, **options)]
-    assert emission.fit_emission(model, CAPTIONS, folder=tmp_path)
+    fit_ret(model, tmp_path, FEATURES)
     assert [answer.text for answer in model.generate(chats, max_images=0, **options)] == before
     for answer, text in zip(model.generate(chats, **options), before, strict=True):
         said = "".join(takewhile(lambda part: isinstance(part, str), answer.parts))
@@ -59,16 +66,16 @@ def test_the_fitted_embedding_says_ret_where_it_was_told_to():
     torch.manual_seed(0)
     states, is_ret = torch.randn(400, 16), torch.rand(400) > 0.9
     states[:, 0] = torch.where(is_ret, 3.0, -1.0)
-    found = emission.fit_output_embedding(emission.Places(states, torch.full((400,), 2.0), is_ret), weight=1.0)
+    found = fit_output_embedding(Places(states, torch.full((400,), 2.0), is_ret), weight=1.0)
     said = states @ found > 2.0
     assert (said & is_ret).sum() >= 0.9 * is_ret.sum() and (said & ~is_ret).sum() <= 0.1 * is_ret.sum()
 
 
 def test_answers_and_states_are_computed_once(ends, tmp_path, monkeypatch):
     model, other = grounded(), grounded()
-    assert emission.fit_emission(model, CAPTIONS, folder=tmp_path)
+    fit_ret(model, tmp_path)
     monkeypatch.setattr(other.lm, "generate", lambda **_: pytest.fail("answered again"))
-    assert emission.fit_emission(other, CAPTIONS, folder=tmp_path)
+    fit_ret(other, tmp_path)
     assert torch.equal(model.adapter.ret_output, other.adapter.ret_output)
     monkeypatch.undo()
 
@@ -111,17 +118,17 @@ def test_a_run_goes_on_in_a_new_process_after_ret_was_fitted(ends, tmp_path):
 
 def test_damaged_caches_are_made_again(ends, tmp_path):
     model, other = grounded(), grounded()
-    assert emission.fit_emission(model, CAPTIONS, folder=tmp_path)
+    fit_ret(model, tmp_path)
     for path in tmp_path.iterdir():
         path.write_bytes(b"[[1")
-    assert emission.fit_emission(other, CAPTIONS, folder=tmp_path)
+    fit_ret(other, tmp_path)
     assert torch.equal(model.adapter.ret_output, other.adapter.ret_output)
 
 
 def test_without_a_chat_template_or_with_one_embedding_nothing_changes(ends):
     for model in (grounded(template=None), grounded("qwen2_tied", tied_ret=True)):
         before = {name: value.clone() for name, value in model.adapter.state_dict().items()}
-        assert not emission.fit_emission(model, CAPTIONS)
+        assert emission.begin_emission(model, CAPTIONS) is None
         assert all(torch.equal(value, before[name]) for name, value in model.adapter.state_dict().items())
 
 
@@ -139,22 +146,48 @@ def test_later_turns_stand_behind_the_first_turn_and_the_first_sentence_of_its_a
         return answers_to(model, asked, others, *options)
 
     model = grounded()
-    monkeypatch.setattr(answers, "answers_to", recorded)
-    found = answers.fitted_answers(model, CAPTIONS, {}, None)
+    monkeypatch.setattr(turns, "answers_to", recorded)
+    first = turns.first_answers(model, CAPTIONS, {}, None)
+    found = [*first.answers, *turns.later_answers(model, first, None, None)]
     (requests, first_others), (asked, others) = seen
     wanted = [(requests, True), (first_others, False), (asked, True), (others, False)]
     assert [answer.wanted for answer in found] == [of_all for chats, of_all in wanted for _ in chats]
     of_text = dict(zip(requests, answers_to(model, requests, [], None), strict=True))
-    for text, sentence, _ in [*asked, *others]:
-        picture = f" {CAPTIONS[requests.index(text)]}"  # Its caption, as image tokens stand for captions.
-        assert sentence == model.tokenizer.decode(list(of_text[text].ids[:3])).strip() + picture
+    for text, shown, _ in [*asked, *others]:
+        assert shown.caption == CAPTIONS[requests.index(text)]
+        assert shown.sentence == model.tokenizer.decode(list(of_text[text].ids[:3])).strip()
+
+
+@torch.no_grad()
+def test_a_picture_in_a_chat_is_its_image_tokens_and_else_its_caption():
+    model, chat = grounded(num_visual_tokens=2), ("w3", Shown("w4", "w21"), "w5")
+    in_words, text = (answers_to(model, [], [one], None)[0] for one in (chat, ("w3", "w4 w21", "w5")))
+    assert in_words.prompt == text.prompt and torch.equal(in_words.states, text.states)
+    tokens = torch.randn(2, model.adapter.embedding_mean.shape[0])
+    picture, other = (answers_to(model, [], [chat], None, image_tokens={"w21": rows})[0] for rows in (tokens, -tokens))
+    assert picture.prompt.count(-1) == 2 and not torch.allclose(picture.states[0], other.states[0])
+    before = picture.prompt.index(-1)
+    ids, first = torch.tensor([picture.prompt]), model.frozen_lm.vocabulary.first_image_id
+    ids[0, before : before + 2] = torch.arange(first, first + 2)
+    last = torch.tensor([ids.shape[1] - 1])
+    read = model.frozen_lm.hidden_states(ids, torch.ones_like(ids), last, image_tokens=tokens)[0]
+    assert torch.allclose(picture.states[0], read[0], atol=1e-5)
+
+
+def test_answers_behind_other_pictures_are_others(tmp_path):
+    model, chat = grounded(), ("w3", Shown("w4", "w21"), "w5")
+    rows = torch.randn(2, 1, model.adapter.embedding_mean.shape[0])
+    for row in (*rows, *rows):
+        answers_to(model, [chat], [], tmp_path, image_tokens={"w21": row})
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_template_of_one_turn_only_leaves_later_turns_out(ends):
     refusing = "{% if messages[-1]['role'] != messages[0]['role'] or messages|length > 1 %}{{ raise_exception('no') }}"
     model = grounded(template=refusing + "{% endif %}" + TEMPLATE)
-    found = answers.fitted_answers(model, CAPTIONS, {}, None)
-    assert len(found) == len(requests_of(CAPTIONS)) + len(others_about(CAPTIONS))
+    first = turns.first_answers(model, CAPTIONS, {}, None)
+    assert len(first.answers) == len(requests_of(CAPTIONS)) + len(others_about(CAPTIONS))
+    assert turns.later_answers(model, first, None, None) == []
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,53 +21,15 @@ from visual_ground.model import GroundedModel
 from visual_ground.progress import counted
 from visual_ground.prompts.chat import ILLUSTRATED
 from visual_ground.storage.tensors import write_tensors
-from visual_ground.training.initialization.dialogues import evenly, later_turns, others_about, requests_of
+from visual_ground.training.initialization.dialogues import Chat, Shown
 from visual_ground.training.initialization.greedy import Answer, greedy_answers
 from visual_ground.training.initialization.idf import without_sentence_marks
-
-logger = logging.getLogger(__name__)
 
 # Long enough for the first sentence of most answers, and a little of what follows it; the rest teaches nothing new.
 MAX_NEW_TOKENS, CONTINUATION = 32, 12
 BATCH_SIZE = 128
-# Requests that the LM answers at most; its answers to them are cached, but the first run has to wait for them.
-MAX_REQUESTS = 160
-# What the user says, or the turns of the user and of the assistant, whose first and last are the user's.
-Chat: TypeAlias = str | Sequence[str]
-
-
-def fitted_answers(
-    model: GroundedModel,
-    captions: Sequence[str],
-    requests: Mapping[str, str],
-    folder: Path | None,
-    progress: bool = False,
-) -> list[Answer]:
-    """Return the LM's answers that `[RET]` is fitted to: to requests and to others, in first turns and in later ones.
-
-    Args:
-        model: the grounded model, whose tokenizer has a chat template.
-        captions: what pictures show.
-        requests: what users say to see a picture, and its caption; without any, the captions are put into requests.
-        folder: where answers are kept; None: nowhere.
-        progress: show progress bars.
-    """
-    shown = dict(requests or zip(requests_of(captions), captions, strict=True))
-    asked, others = evenly(list(shown), MAX_REQUESTS), others_about(captions)
-    answers = answers_to(model, asked, others, folder, progress, CONTINUATION)
-    answered = []
-    for text, answer in zip([*asked, *others], answers, strict=True):
-        end = place_of_picture(model, answer)
-        sentence = model.tokenizer.decode(list(answer.ids[:end])).strip()
-        if end and sentence:
-            # Image tokens are not fitted yet, and will stand for the words of captions.
-            picture = f" {without_sentence_marks(shown[text])}" if answer.wanted else ""
-            answered.append((text, sentence + picture))
-    try:
-        return answers + answers_to(model, *later_turns(captions, asked, answered), folder, progress, CONTINUATION)
-    except GroundingValueError as error:  # A chat template for one turn only.
-        logger.info("[RET] is fitted to first turns only. %s", error)
-        return answers
+# Stands in a chat for a picture, whose tokens are known without it.
+BLANK = Image.new("RGB", (1, 1))
 
 
 def answers_to(
@@ -76,6 +39,7 @@ def answers_to(
     folder: Path | None,
     progress: bool = False,
     after: int | None = None,
+    image_tokens: Mapping[str, Tensor] | None = None,
 ) -> list[Answer]:
     """Let the LM answer what users say, every second one of each kind after the system message `ILLUSTRATED`.
 
@@ -86,33 +50,46 @@ def answers_to(
         folder: where answers are kept; None: nowhere.
         progress: show a progress bar.
         after: the most ids behind an answer's first sentence; None: any number.
+        image_tokens: by caption, (k, d), of the pictures in chats; None: captions stand for them.
 
     Returns:
         The answers to `asked`, then those to `others`.
     """
-    wanted = [True] * len(asked) + [False] * len(others)
-    illustrated = [bool(i % 2) for i in (*range(len(asked)), *range(len(others)))]
-    prompts = [_prompt(model, chat, own) for chat, own in zip([*asked, *others], illustrated, strict=True)]
-    if not prompts:
+    chats, wanted = [*asked, *others], [True] * len(asked) + [False] * len(others)
+    if not chats:
         return []
-    path = None if folder is None else folder / f"{_key(model, prompts, after)}.safetensors"
-
+    illustrated = [bool(i % 2) for i in (*range(len(asked)), *range(len(others)))]
+    prompts = [_prompt(model, chat, own, image_tokens) for chat, own in zip(chats, illustrated, strict=True)]
+    of_each = [_of_chat(chat, image_tokens) for chat in chats]
+    path = None if folder is None else folder / f"{_key(model, prompts, of_each, after)}.safetensors"
     if (tensors := _kept(path, len(prompts))) is not None:
         return _from_tensors(prompts, wanted, tensors)
+    answers = [Answer(prompt, (), False, own) for prompt, own in zip(prompts, wanted, strict=True)]
+    for batch in counted(_batches(prompts, illustrated), "the LM's own answers", "batches", progress):
+        _answer(model, answers, batch, of_each, after)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, _to_tensors(answers))
+    return answers
+
+
+def _answer(
+    model: GroundedModel,
+    answers: list[Answer],
+    batch: Sequence[int],
+    of_each: Sequence[Sequence[Tensor]],
+    after: int | None,
+) -> None:
+    """Put whole answers into the places of a batch."""
 
     def enough(answer: Answer) -> int | None:
         end = None if after is None else place_of_picture(model, answer)
         return None if end is None else end + after
 
-    of: dict[int, Answer] = {}
-    for batch in counted(_batches(prompts, illustrated), "the LM's own answers", "batches", progress):
-        starts = [Answer(prompts[i], (), False, wanted[i]) for i in batch]
-        of |= zip(batch, greedy_answers(model, starts, MAX_NEW_TOKENS, enough), strict=True)
-    answers = [of[i] for i in range(len(prompts))]
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, _to_tensors(answers))
-    return answers
+    seen = [row for i in batch for row in of_each[i]]
+    whole = greedy_answers(model, [answers[i] for i in batch], MAX_NEW_TOKENS, enough, seen)
+    for i, answer in zip(batch, whole, strict=True):
+        answers[i] = answer
 
 
 def _batches(prompts: Sequence[tuple[int, ...]], illustrated: Sequence[bool]) -> list[list[int]]:
@@ -125,10 +102,14 @@ def _batches(prompts: Sequence[tuple[int, ...]], illustrated: Sequence[bool]) ->
     return batches
 
 
-def _prompt(model: GroundedModel, chat: Chat, illustrated: bool) -> tuple[int, ...]:
-    """Return the ids of a chat; some templates refuse system messages, and have none then."""
-    turns = (chat,) if isinstance(chat, str) else chat
-    messages = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+def _prompt(
+    model: GroundedModel, chat: Chat, illustrated: bool, image_tokens: Mapping[str, Tensor] | None
+) -> tuple[int, ...]:
+    """Return the ids of a chat, as in `EncodedPrompt`; some templates refuse system messages, and have none then."""
+    messages = [
+        {"role": "assistant" if i % 2 else "user", "content": _content(turn, image_tokens is not None)}
+        for i, turn in enumerate((chat,) if isinstance(chat, str) else chat)
+    ]
     if illustrated:
         try:
             return model.processor.encode([{"role": "system", "content": ILLUSTRATED}, *messages]).ids
@@ -137,11 +118,29 @@ def _prompt(model: GroundedModel, chat: Chat, illustrated: bool) -> tuple[int, .
     return model.processor.encode(messages).ids
 
 
-def _key(model: GroundedModel, prompts: Sequence[tuple[int, ...]], after: int | None) -> str:
+def _content(turn: str | Shown, with_picture: bool) -> Any:
+    if isinstance(turn, str):
+        return turn
+    return [turn.sentence, BLANK] if with_picture else f"{turn.sentence} {without_sentence_marks(turn.caption)}"
+
+
+def _of_chat(chat: Chat, image_tokens: Mapping[str, Tensor] | None) -> list[Tensor]:
+    """Return the tokens (k, d) of each picture in a chat."""
+    if isinstance(chat, str) or image_tokens is None:
+        return []
+    return [image_tokens[turn.caption] for turn in chat if isinstance(turn, Shown)]
+
+
+def _key(
+    model: GroundedModel, prompts: Sequence[tuple[int, ...]], of_each: Sequence[Sequence[Tensor]], after: int | None
+) -> str:
     """Return a name for the answers of this LM to these prompts."""
     fingerprint = model.active.spec.fingerprint
     of_lm = None if fingerprint is None else fingerprint.to_dict()
-    return hashlib.sha256(json.dumps([of_lm, MAX_NEW_TOKENS, after, prompts]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([of_lm, MAX_NEW_TOKENS, after, prompts]).encode())
+    for row in chain(*of_each):
+        key.update(row.float().cpu().numpy().tobytes())
+    return key.hexdigest()[:32]
 
 
 def _kept(path: Path | None, count: int) -> dict[str, Tensor] | None:

@@ -25,7 +25,7 @@ from visual_ground.progress import counted
 from visual_ground.training.data.examples import ExampleDataset
 from visual_ground.training.data.streams import ExampleStream
 from visual_ground.training.initialization.captions import start_captions
-from visual_ground.training.initialization.emission import fit_emission
+from visual_ground.training.initialization.emission import finish_emission, start_emission
 from visual_ground.training.initialization.idf import caption_ids, fit_image_tokens_to_words, idf_weights
 from visual_ground.training.initialization.retrieval import BATCH_SIZE, Collate, batched, fit_prompts, fit_retrieval
 from visual_ground.training.losses.objective import GroundingObjective
@@ -63,7 +63,7 @@ def initialize_from_data(
     """
     sampled = evenly_sampled(examples)
     # First, because without a retrieval prompt states are read at `[RET]`, whose input embedding is chosen here.
-    start_emission(objective.model, sampled, folder, progress)
+    begun = start_emission(objective.model, sampled, folder, progress)
     batches = counted(list(batched(sampled)), "start values: images", "batches", progress)
     features = torch.cat([image_features(objective.model, batch) for batch in batches])
     # With their features, so that neither the fit nor its batches encode or preprocess the images again.
@@ -76,6 +76,7 @@ def initialize_from_data(
         logger.warning("The retrieval layers start from random values. %s", error)
     start_image_tokens(objective.model, sampled, features, progress=progress)
     start_captions(objective, sampled, features, collate, progress=progress)
+    finish_emission(objective.model, begun, sampled, features, folder, progress)
     fit_prompts(objective, pairs, batched(encoded), collate)
 
 
@@ -85,21 +86,6 @@ def evenly_sampled(examples: ExampleDataset | ExampleStream) -> list[dict[str, A
         return examples.take(MAX_EXAMPLES)
     count = 2 * len(examples)
     return [examples[i] for i in range(0, count, -(-count // MAX_EXAMPLES))]
-
-
-def start_emission(
-    model: GroundedModel, examples: Sequence[Mapping[str, Any]], folder: Path | None, progress: bool = False
-) -> bool:
-    """Fit when `[RET]` is said, see `emission.fit_emission`; return whether it was."""
-    if model.config.scaling != "embedding":
-        return False
-    shortest: dict[Any, str] = {}
-    for example in examples:
-        caption = shortest.setdefault(example["group"], example["caption"])
-        # The shortest is most like a name, which fits into what users say: "How long does a candle last?".
-        shortest[example["group"]] = min(caption, example["caption"], key=len)
-    requests = {example["request"]: shortest[example["group"]] for example in examples if "request" in example}
-    return fit_emission(model, list(shortest.values()), requests, folder, progress)
 
 
 def start_image_tokens(

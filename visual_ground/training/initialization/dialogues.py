@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from visual_ground.training.initialization.idf import without_sentence_marks
 from visual_ground.training.initialization.wordings import NEXT_OTHERS, NEXT_REQUESTS, OTHERS, REQUESTS
@@ -11,6 +12,18 @@ from visual_ground.training.initialization.wordings import NEXT_OTHERS, NEXT_REQ
 # Chats of two turns that end with a request, and those that end with something else. Without them, `[RET]` is less
 # precise in later turns, which are about two things, and more often missing (docs/recipe.md).
 NUM_NEXT_REQUESTS, NUM_NEXT_OTHERS = 64, 160
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the assistant said, and the caption of the picture that it showed then."""
+
+    sentence: str
+    caption: str
+
+
+# What the user says, or the turns of the user and of the assistant, whose first and last are the user's.
+Chat: TypeAlias = str | Sequence[str | Shown]
 
 
 def requests_of(captions: Sequence[str]) -> list[str]:
@@ -29,14 +42,14 @@ def others_about(captions: Sequence[str]) -> list[str]:
 
 
 def later_turns(
-    captions: Sequence[str], requests: Sequence[str], answered: Sequence[tuple[str, str]]
-) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    captions: Sequence[str], requests: Sequence[str], answered: Sequence[tuple[str, str | Shown]]
+) -> tuple[list[Chat], list[Chat]]:
     """Return chats of two turns: those whose second turn asks for a picture, and those whose second does not.
 
     Args:
         captions: what pictures show.
         requests: how users ask for pictures; every second of the next requests is one of these.
-        answered: what the user said first, and the first sentence of the answer.
+        answered: what the user said first, and the first sentence of the answer, with its picture if it has one.
     """
     if not answered:
         return [], []
@@ -53,7 +66,7 @@ def later_turns(
     return _behind(answered, asked), _behind(answered, others)
 
 
-def _behind(answered: Sequence[tuple[str, str]], texts: Sequence[str]) -> list[tuple[str, ...]]:
+def _behind(answered: Sequence[tuple[str, str | Shown]], texts: Sequence[str]) -> list[Chat]:
     """Put each text behind a first turn and its answer, of which those at even distances are taken."""
     return [(*answered[i * len(answered) // len(texts)], text) for i, text in enumerate(texts)]
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,81 +20,145 @@ from torch.nn import functional as F
 
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
-from visual_ground.training.initialization.answers import CONTINUATION, fitted_answers, place_of_picture
+from visual_ground.training.initialization.answers import CONTINUATION, place_of_picture
 from visual_ground.training.initialization.greedy import Answer
+from visual_ground.training.initialization.ret_token import Places, fit_output_embedding
+from visual_ground.training.initialization.turns import FirstTurns, first_answers, later_answers
 
 logger = logging.getLogger(__name__)
 
-# What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
-# inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
-WEIGHT, PENALTY = 0.03, 3e-4
 # Answers whose continuation is compared with each input embedding.
 NUM_COMPARED = 16
 # Text whose embedding may stand for a picture within an answer; the mean embedding is compared too.
 STAND_INS = (" ", ".", "\n")
-# A bound only: L-BFGS stops by itself.
-MAX_STEPS = 200
 
 
 @dataclass(frozen=True)
-class Places:
-    """All places of some answers at which `[RET]` could be said.
+class Beginning:
+    """What is known when the first turns are answered.
 
     Args:
-        states: (n, h), what the output head reads there.
-        log_normaliser: (n,), of the LM's own columns.
-        is_ret: (n,), whether `[RET]` belongs there.
+        first: the first turns.
+        behind: the places at and behind `[RET]` in the continuations that were compared, if there are any.
     """
 
-    states: Tensor
-    log_normaliser: Tensor
-    is_ret: Tensor
+    first: FirstTurns
+    behind: Places | None
 
-    @classmethod
-    def joined(cls, parts: Sequence[Places]) -> Places:
-        """Return the places of all parts."""
-        columns = zip(*((part.states, part.log_normaliser, part.is_ret) for part in parts), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
+
+def start_emission(
+    model: GroundedModel, examples: Sequence[Mapping[str, Any]], folder: Path | None, progress: bool = False
+) -> Beginning | None:
+    """Fit what the LM reads in `[RET]`'s place, see `begin_emission`."""
+    if model.config.scaling != "embedding":
+        return None
+    shortest = {group: examples[i]["caption"] for group, i in _shortest_captions(examples).items()}
+    requests = {example["request"]: shortest[example["group"]] for example in examples if "request" in example}
+    return begin_emission(model, list(shortest.values()), requests, folder, progress)
+
+
+def finish_emission(
+    model: GroundedModel,
+    begun: Beginning | None,
+    examples: Sequence[Mapping[str, Any]],
+    features: Tensor,
+    folder: Path | None,
+    progress: bool = False,
+) -> None:
+    """Fit when `[RET]` is said, after the image tokens, which then stand in chats; see `fit_emission`.
+
+    Args:
+        model: the grounded model.
+        begun: from `start_emission`; None: nothing is done.
+        examples: n examples, the same.
+        features: (n, f), of their images.
+        folder: where the LM's own answers are kept; None: nowhere.
+        progress: show a progress bar.
+    """
+    if begun is not None:
+        chosen = _shortest_captions(examples).values()
+        fit_emission(model, begun, {examples[i]["caption"]: features[i] for i in chosen}, folder, progress)
+
+
+def _shortest_captions(examples: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
+    """Return by group the example with the shortest caption.
+
+    The shortest is most like a name, which fits into what users say: "How long does a candle last?".
+    """
+    shortest: dict[Any, int] = {}
+    for i, example in enumerate(examples):
+        own = shortest.setdefault(example["group"], i)
+        shortest[example["group"]] = min(own, i, key=lambda n: len(examples[n]["caption"]))
+    return shortest
 
 
 @torch.no_grad()
-def fit_emission(
+def begin_emission(
     model: GroundedModel,
     captions: Sequence[str],
     requests: Mapping[str, str] | None = None,
     folder: Path | None = None,
     progress: bool = False,
-) -> bool:
-    """Fit when `[RET]` is said and what the LM reads in its place; both embeddings are no longer trained then.
+) -> Beginning | None:
+    """Let the LM answer what users say first, and fit what it reads in `[RET]`'s place.
 
     Args:
         model: the grounded model.
         captions: what pictures show.
         requests: what users say to see one, and its caption; without any, the captions are put into requests.
         folder: where the LM's answers are kept; None: nowhere.
-        progress: show progress bars.
+        progress: show a progress bar.
 
     Returns:
-        Whether it was fitted: not without a chat template, nor with one embedding for both ends, nor if no answer
-        to a request has a sentence that ends.
+        What `fit_emission` needs. None, and nothing is fitted: without a chat template, with one embedding for both
+        ends, or if no answer to a request has a sentence that ends.
     """
-    adapter = model.adapter
-    if not getattr(model.tokenizer, "chat_template", None) or adapter.tied or not captions:
-        return False
-    answers = fitted_answers(model, captions, requests or {}, folder, progress)
-    ends = [place_of_picture(model, answer) if answer.wanted else None for answer in answers]
+    if not getattr(model.tokenizer, "chat_template", None) or model.adapter.tied or not captions:
+        return None
+    first = first_answers(model, captions, requests or {}, folder, progress)
+    ends = _ends(model, first.answers)
     if all(end is None for end in ends):
         logger.warning("No answer to a request has a whole sentence, so [RET] starts as it does without a chat.")
-        return False
-    embedding, behind = choose_input_embedding(model, answers, ends)
-    adapter.ret_input.copy_(embedding)
+        return None
+    embedding, behind = choose_input_embedding(model, first.answers, ends)
+    model.adapter.ret_input.copy_(embedding)
+    return Beginning(first, behind)
+
+
+@torch.no_grad()
+def fit_emission(
+    model: GroundedModel,
+    begun: Beginning,
+    features: Mapping[str, Tensor] | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> None:
+    """Let the LM answer what users say next, and fit when `[RET]` is said; its embeddings are no longer trained then.
+
+    Args:
+        model: the grounded model, whose image tokens have been fitted.
+        begun: from `begin_emission`.
+        features: by caption, (f,), of a picture; None: in chats, captions stand for pictures.
+        folder: where the LM's answers are kept; None: nowhere.
+        progress: show a progress bar.
+    """
+    adapter, image_tokens = model.adapter, None
+    if features is not None:
+        rows = model.active.image_tokens(image_features=torch.stack(list(features.values())))
+        assert rows is not None, "there are pictures"
+        image_tokens = dict(zip(features, rows.split(model.config.num_visual_tokens), strict=True))
+    answers = [*begun.first.answers, *later_answers(model, begun.first, image_tokens, folder, progress)]
     # A few places behind `[RET]` are enough for no other to follow it at once.
-    places = [places_of(answers, ends)] if behind is None else [places_of(answers, ends), behind]
+    places = [places_of(answers, _ends(model, answers)), *([] if begun.behind is None else [begun.behind])]
     adapter.ret_output.copy_(fit_output_embedding(Places.joined(places)))
     # Scaled back to these norms after each step.
     adapter.ret_norms.copy_(torch.stack([embedding.norm() for embedding in adapter.ret_embeddings()]))
     adapter.keep(["ret_input", "ret_output"])  # The text loss would move them to where captions end.
-    return True
+
+
+def _ends(model: GroundedModel, answers: Sequence[Answer]) -> list[int | None]:
+    """Return where the picture of each answer belongs, if one does."""
+    return [place_of_picture(model, answer) if answer.wanted else None for answer in answers]
 
 
 def choose_input_embedding(
@@ -162,36 +227,3 @@ def _own_logits(model: GroundedModel, states: Tensor) -> Tensor:
     logits = model.frozen_lm.head_logits(states)
     logits[:, model.ret_token_id] = float("-inf")
     return logits
-
-
-def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float = PENALTY) -> Tensor:
-    r"""Return the embedding (h,) with which `[RET]` is likely where it belongs, and only there.
-
-    .. math::
-        \min_w \sum_i c_i\, \ell(y_i, w \cdot h_i - \log Z_i) + \tfrac{\lambda}{2} \|w\|^2
-
-    :math:`\ell` is the logistic loss, :math:`Z_i` the normaliser of the LM's own logits, and the states are in units of
-    their root mean square.
-
-    Args:
-        places: where `[RET]` belongs, at one at least, and where not.
-        weight: what the places of `[RET]` weigh together, in parts of all others.
-        penalty: :math:`\lambda`.
-    """
-    scale = places.states.square().mean().sqrt()
-    states, offset, is_ret = places.states / scale, places.log_normaliser, places.is_ret.float()
-    weights = torch.where(places.is_ret, weight * (1 - is_ret).sum() / is_ret.sum(), 1.0)
-    weights = weights / weights.sum()
-    embedding = torch.zeros(states.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([embedding], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        losses = F.binary_cross_entropy_with_logits(states @ embedding - offset, is_ret, weights, reduction="sum")
-        loss = losses + penalty * embedding.square().sum() / 2
-        torch.autograd.backward(loss)
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return embedding.detach() / scale

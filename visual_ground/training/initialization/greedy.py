@@ -32,7 +32,7 @@ class Answer:
     """What the LM answers by itself.
 
     Args:
-        prompt: the ids before the answer.
+        prompt: the ids before the answer, as in `EncodedPrompt`.
         ids: the answer's, without the one that ends it.
         ended: whether the LM ended it; else it ran out of tokens, or was long enough.
         wanted: whether a picture was asked for.
@@ -105,6 +105,7 @@ def greedy_answers(
     starts: Sequence[Answer],
     max_new_tokens: int,
     enough: Callable[[Answer], int | None] = lambda answer: None,
+    image_tokens: Sequence[Tensor] = (),
 ) -> list[Answer]:
     """Let the LM answer a batch of prompts, without `[RET]`.
 
@@ -113,16 +114,18 @@ def greedy_answers(
         starts: answers that have no ids yet.
         max_new_tokens: the most ids of an answer, and the one that ends it.
         enough: returns how many ids of an answer are enough, or None if it cannot be told yet.
+        image_tokens: (k, d) of each picture in the prompts, in order.
     """
     frozen_lm, prompts = model.frozen_lm, [answer.prompt for answer in starts]
     ids, mask = _padded(model, prompts)
+    seen = torch.cat(list(image_tokens)) if image_tokens else None
     stops, cache = end_ids(frozen_lm, model.active), _shared_beginning(frozen_lm, prompts)
     # Without a copy of the cache, answers cannot go on from where they were.
     step = max_new_tokens if cache is None else ROUND
     answers, going = list(starts), list(range(len(starts)))
     for done in range(0, max_new_tokens, step):
         recorder, width = HeadRecorder(frozen_lm), ids.shape[1]
-        ids = _continued(model, ids, mask, cache, min(step, max_new_tokens - done), recorder)
+        ids = _continued(model, ids, mask, seen, cache, min(step, max_new_tokens - done), recorder)
         kept = []
         for i, (row, new, *read) in enumerate(zip(going, ids[:, width:].tolist(), *recorder.read(), strict=True)):
             answer = answers[row].longer(new, stops, *read)
@@ -138,13 +141,19 @@ def greedy_answers(
 
 
 def _continued(
-    model: GroundedModel, ids: Tensor, mask: Tensor, cache: Any, max_new_tokens: int, recorder: HeadRecorder
+    model: GroundedModel,
+    ids: Tensor,
+    mask: Tensor,
+    image_tokens: Tensor | None,
+    cache: Any,
+    max_new_tokens: int,
+    recorder: HeadRecorder,
 ) -> Tensor:
     """Return ids (b, s) with the next ones behind them."""
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "logits_processor": [recorder]}
     options |= {} if cache is None else {model.frozen_lm.cache_name: cache}
     batch = BatchFeature({"input_ids": ids, "attention_mask": mask})
-    return generate_ids(model.frozen_lm, model.active, batch, None, RetrievalSettings(max_images=0), options)
+    return generate_ids(model.frozen_lm, model.active, batch, image_tokens, RetrievalSettings(max_images=0), options)
 
 
 def _rows(kept: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -169,6 +178,8 @@ def _shared_beginning(frozen_lm: FrozenLM, prompts: Sequence[tuple[int, ...]]) -
     """
     length = max(map(len, prompts))
     shared = os.path.commonprefix(list(prompts))[: length - 1]
+    # Up to the first picture, which is another in each prompt.
+    shared = shared[: next((i for i, token in enumerate(shared) if token < 0), None)]
     if not shared:
         return None
     ids = torch.tensor([shared], device=frozen_lm.device)
