@@ -155,13 +155,16 @@ def test_later_turns_stand_behind_the_first_turn_and_the_first_sentence_of_its_a
     of_text = dict(zip(requests, answers_to(model, requests, [], None), strict=True))
     for text, shown, _ in [*asked, *others]:
         assert shown.caption == CAPTIONS[requests.index(text)]
-        assert shown.sentence == model.tokenizer.decode(list(of_text[text].ids[:3])).strip()
+        said = of_text[text].ids
+        assert shown.sentence == model.tokenizer.decode(list(said[:3])).strip()
+        assert shown.rest in ("", model.tokenizer.decode(list(said[3:])).strip())
+    assert {bool(shown.rest) for _, shown, _ in asked} == {True, False}
 
 
 @torch.no_grad()
 def test_a_picture_in_a_chat_is_its_image_tokens_and_else_its_caption():
-    model, chat = grounded(num_visual_tokens=2), ("w3", Shown("w4", "w21"), "w5")
-    in_words, text = (answers_to(model, [], [one], None)[0] for one in (chat, ("w3", "w4 w21", "w5")))
+    model, chat = grounded(num_visual_tokens=2), ("w3", Shown("w4", "w21", "w6"), "w5")
+    in_words, text = (answers_to(model, [], [one], None)[0] for one in (chat, ("w3", "w4 w21 w6", "w5")))
     assert in_words.prompt == text.prompt and torch.equal(in_words.states, text.states)
     tokens = torch.randn(2, model.adapter.embedding_mean.shape[0])
     picture, other = (answers_to(model, [], [chat], None, image_tokens={"w21": rows})[0] for rows in (tokens, -tokens))

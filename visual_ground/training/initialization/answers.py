@@ -121,7 +121,10 @@ def _prompt(
 def _content(turn: str | Shown, with_picture: bool) -> Any:
     if isinstance(turn, str):
         return turn
-    return [turn.sentence, BLANK] if with_picture else f"{turn.sentence} {without_sentence_marks(turn.caption)}"
+    rest = [turn.rest] if turn.rest else []
+    if with_picture:
+        return [turn.sentence, BLANK, *rest]
+    return " ".join([turn.sentence, without_sentence_marks(turn.caption), *rest])
 
 
 def _of_chat(chat: Chat, image_tokens: Mapping[str, Tensor] | None) -> list[Tensor]:

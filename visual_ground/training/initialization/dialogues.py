@@ -16,10 +16,11 @@ NUM_NEXT_REQUESTS, NUM_NEXT_OTHERS = 64, 160
 
 @dataclass(frozen=True)
 class Shown:
-    """What the assistant said, and the caption of the picture that it showed then."""
+    """What the assistant said, the caption of the picture that it showed then, and what it went on to say."""
 
     sentence: str
     caption: str
+    rest: str = ""
 
 
 # What the user says, or the turns of the user and of the assistant, whose first and last are the user's.

@@ -81,9 +81,11 @@ def later_answers(
     answered = list[tuple[str, str | Shown]]()
     for text, answer in zip([*first.asked, *first.others], first.answers, strict=True):
         end = place_of_picture(model, answer)
-        sentence = model.tokenizer.decode(list(answer.ids[:end])).strip()
+        sentence, rest = (model.tokenizer.decode(list(part)).strip() for part in (answer.ids[:end], answer.ids[end:]))
         if end and sentence:
-            answered.append((text, Shown(sentence, first.shown[text]) if answer.wanted else sentence))
+            # Every second answer with a picture goes on behind it.
+            shown = Shown(sentence, first.shown.get(text, ""), rest if len(answered) % 2 else "")
+            answered.append((text, shown if answer.wanted else sentence))
     asked, others = later_turns(first.captions, first.asked, answered)
     try:
         return answers_to(model, asked, others, folder, progress, CONTINUATION, image_tokens)
