@@ -65,7 +65,7 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     out = Path(__file__).parent / "results" / "after_a_picture.json"
     known = json.loads(out.read_text()) if out.exists() else {}
-    out.write_text(json.dumps({**known, f"{sys.argv[1]}, {split}": found}, indent=1) + "\n")
+    out.write_text(json.dumps({**known, f"{Path(sys.argv[1]).name}, {split}": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
