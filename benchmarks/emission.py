@@ -173,8 +173,8 @@ def main():
     folder, start = options.cache / "answers", time.perf_counter()
     asked = [] if options.captions_only else train[: options.requests]
     requests = {emoji.request(c): emoji.captions(c)[0] for c in asked}
-    begun = emission.begin_emission(model, [emoji.captions(c)[0] for c in train], requests, folder)
-    emission.fit_emission(model, begun, folder=folder)
+    begun = emission.fit_ret_input(model, [emoji.captions(c)[0] for c in train], requests, folder)
+    emission.fit_ret_output(model, begun, folder=folder)
     print("fitted", round(time.perf_counter() - start), "s; norms", model.adapter.ret_norms.tolist(), flush=True)
     held = sorted((c for c in concepts if c.split == options.split), key=lambda c: emoji.stable_number(c.code))[
         : options.count

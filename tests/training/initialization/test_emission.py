@@ -30,8 +30,8 @@ def grounded(family="llama_untied", template=TEMPLATE, **config):
 
 
 def fit_ret(model, folder=None, features=None):
-    begun = emission.begin_emission(model, CAPTIONS, folder=folder)
-    emission.fit_emission(model, begun, features, folder)
+    begun = emission.fit_ret_input(model, CAPTIONS, folder=folder)
+    emission.fit_ret_output(model, begun, features, folder)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_damaged_caches_are_made_again(ends, tmp_path):
 def test_without_a_chat_template_or_with_one_embedding_nothing_changes(ends):
     for model in (grounded(template=None), grounded("qwen2_tied", tied_ret=True)):
         before = {name: value.clone() for name, value in model.adapter.state_dict().items()}
-        assert emission.begin_emission(model, CAPTIONS) is None
+        assert emission.fit_ret_input(model, CAPTIONS) is None
         assert all(torch.equal(value, before[name]) for name, value in model.adapter.state_dict().items())
 
 

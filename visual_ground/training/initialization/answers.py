@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -55,49 +57,36 @@ def answers_to(
     Returns:
         The answers to `asked`, then those to `others`.
     """
-    chats, wanted = [*asked, *others], [True] * len(asked) + [False] * len(others)
-    if not chats:
-        return []
     illustrated = [bool(i % 2) for i in (*range(len(asked)), *range(len(others)))]
-    prompts = [_prompt(model, chat, own, image_tokens) for chat, own in zip(chats, illustrated, strict=True)]
-    of_each = [_of_chat(chat, image_tokens) for chat in chats]
-    path = None if folder is None else folder / f"{_key(model, prompts, of_each, after)}.safetensors"
-    if (tensors := _kept(path, len(prompts))) is not None:
-        return _from_tensors(prompts, wanted, tensors)
-    answers = [Answer(prompt, (), False, own) for prompt, own in zip(prompts, wanted, strict=True)]
-    for batch in counted(_batches(prompts, illustrated), "the LM's own answers", "batches", progress):
-        _answer(model, answers, batch, of_each, after)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, _to_tensors(answers))
+    answers = [
+        Answer(_prompt(model, chat, own, image_tokens), (), False, n < len(asked), _of_chat(chat, image_tokens))
+        for n, (chat, own) in enumerate(zip([*asked, *others], illustrated, strict=True))
+    ]
+    if not answers:
+        return []
+    path = None if folder is None else folder / f"{_key(model, answers, after)}.safetensors"
+    if (tensors := _kept(path, len(answers))) is not None:
+        return _from_tensors(answers, tensors)
+    for batch in counted(_batches(answers, illustrated), "the LM's own answers", "batches", progress):
+        starts, enough = [answers[i] for i in batch], partial(_enough, model, after)
+        for i, answer in zip(batch, greedy_answers(model, starts, MAX_NEW_TOKENS, enough), strict=True):
+            answers[i] = answer
+    _keep(path, answers)
     return answers
 
 
-def _answer(
-    model: GroundedModel,
-    answers: list[Answer],
-    batch: Sequence[int],
-    of_each: Sequence[Sequence[Tensor]],
-    after: int | None,
-) -> None:
-    """Put whole answers into the places of a batch."""
-
-    def enough(answer: Answer) -> int | None:
-        end = None if after is None else place_of_picture(model, answer)
-        return None if end is None else end + after
-
-    seen = [row for i in batch for row in of_each[i]]
-    whole = greedy_answers(model, [answers[i] for i in batch], MAX_NEW_TOKENS, enough, seen)
-    for i, answer in zip(batch, whole, strict=True):
-        answers[i] = answer
+def _enough(model: GroundedModel, after: int | None, answer: Answer) -> int | None:
+    """Return how many ids of an answer are enough: `after` behind its first sentence."""
+    end = None if after is None else place_of_picture(model, answer)
+    return None if after is None or end is None else end + after
 
 
-def _batches(prompts: Sequence[tuple[int, ...]], illustrated: Sequence[bool]) -> list[list[int]]:
+def _batches(answers: Sequence[Answer], illustrated: Sequence[bool]) -> list[list[int]]:
     """Put prompts (by number) that begin alike, and have about the same length, into batches of about one size."""
     batches = []
     for kind in (False, True):
         chosen = [i for i, own in enumerate(illustrated) if own == kind]
-        order, count = sorted(chosen, key=lambda i: len(prompts[i])), -(-len(chosen) // BATCH_SIZE)
+        order, count = sorted(chosen, key=lambda i: len(answers[i].prompt)), -(-len(chosen) // BATCH_SIZE)
         batches += [order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]
     return batches
 
@@ -134,14 +123,12 @@ def _of_chat(chat: Chat, image_tokens: Mapping[str, Tensor] | None) -> list[Tens
     return [image_tokens[turn.caption] for turn in chat if isinstance(turn, Shown)]
 
 
-def _key(
-    model: GroundedModel, prompts: Sequence[tuple[int, ...]], of_each: Sequence[Sequence[Tensor]], after: int | None
-) -> str:
+def _key(model: GroundedModel, answers: Sequence[Answer], after: int | None) -> str:
     """Return a name for the answers of this LM to these prompts."""
-    fingerprint = model.active.spec.fingerprint
+    fingerprint, prompts = model.active.spec.fingerprint, [answer.prompt for answer in answers]
     of_lm = None if fingerprint is None else fingerprint.to_dict()
     key = hashlib.sha256(json.dumps([of_lm, MAX_NEW_TOKENS, after, prompts]).encode())
-    for row in chain(*of_each):
+    for row in chain(*(answer.image_tokens for answer in answers)):
         key.update(row.float().cpu().numpy().tobytes())
     return key.hexdigest()[:32]
 
@@ -161,27 +148,29 @@ def _kept(path: Path | None, count: int) -> dict[str, Tensor] | None:
     return tensors if whole and set(places) == {int((lengths + ended).sum())} else None
 
 
-def _to_tensors(answers: Sequence[Answer]) -> dict[str, Tensor]:
-    """Return answers as they are kept on disk."""
-    return {
+def _keep(path: Path | None, answers: Sequence[Answer]) -> None:
+    """Write answers to disk, if they have a place there."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
         "ids": torch.tensor([token for answer in answers for token in answer.ids], dtype=torch.long),
         "lengths": torch.tensor([len(answer.ids) for answer in answers]),
         "ended": torch.tensor([int(answer.ended) for answer in answers]),
         "states": torch.cat([answer.states for answer in answers]),
         "log_normaliser": torch.cat([answer.log_normaliser for answer in answers]),
     }
+    write_tensors(path, tensors)
 
 
-def _from_tensors(
-    prompts: Sequence[tuple[int, ...]], wanted: Sequence[bool], tensors: Mapping[str, Tensor]
-) -> list[Answer]:
-    """Return the answers to prompts from the tensors that were kept."""
+def _from_tensors(starts: Sequence[Answer], tensors: Mapping[str, Tensor]) -> list[Answer]:
+    """Return the answers that were kept, from what they start as."""
     lengths, ended = tensors["lengths"], tensors["ended"]
     ids = torch.split(tensors["ids"], lengths.tolist())
     states, normalisers = (torch.split(tensors[k], (lengths + ended).tolist()) for k in ("states", "log_normaliser"))
     return [
-        Answer(prompt, tuple(one.tolist()), bool(end), for_picture, *read)
-        for prompt, for_picture, one, end, *read in zip(prompts, wanted, ids, ended, states, normalisers, strict=True)
+        replace(start, ids=tuple(one.tolist()), ended=bool(end), states=read, log_normaliser=normaliser)
+        for start, one, end, read, normaliser in zip(starts, ids, ended, states, normalisers, strict=True)
     ]
 
 

@@ -58,7 +58,7 @@ def initialize_from_data(
         objective: the model, and how its text-retrieval pass is run.
         examples: the training examples, of which at most `MAX_EXAMPLES` are read.
         collate: makes a batch of examples.
-        folder: where the LM's own answers are kept, see `emission.fit_emission`; None: nowhere.
+        folder: where the LM's own answers are kept, see `emission.fit_ret_output`; None: nowhere.
         progress: show progress bars.
     """
     sampled = evenly_sampled(examples)

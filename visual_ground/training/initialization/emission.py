@@ -1,7 +1,7 @@
 """When `[RET]` is said: its two embeddings, fitted to answers that the frozen LM gives by itself.
 
 An answer to a request for a picture gets its `[RET]` behind its first sentence; nowhere else, and nowhere in an answer
-to anything else, is there one. What the output head reads at these places depends on nothing trained, and was kept when
+to anything else, is there one. What the output head reads at these places does not depend on `[RET]`, and was kept when
 the answers were generated. So the output embedding is found by a convex fit, and the text around `[RET]` stays the
 LM's own.
 """
@@ -34,8 +34,8 @@ STAND_INS = (" ", ".", "\n")
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What is known when the first turns are answered.
+class FittedInput:
+    """What the fit of the input embedding leaves to that of the output embedding.
 
     Args:
         first: the first turns.
@@ -48,24 +48,24 @@ class Beginning:
 
 def start_emission(
     model: GroundedModel, examples: Sequence[Mapping[str, Any]], folder: Path | None, progress: bool = False
-) -> Beginning | None:
-    """Fit what the LM reads in `[RET]`'s place, see `begin_emission`."""
+) -> FittedInput | None:
+    """Fit what the LM reads in `[RET]`'s place, see `fit_ret_input`."""
     if model.config.scaling != "embedding":
         return None
     shortest = {group: examples[i]["caption"] for group, i in _shortest_captions(examples).items()}
     requests = {example["request"]: shortest[example["group"]] for example in examples if "request" in example}
-    return begin_emission(model, list(shortest.values()), requests, folder, progress)
+    return fit_ret_input(model, list(shortest.values()), requests, folder, progress)
 
 
 def finish_emission(
     model: GroundedModel,
-    begun: Beginning | None,
+    begun: FittedInput | None,
     examples: Sequence[Mapping[str, Any]],
     features: Tensor,
     folder: Path | None,
     progress: bool = False,
 ) -> None:
-    """Fit when `[RET]` is said, after the image tokens, which then stand in chats; see `fit_emission`.
+    """Fit when `[RET]` is said, after the image tokens, which then stand in chats; see `fit_ret_output`.
 
     Args:
         model: the grounded model.
@@ -77,7 +77,7 @@ def finish_emission(
     """
     if begun is not None:
         chosen = _shortest_captions(examples).values()
-        fit_emission(model, begun, {examples[i]["caption"]: features[i] for i in chosen}, folder, progress)
+        fit_ret_output(model, begun, {examples[i]["caption"]: features[i] for i in chosen}, folder, progress)
 
 
 def _shortest_captions(examples: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
@@ -93,13 +93,13 @@ def _shortest_captions(examples: Sequence[Mapping[str, Any]]) -> dict[Any, int]:
 
 
 @torch.no_grad()
-def begin_emission(
+def fit_ret_input(
     model: GroundedModel,
     captions: Sequence[str],
     requests: Mapping[str, str] | None = None,
     folder: Path | None = None,
     progress: bool = False,
-) -> Beginning | None:
+) -> FittedInput | None:
     """Let the LM answer what users say first, and fit what it reads in `[RET]`'s place.
 
     Args:
@@ -110,7 +110,7 @@ def begin_emission(
         progress: show a progress bar.
 
     Returns:
-        What `fit_emission` needs. None, and nothing is fitted: without a chat template, with one embedding for both
+        What `fit_ret_output` needs. None, and nothing is fitted: without a chat template, with one embedding for both
         ends, or if no answer to a request has a sentence that ends.
     """
     if not getattr(model.tokenizer, "chat_template", None) or model.adapter.tied or not captions:
@@ -122,13 +122,13 @@ def begin_emission(
         return None
     embedding, behind = choose_input_embedding(model, first.answers, ends)
     model.adapter.ret_input.copy_(embedding)
-    return Beginning(first, behind)
+    return FittedInput(first, behind)
 
 
 @torch.no_grad()
-def fit_emission(
+def fit_ret_output(
     model: GroundedModel,
-    begun: Beginning,
+    begun: FittedInput,
     features: Mapping[str, Tensor] | None = None,
     folder: Path | None = None,
     progress: bool = False,
@@ -137,7 +137,7 @@ def fit_emission(
 
     Args:
         model: the grounded model, whose image tokens have been fitted.
-        begun: from `begin_emission`.
+        begun: from `fit_ret_input`.
         features: by caption, (f,), of a picture; None: in chats, captions stand for pictures.
         folder: where the LM's answers are kept; None: nowhere.
         progress: show a progress bar.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Answer:
         ids: the answer's, without the one that ends it.
         ended: whether the LM ended it; else it ran out of tokens, or was long enough.
         wanted: whether a picture was asked for.
+        image_tokens: (k, d), of each picture in the prompt.
         states: (n, h), what the output head read at each of the n places at which `[RET]` could have come.
         log_normaliser: (n,), of the LM's own columns there.
     """
@@ -44,6 +46,7 @@ class Answer:
     ids: tuple[int, ...]
     ended: bool
     wanted: bool
+    image_tokens: Sequence[Tensor] = field(default=(), compare=False)
     states: Tensor = field(default_factory=lambda: torch.empty(0, 0), compare=False)
     log_normaliser: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
 
@@ -56,8 +59,8 @@ class Answer:
         """Return it with its first ids only, at most so many."""
         if count >= len(self.ids):
             return self
-        read = self.states[:count], self.log_normaliser[:count]
-        return Answer(self.prompt, self.ids[:count], False, self.wanted, *read)
+        states, log_normaliser = self.states[:count], self.log_normaliser[:count]
+        return replace(self, ids=self.ids[:count], ended=False, states=states, log_normaliser=log_normaliser)
 
     def longer(self, new: Sequence[int], stops: set[int], states: Tensor, log_normaliser: Tensor) -> Answer:
         """Return it with m new ids, up to the one that ends it, and what was read (m, h) and (m,) for them."""
@@ -65,7 +68,8 @@ class Answer:
         count = len(new) if end is None else end + 1
         states = torch.cat([self.states.view(-1, states.shape[1]), states[:count]])
         log_normaliser = torch.cat([self.log_normaliser, log_normaliser[:count]])
-        return Answer(self.prompt, (*self.ids, *new[:end]), end is not None, self.wanted, states, log_normaliser)
+        ids, ended = (*self.ids, *new[:end]), end is not None
+        return replace(self, ids=ids, ended=ended, states=states, log_normaliser=log_normaliser)
 
 
 class HeadRecorder(LogitsProcessor):
@@ -105,7 +109,6 @@ def greedy_answers(
     starts: Sequence[Answer],
     max_new_tokens: int,
     enough: Callable[[Answer], int | None] = lambda answer: None,
-    image_tokens: Sequence[Tensor] = (),
 ) -> list[Answer]:
     """Let the LM answer a batch of prompts, without `[RET]`.
 
@@ -114,18 +117,18 @@ def greedy_answers(
         starts: answers that have no ids yet.
         max_new_tokens: the most ids of an answer, and the one that ends it.
         enough: returns how many ids of an answer are enough, or None if it cannot be told yet.
-        image_tokens: (k, d) of each picture in the prompts, in order.
     """
     frozen_lm, prompts = model.frozen_lm, [answer.prompt for answer in starts]
     ids, mask = _padded(model, prompts)
-    seen = torch.cat(list(image_tokens)) if image_tokens else None
+    seen = list(chain(*(answer.image_tokens for answer in starts)))
+    image_tokens = torch.cat(seen) if seen else None
     stops, cache = end_ids(frozen_lm, model.active), _shared_beginning(frozen_lm, prompts)
     # Without a copy of the cache, answers cannot go on from where they were.
     step = max_new_tokens if cache is None else ROUND
     answers, going = list(starts), list(range(len(starts)))
     for done in range(0, max_new_tokens, step):
         recorder, width = HeadRecorder(frozen_lm), ids.shape[1]
-        ids = _continued(model, ids, mask, seen, cache, min(step, max_new_tokens - done), recorder)
+        ids = _continued(model, ids, mask, image_tokens, cache, min(step, max_new_tokens - done), recorder)
         kept = []
         for i, (row, new, *read) in enumerate(zip(going, ids[:, width:].tolist(), *recorder.read(), strict=True)):
             answer = answers[row].longer(new, stops, *read)

@@ -1,13 +1,13 @@
 """`[RET]`'s output embedding, fitted to where captions end or to where pictures belong, without running the LM again.
 
-What the output head reads before `[RET]` and before other tokens depends on nothing trained, and neither does the
-normaliser over the LM's own columns. With these kept, both losses are convex functions of `[RET]`'s output embedding,
-and each step of their descent is one product of a matrix and a vector.
+What the output head reads before `[RET]` and before other tokens does not depend on this embedding, and neither does
+the normaliser over the LM's own columns. With these kept, both losses are convex functions of it, and each step of
+their descent is one product of a matrix and a vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,17 +54,7 @@ def fit_ret(adapter: Adapter, likelihoods: CaptionLikelihoods) -> None:
     """
     embedding = adapter.ret_embeddings()[1]
     norm = embedding.detach().norm()
-    direction = embedding.detach().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([direction], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = likelihoods.loss(norm * F.normalize(direction, dim=0)).mean
-        torch.autograd.backward(loss)
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
+    direction = _minimum(embedding, lambda point: likelihoods.loss(norm * F.normalize(point, dim=0)).mean)
     with torch.no_grad():
         embedding.copy_(norm * F.normalize(direction, dim=0))
 
@@ -87,16 +77,25 @@ def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float 
     states, offset, is_ret = places.states / scale, places.log_normaliser, places.is_ret.float()
     weights = torch.where(places.is_ret, weight * (1 - is_ret).sum() / is_ret.sum(), 1.0)
     weights = weights / weights.sum()
-    embedding = torch.zeros(states.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([embedding], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
+
+    def loss(point: Tensor) -> Tensor:
+        losses = F.binary_cross_entropy_with_logits(states @ point - offset, is_ret, weights, reduction="sum")
+        return losses + penalty * point.square().sum() / 2
+
+    return _minimum(torch.zeros(states.shape[1]), loss) / scale
+
+
+def _minimum(start: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return where a convex loss of one vector is least."""
+    point = start.detach().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([point], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        losses = F.binary_cross_entropy_with_logits(states @ embedding - offset, is_ret, weights, reduction="sum")
-        loss = losses + penalty * embedding.square().sum() / 2
-        torch.autograd.backward(loss)
-        return loss
+        value = loss(point)
+        torch.autograd.backward(value)
+        return value
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return embedding.detach() / scale
+    return point.detach()
