@@ -2,7 +2,12 @@
 
 from importlib.util import find_spec
 
+import hypothesis
 import pytest
+
+# The machine may be busy with something else: no test fails for its time.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 # These two need gradio, which is not among the packages for developers; `make test-app` tests them.
 collect_ignore = [] if find_spec("gradio") else ["visual_ground/app/page.py", "visual_ground/app/web.py"]

@@ -182,7 +182,7 @@ def test_what_is_false_is_no_boolean(name, value):
     assert not load_index({**INDEX, "index.json": json.dumps(about).encode()})
 
 
-CALM = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+CALM = {"database": None, "suppress_health_check": list(HealthCheck)}
 
 
 def test_the_files_load_as_they_are():

@@ -107,7 +107,7 @@ interleavings = st.lists(
 
 
 @torch.no_grad()
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(interleavings, st.sampled_from(["left", "right"]), st.integers(1, 3))
 def test_law_c_every_visual_row_is_seen_at_its_place(batch, side, k):
     model = grounded(lm=PassThrough(), num_tokens=20, num_visual_tokens=k)

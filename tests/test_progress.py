@@ -34,6 +34,13 @@ def test_nothing_is_said_where_nothing_is_to_be_shown(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_nothing_is_said_of_no_work(is_terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    assert list(counted([], "features", "images", True)) == []
+    assert capsys.readouterr().err == ""
+
+
 def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar = progress_bar("features", "images", 3, True)

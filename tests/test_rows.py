@@ -79,7 +79,7 @@ def as_bytes(seen):
 
 
 @pytest.mark.parametrize("reader", READERS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(changes=st.lists(st.sampled_from(sorted(CHANGES)), max_size=4), pixels=st.booleans())
 def test_formats_and_transforms_of_a_dataset_hold_in_whatever_order_they_were_set(reader, changes, pixels):
     wanted, rows, turns = [dict(row) for row in ROWS], table(ROWS, pixels), False

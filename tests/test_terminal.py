@@ -71,7 +71,7 @@ def decoded_sixels(text):
     return canvas[:height]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32 - 1))
 def test_sixels_are_the_picture(width, height, seed):
     # Few enough colors that none has to be left out.

@@ -41,8 +41,9 @@ def progress_bar(
 ) -> tqdm[Any] | ProgressLines:
     """Return a context with `update(n)`, to be told each time that n more were done, after `initial` others.
 
-    The other arguments are as in `counted`; a total of None is not known.
+    The other arguments are as in `counted`; a total of None is not known, and nothing is said of one of 0.
     """
+    shown = shown and total != 0
     if shown and not sys.stderr.isatty():
         return ProgressLines(name, unit, total, initial)
     return tqdm(desc=name, unit=unit, total=total, initial=initial, disable=not shown, leave=leave)

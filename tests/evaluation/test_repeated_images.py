@@ -30,7 +30,7 @@ def test_ties_with_another_image_count_against_the_query():
     assert found["text_to_image"]["r1"] == 0.0 and found["text_to_image"]["r5"] == 100.0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 10_000))
 def test_recalls_are_those_of_a_loop_over_queries_and_do_not_depend_on_the_order(groups, seed):
     draw = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ def test_pairs_are_about_one_image_by_their_group_or_by_what_they_show():
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=12), st.integers(0, 1000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_wrong_image_is_of_another_group_and_without_repeats_any_other_one(numbers, seed):
     groups = torch.tensor(numbers)
     if len(set(numbers)) > 1:

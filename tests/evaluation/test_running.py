@@ -150,7 +150,7 @@ def test_features_stand_for_images_in_prompts():
 values = st.lists(st.lists(st.floats(0, 100), max_size=3), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(values, st.integers(0, 99))
 def test_intervals_are_within_the_values_and_depend_on_the_seed_alone(units, seed):
     sums, counts = Scores({"metric": [*units, [1.0]]}).sums()

@@ -97,7 +97,7 @@ def test_the_forbidden_columns_are_those_that_are_added_as_infinite(rows, column
 SAYING = st.sampled_from(["max_new_tokens", "max_length", "nothing"])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SAYING, SAYING, SAYING)
 @torch.no_grad()
 def test_the_first_that_says_something_of_the_length_is_heard(option, given_config, own):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import build, grounded, tokenizer
@@ -30,7 +30,6 @@ def test_sentences_end_at_their_stops(text, sentences):
     assert [text[:end] for end in sentence_ends(text)] == sentences
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(st.just(RetrievedImage("x")), st.text(alphabet="ab .!\n", max_size=12)), max_size=6))
 def test_a_cut_answer_is_the_beginning_of_the_answer_and_ends_at_a_sentence_or_an_ellipsis(parts):
     cut = cut_to_sentences(parts)
@@ -62,7 +61,6 @@ image = st.just(RetrievedImage("x"))
 words = st.text(alphabet='ab .!3-\n\u3002"', max_size=8)
 
 
-@settings(deadline=None)
 @given(st.lists(image | words, max_size=12), st.booleans())
 def test_sentences_that_come_out_while_an_answer_grows_are_the_answer_that_was_cut(parts, is_whole):
     growing = GrowingSentences()

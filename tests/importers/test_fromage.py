@@ -186,7 +186,7 @@ def test_a_folder_without_embeddings_has_no_index(tmp_path):
     assert read_official_index(tmp_path) is None
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),
     cut=st.integers(0, 10**6),

@@ -14,7 +14,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -81,7 +81,6 @@ def comes_back(folder, **given_values):
     return index, ImageIndex.from_pretrained(folder)
 
 
-@settings(deadline=None)
 @given(VALUES)
 def test_metadata_come_back_as_they_were_or_are_refused(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("index")
@@ -91,7 +90,6 @@ def test_metadata_come_back_as_they_were_or_are_refused(tmp_path_factory, value)
             assert str(both[1].metadata) == str(both[0].metadata)  # 1, 1.0 and True are equal, and not the same.
 
 
-@settings(deadline=None)
 @given(VALUES, VALUES)
 def test_ids_come_back_as_they_were_or_are_refused(tmp_path_factory, one, other):
     if (both := comes_back(tmp_path_factory.mktemp("index"), ids=[one, other])) is not None:

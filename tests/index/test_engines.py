@@ -181,9 +181,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndexMachine = IndexMachine.TestCase
-TestIndexMachine.settings = settings(
-    max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestIndexMachine.settings = settings(max_examples=30, stateful_step_count=15, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def _holds(value, how, other):
     return kind_of(value) is not None and kind_of(value) == kind_of(other) and COMPARISONS[how](value, other)
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.one_of(st.lists(METADATA, min_size=1, max_size=6), st.lists(PLAIN, min_size=1, max_size=6)), FILTERS)
 def test_a_filter_allows_the_entries_that_it_says(metadata, filter):
     index = ImageIndex(torch.eye(len(metadata)), metadata=metadata)

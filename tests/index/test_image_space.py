@@ -183,7 +183,7 @@ unit = st.integers(0, 2**32 - 1).map(
 
 
 @given(unit, unit, st.floats(0, 1), st.integers(0, 100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_space_is_itself_within_rounding_and_is_no_other_also_where_vectors_are_in_one_cone(one, two, bias, seed):
     noise = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)) * 2e-3
     common = torch.nn.functional.one_hot(torch.tensor([0, 0]), 64).float() * 2 * bias

@@ -60,7 +60,7 @@ FILTERS = st.recursive(
 EVERY_COLUMN = {"x": 1, "y": 1, 'odd "name"': 1}
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(st.lists(METADATA, min_size=1, max_size=6), st.lists(FILTERS, min_size=1, max_size=6))
 def test_a_filter_allows_the_same_entries_as_in_memory(metadata, filters):
     metadata = [*metadata, EVERY_COLUMN]

@@ -59,7 +59,7 @@ def test_what_only_a_grounded_lm_can_read_is_named_inside_the_block():
         assert model.embed_text("w4").shape == (1, 6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 2), max_size=8))
 def test_blocks_may_overlap_and_end_in_any_order(toggles):
     model, open_blocks = MODEL, {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -171,7 +171,6 @@ def test_every_ending_that_pillow_opens_is_an_image_s():
         assert is_image_string(f"missing{ending.upper()}")
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["", " ", "\n", "\t\r\n"]), st.sampled_from(["", " ", "\n", "\r\n"]), st.sampled_from(range(5)))
 def test_white_space_around_an_address_makes_no_words_of_it(tmp_path_factory, before, after, kind):
     folder = tmp_path_factory.mktemp("images")

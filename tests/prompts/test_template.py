@@ -51,7 +51,7 @@ ALL = sorted({**STRINGS, **LISTS}.items())
 
 
 @pytest.mark.parametrize("body", [body for _, body in ALL], ids=[name for name, _ in ALL])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(CONTENTS, min_size=1, max_size=3))
 def test_images_keep_their_order_and_words_stay_in_strings_and_in_lists(body, contents):
     pictures = [picture(i) for i in range(3)]

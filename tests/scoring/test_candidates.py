@@ -56,7 +56,7 @@ MODEL = grounded("qwen2_tied")
 words = st.lists(st.integers(4, 60), min_size=1, max_size=6).map(lambda ids: " ".join(f"w{i}" for i in ids))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(words, min_size=1, max_size=8), st.randoms(use_true_random=False), st.integers(1, 5))
 def test_neither_order_nor_batches_change_a_score(candidates, random, batch_size):
     scorer, order = scorer_of(MODEL, batch_size), list(range(len(candidates)))

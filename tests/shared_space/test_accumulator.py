@@ -47,7 +47,7 @@ def direct(texts, images, width, penalties):
     return normalize(whitened[0] @ u[:, :width] * root, dim=-1) @ normalize(whitened[1] @ v[:width].T * root, dim=-1).T
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     count=st.integers(3, 60),
     part=st.integers(1, 60),

@@ -1,7 +1,7 @@
 """Generated pages: nobody's own words in them are ever lost."""
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from visual_ground.storage.readme import is_edited, render_page
@@ -9,7 +9,6 @@ from visual_ground.storage.readme import is_edited, render_page
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=30)
 
 
-@settings(deadline=None)
 @given(TEXT, TEXT)
 @example("---\na: 1\n---\n", "<!-- visual_ground end -->")
 @example("<!-- visual_ground generated {} -->\n", "")
@@ -22,7 +21,6 @@ def test_any_text_around_the_generated_one_survives(before, after):
     assert render_page({"a": 2}, "# Other title", once) == once
 
 
-@settings(deadline=None)
 @given(TEXT, st.integers(0, 40))
 def test_any_edit_of_the_generated_text_survives(words, position):
     page = render_page({"a": 1}, "# Title\n\nsome text that is generated, not written")

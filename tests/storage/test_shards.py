@@ -41,7 +41,7 @@ def test_a_whole_shard_has_no_problem_also_compressed_or_without_the_zeros_at_it
 
 
 @given(st.integers(0, MEMBER * 2 * COUNT - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_damaged_byte_costs_no_more_than_the_member_that_it_is_in(tmp_path_factory, place):
     data = bytearray(WHOLE)
     data[place] ^= 0xFF
@@ -56,7 +56,7 @@ def test_a_damaged_byte_costs_no_more_than_the_member_that_it_is_in(tmp_path_fac
 
 
 @given(st.integers(1, len(WHOLE)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_shard_that_was_cut_off_gives_all_that_is_whole(tmp_path_factory, length):
     found, problems = read(WHOLE[:length], tmp_path_factory.mktemp("shard"))
     whole = length // MEMBER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,8 @@ from visual_ground.prompts.parts import read_part
 from visual_ground.prompts.types import Prompt, Prompts
 from visual_ground.vision.images import to_rgb
 from visual_ground.vision.link_rules import LinkRules
+
+_EARLIER_SENTENCES = re.compile(r".*[.!?;]\s+", re.DOTALL)
 
 
 class GroundingProcessor:
@@ -183,14 +186,17 @@ class GroundingProcessor:
             raise GroundingValueError(f"The caption {caption!r} has no tokens. Leave the example out.")
         return [*self.sink, *ids] if self.config.image_first else ids
 
-    def caption_prefix(self, image: bool) -> list[int]:
+    def caption_prefix(self, image: bool, follows_caption: bool = False) -> list[int]:
         """Return the ids before a caption: the sink token and the prompt, which holds the image if `image` is True.
 
         With `image_first` the sink token belongs to the caption: it comes after the image, and is predicted from it.
+        Behind another image and its caption, the prompt is only the sentence with the image: no example is given twice.
         """
         sink = [] if self.config.image_first else list(self.sink)
         prompt = self.config.image_prompt if image else self.config.caption_prompt
         before, _, after = prompt.partition("{image}")
+        if follows_caption:
+            before = _EARLIER_SENTENCES.sub("", before)
         marks = self._marks(0) if image else []
         return [*sink, *self.encode_text(before), *marks, *self.continue_text(after)]
 

@@ -31,6 +31,31 @@ class Penalties:
     image: float = 3.0
 
 
+# Below this part of the largest one, a singular value is a rounding error.
+SMALLEST = 1e-7
+
+
+def largest_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest singular values (n,) of a matrix (a, f) with their left (n, a) and right (n, f) vectors.
+
+    They are found as eigenvalues of the smaller of its two Gram matrices, in a third of the time of a singular value
+    decomposition. Directions of values that are rounding errors are arbitrary: these values become zero.
+
+    Args:
+        matrix: in float64.
+        count: n, or fewer if the matrix has fewer.
+    """
+    if len(matrix) > matrix.shape[1]:
+        singular, right, left = largest_singular(matrix.T, count)
+        return singular, left, right
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    singular = squares.flip(0)[:count].clamp_min(0).sqrt()
+    singular = torch.where(singular > SMALLEST * singular[0], singular, 0)
+    left = vectors.T.flip(0)[:count]
+    right = torch.where(singular > 0, 1 / singular, 0)[:, None] * (left @ matrix)
+    return singular, left, right
+
+
 class Solver:
     """Solves for any penalties from the same moments; the eigenvectors are found once."""
 
@@ -64,12 +89,10 @@ class Solver:
         for (values, _), penalty in zip(self._eigen, (penalties.text, penalties.image), strict=True):
             values = values.clamp_min(0)
             roots.append((values + penalty * values.mean()).rsqrt())
-        left, singular, right = torch.linalg.svd(roots[0][:, None] * self._cross * roots[1], full_matrices=False)
-        # Directions of singular values that are rounding errors are arbitrary: they become zero.
-        singular = torch.where(singular > 1e-9 * singular[0], singular, 0)[:width].sqrt()
+        singular, *both = largest_singular(roots[0][:, None] * self._cross * roots[1], width)
         sides = []
-        for vectors, root, (_, basis), std in zip((left.T, right), roots, self._eigen, self._stds, strict=True):
-            weight = singular[:, None] * ((vectors[:width] * root) @ basis.T) / std
+        for vectors, root, (_, basis), std in zip(both, roots, self._eigen, self._stds, strict=True):
+            weight = singular.sqrt()[:, None] * ((vectors * root) @ basis.T) / std
             sides.append(F.pad(weight, (0, 0, 0, width - len(weight))))
         # Singular vectors are defined up to their sign: that of the largest entry is made positive on every machine.
         sign = sides[0].gather(1, sides[0].abs().argmax(1, keepdim=True)).sign()

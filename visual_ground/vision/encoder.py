@@ -18,6 +18,10 @@ from visual_ground.vision.images import ImageLike, Images, is_single
 from visual_ground.vision.pooling import patches, pool
 from visual_ground.vision.preprocessing import Preprocessing
 
+# Images that a CPU runs at once: the activations of more leave its caches. Convolutions take half the time of 64 at
+# once and less, transformers the same (benchmarks/vision_batches.py).
+CPU_IMAGES = 8
+
 
 class VisionEncoder(nn.Module):
     """A frozen encoder with its preprocessing and the width of its features.
@@ -76,7 +80,12 @@ class VisionEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Map pixels (n, c, h, w) to features (n, f); no gradient ever flows here."""
-        pooled, parts = self._run(pixel_values)
+        on_cpu = next(self.model.parameters(), pixel_values).device.type == "cpu"
+        runs = pixel_values.split(CPU_IMAGES) if on_cpu and len(pixel_values) else [pixel_values]
+        return torch.cat([self._features(pixels) for pixels in runs])
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        pooled, parts = self._run(pixels)
         return pooled if parts is None else torch.cat([pooled, parts.flatten(1).to(pooled)], dim=1)
 
     def preprocess(self, images: Sequence[ImageLike]) -> Tensor:

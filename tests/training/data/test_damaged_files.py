@@ -119,7 +119,7 @@ captions = st.lists(st.sampled_from(["w4", " ", "'", "\u2028", "\x85", "NA", "No
 
 
 @given(st.lists(captions.map("".join).filter(str.strip), min_size=2, max_size=6), st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mark_that_is_put_into_a_table_harms_its_own_row_only(own_cache, tmp_path_factory, words, data):
     kind, encoding = data.draw(st.sampled_from([".csv", ".tsv"])), data.draw(st.sampled_from(["utf-8", "utf-16"]))
     mark = data.draw(st.sampled_from(["", '"', "\r"] if kind == ".csv" else ["", '"', "\r", "\t"]))
@@ -204,7 +204,7 @@ texts = st.binary(max_size=6) | st.none()
 
 
 @given(st.lists(st.lists(texts, max_size=3) | st.none(), max_size=6), st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_marked_tables_hold_what_python_reads_with_replacement(lists, start):
     flat = [text for one in lists for text in one or []]
     offsets = [0]

@@ -56,7 +56,7 @@ def test_a_row_without_an_image_is_left_out_by_name(value):
     assert usable(rows) == ([0, 2], ["row 1: it has no image"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(["a.png", "", " ", None]), min_size=1, max_size=5), st.booleans())
 def test_a_table_and_a_list_of_rows_lack_the_same_images(images, listed):
     values = [[image, None] for image in images] if listed else images

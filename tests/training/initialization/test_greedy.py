@@ -1,5 +1,7 @@
 """Greedy answers in batches are those of each prompt alone, and what was read on the way is what is read again."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -20,9 +22,11 @@ def grounded(family):
     return ground(build(family), Eye(), tokenizer(), image_processor, config).eval()
 
 
+@pytest.mark.parametrize("at_once", [greedy.READ_AT_ONCE, 11], ids=["together", "one_by_one"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_batch_answers_as_each_prompt_alone(family):
+def test_a_batch_answers_as_each_prompt_alone(family, at_once, monkeypatch):
+    monkeypatch.setattr(greedy, "READ_AT_ONCE", at_once)
     model = grounded(family)
     together = greedy_answers(model, starts(PROMPTS), 10)
     for prompt, answer in zip(PROMPTS, together, strict=True):
@@ -49,12 +53,30 @@ def test_answers_stop_where_they_are_long_enough(prompts):
         assert len(one.states) == one.num_places == len(one.log_normaliser)
 
 
-def test_what_all_prompts_begin_with_is_read_once():
+@pytest.mark.parametrize(("at_once", "expected"), [(33, [4, 3 * 6, 3]), (11, [4, 1, 6, 2, 3])])
+def test_what_all_prompts_begin_with_is_read_once(at_once, expected, monkeypatch):
+    monkeypatch.setattr(greedy, "READ_AT_ONCE", at_once)
     model, read = grounded("llama_untied"), []
     model.lm.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
     greedy_answers(model, starts(PROMPTS), 1)
-    # The four shared ids, and then seven columns of the three prompts.
-    assert read == [4, 3 * 7]
+    # The four shared ids; what follows them, padded to the longest of a part and without the last; then the last.
+    assert read == expected
+
+
+@pytest.mark.parametrize("at_once", [1024, 11])
+@torch.no_grad()
+def test_each_prompt_reads_its_own_pictures(at_once, monkeypatch):
+    monkeypatch.setattr(greedy, "READ_AT_ONCE", at_once)
+    model = grounded("llama_untied")
+    rows = 3 * torch.randn(3, model.adapter.embedding_mean.numel(), generator=torch.Generator().manual_seed(0))
+    prompts = [((1, 20, -1, 30), rows[:1]), ((1, 20, 31, 32, 33), rows[:0]), ((1, 20, -1, 21, 22, -2, 30), rows[1:])]
+    asked = [Answer(ids, (), False, True, list(own.split(1)) if len(own) else ()) for ids, own in prompts]
+    for start, answer in zip(asked, greedy_answers(model, asked, 8), strict=True):
+        alone = greedy_answers(model, [start], 8)[0]
+        assert answer.ids == alone.ids
+        torch.testing.assert_close(answer.states, alone.states, atol=1e-4, rtol=1e-3)
+    changed = greedy_answers(model, [*asked[:2], dataclasses.replace(asked[2], image_tokens=(-rows[1:2], rows[2:]))], 8)
+    assert not torch.allclose(changed[2].states[0], answer.states[0], atol=1e-3)
 
 
 def test_an_answer_is_cut_with_what_was_read():

@@ -160,14 +160,14 @@ class ExampleCollator:
         self.max_caption_length, self.concat_captions_prob = max_caption_length, concat_captions_prob
         self.captioning_fraction, self.end_captions = captioning_fraction, end_captions
 
-    def captioning(self, example: Mapping[str, Any]) -> TokenSequence:
-        """Return the image, the prompt before the caption, and the caption as labels."""
+    def captioning(self, example: Mapping[str, Any], follows_caption: bool = False) -> TokenSequence:
+        """Return the image, the prompt before the caption (see `caption_prefix`), and the caption as labels."""
         caption = self._caption(example)
         if self.end_captions and self.processor.tokenizer.eos_token_id is not None:
             caption = [*caption, self.processor.tokenizer.eos_token_id]
         if question := example.get("question"):
             return TokenSequence.of(self._chat([_PLACEHOLDER, question]), caption)
-        return TokenSequence.of(self.processor.caption_prefix(image=True), caption)
+        return TokenSequence.of(self.processor.caption_prefix(image=True, follows_caption=follows_caption), caption)
 
     def retrieval(self, example: Mapping[str, Any]) -> TokenSequence:
         """Return the caption with `[RET]` as labels, after its prompt; or a request or prompt, answered by `[RET]`."""
@@ -202,8 +202,9 @@ class ExampleCollator:
             If prompts have images, also `prompt_features` (m, f) or `prompt_pixels` (m, c, h, w).
         """
         captioned = examples[: max(1, round(self.captioning_fraction * len(examples)))]
-        sequences = [self.captioning(example) for example in captioned]
-        if len(sequences) > 1 and happens(self.concat_captions_prob, self.seed, examples[0].get("draw", 0)):
+        joined = len(captioned) > 1 and happens(self.concat_captions_prob, self.seed, examples[0].get("draw", 0))
+        sequences = [self.captioning(example, joined and n % 2 == 1) for n, example in enumerate(captioned)]
+        if joined:
             pairs = zip(sequences[::2], sequences[1::2], strict=False)
             sequences = [one + two for one, two in pairs] + sequences[len(sequences) - len(sequences) % 2 :]
         batch: dict[str, Any] = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from visual_ground.errors import GroundingValueError
 from visual_ground.generation.sentences import sentence_ends
+from visual_ground.lm.key_values import cache_of, plain_layers
 from visual_ground.model import GroundedModel
 from visual_ground.progress import counted
 from visual_ground.prompts.chat import ILLUSTRATED
@@ -29,7 +30,8 @@ from visual_ground.training.initialization.idf import without_sentence_marks
 
 # Long enough for the first sentence of most answers, and a little of what follows it; the rest teaches nothing new.
 MAX_NEW_TOKENS, CONTINUATION = 32, 12
-BATCH_SIZE = 128
+# Prompts that are answered at once, at most, and fewer where an LM keeps more than these bytes of them.
+BATCH_SIZE, BATCH_BYTES = 160, 2**31
 # Stands in a chat for a picture, whose tokens are known without it.
 BLANK = Image.new("RGB", (1, 1))
 
@@ -67,7 +69,8 @@ def answers_to(
     path = None if folder is None else folder / f"{_key(model, answers, after)}.safetensors"
     if (tensors := _kept(path, len(answers))) is not None:
         return _from_tensors(answers, tensors)
-    for batch in counted(_batches(answers, illustrated), "the LM's own answers", "batches", progress):
+    batches = _batches(answers, illustrated, _batch_size(model, max(len(answer.prompt) for answer in answers)))
+    for batch in counted(batches, "the LM's own answers", "batches", progress):
         starts, enough = [answers[i] for i in batch], partial(_enough, model, after)
         for i, answer in zip(batch, greedy_answers(model, starts, MAX_NEW_TOKENS, enough), strict=True):
             answers[i] = answer
@@ -81,12 +84,21 @@ def _enough(model: GroundedModel, after: int | None, answer: Answer) -> int | No
     return None if after is None or end is None else end + after
 
 
-def _batches(answers: Sequence[Answer], illustrated: Sequence[bool]) -> list[list[int]]:
+def _batch_size(model: GroundedModel, longest: int) -> int:
+    """Return how many prompts, the longest of so many ids, are answered at once."""
+    ids = torch.full((1, 1), model.frozen_lm.vocabulary.safe_id, device=model.frozen_lm.device)
+    output = model.frozen_lm.forward(ids, torch.ones_like(ids), use_cache=True)
+    layers = plain_layers(cache_of(output), 1) or ()
+    kept: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) * (longest + MAX_NEW_TOKENS)
+    return max(1, min(BATCH_SIZE, BATCH_BYTES // max(kept, 1)))
+
+
+def _batches(answers: Sequence[Answer], illustrated: Sequence[bool], size: int) -> list[list[int]]:
     """Put prompts (by number) that begin alike, and have about the same length, into batches of about one size."""
     batches = []
     for kind in (False, True):
         chosen = [i for i, own in enumerate(illustrated) if own == kind]
-        order, count = sorted(chosen, key=lambda i: len(answers[i].prompt)), -(-len(chosen) // BATCH_SIZE)
+        order, count = sorted(chosen, key=lambda i: len(answers[i].prompt)), -(-len(chosen) // size)
         batches += [order[i * len(order) // count : (i + 1) * len(order) // count] for i in range(count)]
     return batches
 

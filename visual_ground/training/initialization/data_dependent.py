@@ -29,6 +29,7 @@ from visual_ground.training.initialization.emission import finish_emission, star
 from visual_ground.training.initialization.idf import caption_ids, fit_image_tokens_to_words, idf_weights
 from visual_ground.training.initialization.retrieval import BATCH_SIZE, Collate, batched, fit_prompts, fit_retrieval
 from visual_ground.training.losses.objective import GroundingObjective
+from visual_ground.training.speedups.attention import short_attention
 from visual_ground.training.speedups.kv_cache import KeysValues, SharedPrefixCache, expanded, fixed_cache
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,8 @@ class Imitation:
         else:
             options = {"cache": fixed_cache(expanded(self._keys_values, len(ids)))}
         ids, mask = ids.to(frozen_lm.device), mask.to(frozen_lm.device)
-        states = layer_states(frozen_lm, self._layer, ids, mask, image_tokens, use_cache=bool(options), **options)
+        with short_attention(frozen_lm.device, mask.shape[1]):
+            states = layer_states(frozen_lm, self._layer, ids, mask, image_tokens, use_cache=bool(options), **options)
         return states[:, -length:].float()
 
 

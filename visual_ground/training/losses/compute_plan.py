@@ -87,10 +87,11 @@ def _loss_and_gradients(model: GroundedModel, sequences: Sequence[TokenSequence]
 
 
 def _agree(plain: list[Tensor], faster: list[Tensor], dtype: torch.dtype) -> bool:
-    # Ways may round differently, which is far below this; a wrong mask or position is far above it.
-    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    # Ways may round differently: in bfloat16 by up to 7 % of a gradient's norm in SmolLM2-135M. Wrong positions or a
+    # wrong mask change it there by 46 % at least, in either type.
+    tolerance = 1e-3 if dtype == torch.float32 else 0.2
     pairs = zip(plain, faster, strict=True)
-    return all(bool((a - b).abs().max() <= tolerance * a.abs().max()) for a, b in pairs)
+    return all(bool((a - b).norm() <= tolerance * a.norm()) for a, b in pairs)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from visual_ground.errors import GroundingStateError
+from visual_ground.training.speedups.attention import recomputed_alike
 
 
 class LayerCheckpoints:
@@ -39,7 +40,8 @@ class LayerCheckpoints:
                 f"{type(self._lm).__name__} has no layers that transformers can checkpoint. Leave gradient "
                 "checkpointing off, and use mini_batch_size to bound the memory."
             )
-        self._options = {"preserve_rng_state": False, **(options or {}), "use_reentrant": False}
+        settings = {"preserve_rng_state": False, "context_fn": recomputed_alike}
+        self._options = {**settings, **(options or {}), "use_reentrant": False}
 
     def _layers(self) -> list[nn.Module]:
         return [module for module in self._lm.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from visual_ground.lm.reading import LMReading
 from visual_ground.model import GroundedModel
 from visual_ground.training.data.sequences import IGNORE_INDEX, TokenSequence
+from visual_ground.training.speedups.attention import short_attention
 from visual_ground.training.speedups.kv_cache import KeysValues, expanded, fixed_cache, growing_cache
 
 # Positions in a packed row, or more if one sequence is longer. Attention costs the square of a row's length, so rows
@@ -209,4 +210,5 @@ def read(
         options["position_ids"] = batch.position_ids
     options |= {"use_cache": keep or prefix is not None, "has_virtual": batch.has_virtual}
     positions = batch.label_positions if positions is None else positions
-    return model.frozen_lm.read(batch.ids, batch.attention_mask, positions, image_tokens, **options)
+    with short_attention(model.frozen_lm.device, batch.attention_mask.shape[-1]):
+        return model.frozen_lm.read(batch.ids, batch.attention_mask, positions, image_tokens, **options)
