@@ -8,10 +8,10 @@ PYTEST_ARGS ?=
 
 # The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/visual-ground demo
+	$(VENV)/bin/visual-ground demo
 
 demo-short: $(VENV)/demo-installed
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/visual-ground demo --short --out demo/short
+	$(VENV)/bin/visual-ground demo --short --out demo/short
 
 # A page to talk to what the demo made, at http://127.0.0.1:7860.
 app: $(VENV)/demo-installed $(VENV)/app-installed demo/index

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.tiny import FAMILIES, grounded
+from visual_ground.fitting import autocast
 from visual_ground.fitting.autocast import autocast_lm
 
 IDS = torch.arange(4, 20)[None]
@@ -23,6 +24,28 @@ def test_answers_are_near_and_what_is_around_the_lm_stays_exact(family):
     assert float((mixed - exact)[size].abs().max()) < 0.1 * float(exact[size].abs().max())
     assert torch.equal(model(IDS).logits, exact)
     assert all(torch.equal(weights[name], value) for name, value in model.lm.state_dict().items())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("room", [2**31, 9000, 0], ids=["all", "some", "none"])
+def test_copies_of_weights_change_nothing(family, room, monkeypatch):
+    monkeypatch.setattr(autocast, "COPIES_BYTES", room)
+    model = grounded(family)
+    embeddings = model.lm.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def logits_and_gradient():
+        logits = model.lm(inputs_embeds=embeddings).logits
+        return logits, torch.autograd.grad(logits[..., :90].float().square().mean(), embeddings)[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = logits_and_gradient()
+    with autocast_lm(model.lm, torch.bfloat16):
+        for one, other in zip(logits_and_gradient(), wanted, strict=True):
+            assert torch.equal(one, other)
+        states = torch.ones(1, 2, model.lm.get_output_embeddings().in_features)
+        head = model.lm.get_output_embeddings()(states)
+    assert torch.equal(head, model.lm.get_output_embeddings()(states)) and head.dtype == torch.float32
+    assert all("forward" not in layer.__dict__ for layer in model.lm.modules())
 
 
 def test_a_run_that_fails_leaves_nothing_behind():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+COPIES_BYTES = 2**31
 
 
 @contextmanager
 def autocast_lm(lm: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Run the LM's forward under `torch.autocast`, and nothing around it.
+
+    The weights of frozen linear layers are cast once, as far as the copies fit into `COPIES_BYTES`; autocast would cast
+    them in each forward pass, which takes as long as reading some hundred tokens.
 
     Args:
         lm: the LM.
@@ -33,8 +38,41 @@ def autocast_lm(lm: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
     # A run that ends early, at a layer that is read, raises.
     handles = lm.register_forward_pre_hook(enter), lm.register_forward_hook(leave, always_call=True)
+    layers = _castable(lm, dtype)
+    for layer in layers:
+        layer.forward = _with_copies(layer, dtype)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for layer in layers:
+            del layer.forward
+
+
+def _castable(lm: nn.Module, dtype: torch.dtype) -> list[Any]:
+    """Return the linear layers of which copies are kept: plain, frozen and in float32."""
+    found, room = list[Any](), COPIES_BYTES
+    for layer in lm.modules():
+        if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+            continue
+        weight = layer.weight
+        room -= weight.numel() * dtype.itemsize
+        if weight.dtype == torch.float32 and not weight.requires_grad and room >= 0:
+            found.append(layer)
+    return found
+
+
+def _with_copies(layer: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return the layer's forward, with weights that are cast beforehand."""
+    original: Callable[[Tensor], Tensor] = layer.forward
+    weight = layer.weight.detach().to(dtype)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+
+    def forward(inputs: Tensor) -> Tensor:
+        # Who calls the output head by itself gets what the LM's own type gives.
+        if not torch.is_autocast_enabled(inputs.device.type):
+            return original(inputs)
+        return nn.functional.linear(inputs, weight, bias)
+
+    return forward

@@ -29,7 +29,7 @@ from visual_ground.training.speedups.kv_cache import SharedPrefixCache, fixed_ca
 from visual_ground.training.speedups.packing import PackedBatch, additive_mask, lay_out, on_device, read
 
 # Captions that run up to their `[RET]` together, which bounds the memory. They are sorted by length before.
-CAPTIONS_PER_RUN = 32
+CAPTIONS_PER_RUN = 64
 
 
 class PrefixCache:
