@@ -226,3 +226,18 @@ def test_as_many_texts_are_taken_as_asked_for_at_even_distances(length, count):
     assert len(taken) == min(length, count)
     gaps = {after - before for before, after in zip(taken, taken[1:], strict=False)}
     assert len(gaps) <= 2 and all(gap > 0 for gap in gaps)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_what_stands_before_a_picture_is_read_once_and_alike(family, monkeypatch):
+    model = ground(build(family), Eye(), tokenizer(), image_processor, GroundingConfig(retrieval_dim=6)).eval()
+    befores, afters = [(1, 20, 21), (1, 20, 21, 22, 30, 31), (1, 40)], [(5, 6, 7), (8,), (9, 10)]
+    read = emission._reader(model, befores, afters)
+    monkeypatch.setattr(emission, "read_beginnings", lambda *args: None)
+    whole = emission._reader(model, befores, afters)
+    for scale in (1, -1):
+        model.adapter.ret_input.mul_(scale)
+        states = read()
+        assert states.shape[0] == 6
+        torch.testing.assert_close(states, whole(), atol=1e-4, rtol=1e-3)

@@ -9,7 +9,7 @@ LM's own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visual_ground.lm.key_values import copy_of
 from visual_ground.model import GroundedModel
-from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 from visual_ground.training.initialization.answers import CONTINUATION, place_of_picture
-from visual_ground.training.initialization.greedy import Answer
+from visual_ground.training.initialization.greedy import Answer, padded, read_beginnings
 from visual_ground.training.initialization.ret_token import Places, fit_output_embedding
 from visual_ground.training.initialization.turns import FirstTurns, first_answers, later_answers
 
@@ -182,17 +182,14 @@ def choose_input_embedding(
     pairs = [(a, end) for a, end in zip(answers, ends, strict=True) if end is not None and len(a.ids) - end >= 2]
     if not pairs:
         return candidates[0], None
-    sequences: list[tuple[int, ...]] = []
-    places: list[range] = []
-    for answer, end in pairs[:NUM_COMPARED]:
-        before = (*answer.prompt, *answer.ids[:end])
-        sequences.append((*before, model.ret_token_id, *answer.ids[end : end + CONTINUATION]))
-        places.append(range(len(before), len(sequences[-1]) - 1))
-    targets = torch.tensor([row[i + 1] for row, of_row in zip(sequences, places, strict=True) for i in of_row])
+    befores = [(*answer.prompt, *answer.ids[:end]) for answer, end in pairs[:NUM_COMPARED]]
+    afters = [answer.ids[end : end + CONTINUATION] for answer, end in pairs[:NUM_COMPARED]]
+    read = _reader(model, befores, afters)
+    targets = torch.tensor([token for after in afters for token in after])
     kept, compared = model.adapter.ret_input.clone(), list[tuple[float, Tensor, Places]]()
     for candidate in candidates:
         model.adapter.ret_input.copy_(candidate)
-        states = _states(model, sequences, places)
+        states = read()
         logits = _own_logits(model, states)
         behind = Places(states.float().cpu(), logits.logsumexp(-1).cpu(), torch.zeros(len(states), dtype=torch.bool))
         compared.append((float(F.cross_entropy(logits, targets.to(logits.device))), candidate, behind))
@@ -213,13 +210,34 @@ def places_of(answers: Sequence[Answer], ends: Sequence[int | None]) -> Places:
     return Places(states, torch.cat([answer.log_normaliser for answer in answers]), torch.tensor(is_ret))
 
 
-def _states(model: GroundedModel, sequences: Sequence[tuple[int, ...]], places: Sequence[range]) -> Tensor:
-    """Return what the output head reads at the places of each sequence, (n, h)."""
-    vocabulary, pad_id = model.frozen_lm.vocabulary, model.processor.pad_token_id
-    ids, mask = pad_batch([EncodedPrompt(row, ()) for row in sequences], vocabulary.first_image_id, pad_id, "right")
-    positions = torch.tensor([i * ids.shape[1] + place for i, of_row in enumerate(places) for place in of_row])
-    device = model.frozen_lm.device
-    return model.frozen_lm.hidden_states(ids.to(device), mask.to(device), positions.to(device))[0]
+def _reader(
+    model: GroundedModel, befores: Sequence[tuple[int, ...]], afters: Sequence[tuple[int, ...]]
+) -> Callable[[], Tensor]:
+    """Return a function that reads `[RET]` and n ids behind each text, and returns what the head reads of it, (n, h).
+
+    The states are those before each of these ids. What stands before `[RET]` is read once, if the LM allows that.
+    """
+    asked = [(*before, model.ret_token_id) for before in befores]
+    ids, mask = padded(model, asked, "left")
+    cache = read_beginnings(model, asked, ids, mask, None)
+    begins = list(map(len, befores)) if cache is None else [0] * len(afters)
+    whole = [
+        (*one[len(before) - begin :], *after[:-1])
+        for one, before, begin, after in zip(asked, befores, begins, afters, strict=True)
+    ]
+    ids, own_mask = padded(model, whole, "right")
+    places = [
+        row * ids.shape[1] + begin + n
+        for row, (begin, after) in enumerate(zip(begins, afters, strict=True))
+        for n in range(len(after))
+    ]
+    positions = torch.tensor(places, device=ids.device)
+    if cache is None:
+        return lambda: model.frozen_lm.hidden_states(ids, own_mask, positions)[0]
+    mask = torch.cat([mask[:, :-1], own_mask], 1)
+    return lambda: model.frozen_lm.hidden_states(
+        ids, mask, positions, cache=copy_of(cache, lambda tensor: tensor), use_cache=True
+    )[0]
 
 
 def _own_logits(model: GroundedModel, states: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import os.path
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +121,10 @@ def greedy_answers(
         enough: returns how many ids of an answer are enough, or None if it cannot be told yet.
     """
     frozen_lm, prompts = model.frozen_lm, [answer.prompt for answer in starts]
-    ids, mask = _padded(model, prompts)
+    ids, mask = padded(model, prompts, "left")
     seen = list(chain(*(answer.image_tokens for answer in starts)))
     image_tokens = torch.cat(seen) if seen else None
-    stops, cache = end_ids(frozen_lm, model.active), _read_beginnings(model, prompts, ids, mask, image_tokens)
+    stops, cache = end_ids(frozen_lm, model.active), read_beginnings(model, prompts, ids, mask, image_tokens)
     # Without a copy of the cache, answers cannot go on from where they were.
     step = max_new_tokens if cache is None else ROUND
     answers, going = list(starts), list(range(len(starts)))
@@ -165,14 +165,16 @@ def _rows(kept: Sequence[int]) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[kept]
 
 
-def _padded(model: GroundedModel, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Return the ids (b, s) of prompts, padded on the left, and their mask."""
+def padded(
+    model: GroundedModel, prompts: Sequence[tuple[int, ...]], side: Literal["left", "right"]
+) -> tuple[Tensor, Tensor]:
+    """Return the ids (b, s) of prompts, padded on one side, and their mask."""
     vocabulary, pad_id = model.frozen_lm.vocabulary, model.processor.pad_token_id
-    ids, mask = pad_batch([EncodedPrompt(prompt, ()) for prompt in prompts], vocabulary.first_image_id, pad_id, "left")
+    ids, mask = pad_batch([EncodedPrompt(prompt, ()) for prompt in prompts], vocabulary.first_image_id, pad_id, side)
     return ids.to(model.frozen_lm.device), mask.to(model.frozen_lm.device)
 
 
-def _read_beginnings(
+def read_beginnings(
     model: GroundedModel, prompts: Sequence[tuple[int, ...]], ids: Tensor, mask: Tensor, image_tokens: Tensor | None
 ) -> Any:
     """Return the keys and values of all columns but the last of prompts (b, s) that are padded on the left.
