@@ -39,7 +39,8 @@ MAX_EXAMPLES = 6144
 # How deep the imitated state is, in parts of the LM's layers: deep enough for words to have a meaning that similar
 # words share, not so deep that it is only about the next word (benchmarks/data_dependent_init.py).
 DEPTH = 0.27
-# Steps of imitation: seconds, and the closed form before it leaves little to do.
+# Steps of imitation: seconds, and the closed form before it leaves little to do. Each is of a quarter of the examples
+# where these are few: of 200 pairs, it tells as many unseen ones as steps of 128 do, in half the time.
 NUM_STEPS = 100
 # A step of the optimizer moves an image token by about this part of the embeddings' standard deviation, whatever the
 # features' width.
@@ -117,9 +118,9 @@ def start_image_tokens(
     rate = STEP_SIZE / model.adapter.feature_dim
     optimizer = torch.optim.AdamW(model.adapter.projector_groups(rate), betas=(0.9, 0.95), weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, NUM_STEPS)
-    order = torch.Generator().manual_seed(seed)
+    order, count = torch.Generator().manual_seed(seed), min(len(examples), BATCH_SIZE, max(16, len(examples) // 4))
     for _ in counted(range(NUM_STEPS), "start values: image tokens", "steps", progress):
-        chosen = torch.randint(len(examples), (min(BATCH_SIZE, len(examples)),), generator=order)
+        chosen = torch.randint(len(examples), (count,), generator=order)
         loss = ((imitation.image_states(features[chosen]) - targets[chosen]) / std).square().mean()
         model.zero_grad()
         torch.autograd.backward(loss)
