@@ -4,7 +4,9 @@ With a fourth word, the first process fails at its second batch, and each writes
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -38,7 +40,12 @@ def main(data, folder, rank, fails=""):
         report = f"{type(error).__name__}: {error}"
     (folder / f"report-{rank}.json").write_text(report)
     (folder / f"calls-{rank}.json").write_text(json.dumps(calls))
-    dist.destroy_process_group()
+    end = time.monotonic() + 60
+    while not (folder / f"calls-{1 - rank}.json").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    # Without taking its group down: torch may abort a process that does so while the other one ends.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
