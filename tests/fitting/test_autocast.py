@@ -54,3 +54,20 @@ def test_a_run_that_fails_leaves_nothing_behind():
     with autocast_lm(model.lm, torch.bfloat16), pytest.raises((AttributeError, TypeError, ValueError)):
         model.lm(input_ids="no ids")
     assert not torch.is_autocast_enabled("cpu") and len(model.lm._forward_pre_hooks) == hooks
+
+
+def test_copies_that_find_no_memory_leave_nothing_behind(monkeypatch):
+    model, made = grounded(), []
+
+    def third_fails(layer, dtype):
+        if len(made) == 2:
+            raise MemoryError
+        made.append(layer)
+        return layer.forward
+
+    monkeypatch.setattr(autocast, "_with_copies", third_fails)
+    hooks = len(model.lm._forward_pre_hooks)
+    with pytest.raises(MemoryError), autocast_lm(model.lm, torch.bfloat16):
+        pass
+    assert all("forward" not in layer.__dict__ for layer in model.lm.modules())
+    assert len(model.lm._forward_pre_hooks) == hooks

@@ -52,6 +52,18 @@ def test_any_module_with_a_processor():
     assert vision.feature_dim == 5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("count", [0, 1, 8, 19])
+def test_a_cpu_runs_a_few_images_at_once_and_features_keep_their_order(count):
+    sizes, tower = [], nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    vision = VisionEncoder(tower, lambda images, return_tensors: {"pixel_values": torch.zeros(len(images), 3, 2, 2)})
+    tower.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    pixels = torch.randn(count, 3, 2, 2)
+    features = vision(pixels)
+    assert sizes == ([8] * (count // 8) + [count % 8] * bool(count % 8) if count else [0])
+    torch.testing.assert_close(features, tower(pixels))
+
+
 def test_pooling_shapes():
     assert pool(torch.zeros(2, 5)).shape == pool(torch.zeros(2, 7, 5)).shape == pool(torch.zeros(2, 5, 3, 3)).shape
 

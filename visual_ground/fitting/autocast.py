@@ -39,15 +39,15 @@ def autocast_lm(lm: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     # A run that ends early, at a layer that is read, raises.
     handles = lm.register_forward_pre_hook(enter), lm.register_forward_hook(leave, always_call=True)
     layers = _castable(lm, dtype)
-    for layer in layers:
-        layer.forward = _with_copies(layer, dtype)
     try:
+        for layer in layers:
+            layer.forward = _with_copies(layer, dtype)
         yield
     finally:
         for handle in handles:
             handle.remove()
         for layer in layers:
-            del layer.forward
+            layer.__dict__.pop("forward", None)  # Copies that find no memory leave some layers as they were.
 
 
 def _castable(lm: nn.Module, dtype: torch.dtype) -> list[Any]:

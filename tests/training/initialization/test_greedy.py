@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
 from visual_ground import GroundingConfig, ground
-from visual_ground.training.initialization import emission, greedy
+from visual_ground.training.initialization import answers, emission, greedy
 from visual_ground.training.initialization.greedy import Answer, greedy_answers
 
 PROMPTS = [(1, 20, 21, 22, 30), (1, 20, 21, 22, 31, 32, 33, 34, 35, 36, 37), (1, 20, 21, 22, 40, 41, 42)]
@@ -84,3 +84,12 @@ def test_an_answer_is_cut_with_what_was_read():
     answer = greedy.Answer((1,), (5, 6, 7), True, False, torch.zeros(4, 2), torch.zeros(4))
     assert answer.cut(3) is answer
     assert answer.cut(2).ids == (5, 6) and len(answer.cut(2).states) == 2 and not answer.cut(2).ended
+
+
+def test_batches_are_smaller_where_an_lm_keeps_more(monkeypatch):
+    sizes = []
+    for room in (1, 2**16, 2**31):
+        monkeypatch.setattr(answers, "BATCH_BYTES", room)
+        sizes.append(answers._batch_size(grounded("llama_untied"), 20))
+    assert 1 == sizes[0] < sizes[1] < sizes[2] == answers.BATCH_SIZE
+    assert answers._batch_size(grounded("mamba"), 20) == answers.BATCH_SIZE  # Keeps nothing of each position.

@@ -271,3 +271,12 @@ def test_a_loss_without_weight_is_not_computed_and_all_parameters_still_get_a_gr
         assert all(parameter.grad is not None for parameter in model.adapter.parameters())
     with pytest.raises(GroundingValueError, match="both 0"):
         GroundingObjective(model, FromageLoss(0.0, 0.0))(**batch)
+
+
+def test_the_second_of_joined_captions_has_no_examples():
+    model = grounded(image_prompt="w80 w9. w81 {image} w82")
+    rows = [dict(row, row=n, group=n) for n, row in enumerate(ROWS[:2])]
+    collator = ExampleCollator(model, concat_captions_prob=1.0, end_captions=False)
+    ids = collator([dict(row, image=row["image"]) for row in rows])["captioning"][0].ids
+    unknown = model.tokenizer.unk_token_id  # What this tokenizer makes of "w9."
+    assert ids.count(80) == ids.count(unknown) == 1 and ids.count(81) == ids.count(82) == 2

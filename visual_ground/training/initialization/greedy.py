@@ -224,8 +224,8 @@ def _joined(caches: Sequence[DynamicCache]) -> DynamicCache:
     for layer, *parts in zip(layers, *(cache.layers for cache in caches), strict=True):
         for name in ("keys", "values"):
             tensors = [getattr(part, name) for part in parts]
-            padded = [nn.functional.pad(one, (0, 0, length - one.shape[-2], 0)) for one in tensors]
-            setattr(layer, name, torch.cat(padded))
+            equally_long = [nn.functional.pad(one, (0, 0, length - one.shape[-2], 0)) for one in tensors]
+            setattr(layer, name, torch.cat(equally_long))
     return joined
 
 
