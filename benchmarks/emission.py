@@ -21,6 +21,7 @@ from visual_ground.demo import emoji
 from visual_ground.demo.weights import load_lm
 from visual_ground.training.initialization import emission
 from visual_ground.training.initialization.answers import answers_to, place_of_picture
+from visual_ground.training.initialization.ret_input import own_logits
 
 WORDINGS = {
     "validation": (
@@ -116,7 +117,7 @@ def second_turns(model, split, concepts, answers, folder):
 def said_at(model, answer):
     """Return the place of the first `[RET]` in a greedy answer, or None."""
     states = answer.states.to(model.adapter.ret_output.device)
-    said = states @ model.adapter.ret_output > emission._own_logits(model, states).max(-1).values
+    said = states @ model.adapter.ret_output + model.adapter.ret_gate(states[:1]) > own_logits(model, states).amax(-1)
     return next(iter(said.nonzero()[:, 0].tolist()), None)
 
 

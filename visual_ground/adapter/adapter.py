@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from visual_ground.adapter.encoder_space import EncoderSpace
 from visual_ground.config import GroundingConfig
 from visual_ground.errors import GroundingValueError
 
@@ -23,36 +24,9 @@ IMAGE_SIDE = (
     "logit_scale",
 )
 # Prefixes of the parameters whose widths are the LM's alone.
-LM_SIDE = ("ret_input", "ret_output", "text_retrieval_projection.")
-
-
-class EncoderSpace(nn.Module):
-    """The map from standardised features back to the encoder's own: a layer that is never trained.
-
-    It has a linear layer's tensors, so that an adapter's files and transfers are the same in either space.
-
-    Args:
-        width: of the pooled features.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.in_features = width
-        self.register_buffer("weight", torch.eye(width))
-        self.register_buffer("bias", torch.zeros(width))
-
-    @torch.no_grad()
-    def undo(self, mean: Tensor, std: Tensor) -> None:
-        """Undo a standardisation with a mean and a standard deviation (width,)."""
-        self.weight.copy_(torch.diag(std))
-        self.bias.copy_(mean)
-
-    def forward(self, standardized: Tensor) -> Tensor:
-        """Return the features (n, width)."""
-        return F.linear(standardized, self.weight, self.bias)
+LM_SIDE = ("ret_input", "ret_output", "ret_gate_", "text_retrieval_projection.")
+# What adapters lack that were saved before there was a gate, which is open for them.
+NEWER = ("ret_gate_weight", "ret_gate_bias")
 
 
 def _in_float32(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -100,6 +74,8 @@ class Adapter(nn.Module):
     feature_mean: Tensor
     feature_std: Tensor
     ret_norms: Tensor
+    ret_gate_weight: Tensor
+    ret_gate_bias: Tensor
 
     def __init__(
         self,
@@ -125,6 +101,9 @@ class Adapter(nn.Module):
         self.ret_input = nn.Parameter(torch.randn(embedding_dim) * 0.02)
         if not tied:
             self.ret_output = nn.Parameter(torch.randn(head_dim) * 0.02)
+            # Fitted once and not trained, hence no parameters.
+            self.register_buffer("ret_gate_weight", torch.zeros(head_dim))
+            self.register_buffer("ret_gate_bias", torch.zeros(()))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start value, as published
         self.kept: frozenset[str] = frozenset()
         self.register_buffer("embedding_mean", torch.zeros(embedding_dim))
@@ -193,6 +172,20 @@ class Adapter(nn.Module):
     def ret_embeddings(self) -> tuple[Tensor, Tensor]:
         """Return `[RET]`'s input embedding (d,) and output embedding (h,)."""
         return self.ret_input, self.ret_input if self.tied else self.ret_output
+
+    @property
+    def has_ret_gate(self) -> bool:
+        """Whether an answer's opening says if it may have pictures."""
+        return not self.tied and bool(self.ret_gate_weight.any())
+
+    @_in_float32
+    def ret_gate(self, states: Tensor) -> Tensor:
+        """Return what is added to `[RET]`'s logits in answers, (b,), at most 0, so that it shows only what is wanted.
+
+        Args:
+            states: (b, h), what the output head reads where the answers begin.
+        """
+        return (states.to(self.ret_gate_weight) @ self.ret_gate_weight + self.ret_gate_bias).clamp_max(0)
 
     def standardize(self, features: Tensor) -> Tensor:
         """Standardise image features (n, f) to what the linear layers read, in the layers' dtype."""

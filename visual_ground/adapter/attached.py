@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visual_ground.adapter.adapter import Adapter
+from visual_ground.adapter.adapter import NEWER, Adapter
 from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.adapter.files import FILES, published, save_adapter
 from visual_ground.adapter.metadata import AdapterMetadata
@@ -149,10 +149,12 @@ class AttachedAdapter(nn.Module):
             GroundingFileError: missing or damaged; nothing has changed then.
             GroundingValueError: other names, shapes or dtypes; each is listed, and nothing has changed.
         """
-        tensors = read_tensors(Path(folder) / WEIGHTS_FILE, self.adapter.state_dict())
+        state = self.adapter.state_dict()
+        tensors = read_tensors(Path(folder) / WEIGHTS_FILE, state, NEWER)
+        missing = {name: torch.zeros_like(state[name]) for name in state if name not in tensors}
         if self.config.train_lm_adapter:
             lm_peft.load_into(lm, folder)
-        self.adapter.load_state_dict(tensors)
+        self.adapter.load_state_dict({**missing, **tensors})
 
     def save(self, folder: str | os.PathLike[str], lm: nn.Module) -> None:
         """Write the adapter's folder, see `GroundedModel.save_pretrained`; `lm` is the LM that it is on."""

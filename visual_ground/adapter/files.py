@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visual_ground.adapter.adapter import IMAGE_SIDE, LM_SIDE
+from visual_ground.adapter.adapter import IMAGE_SIDE, LM_SIDE, NEWER
 from visual_ground.adapter.anchors import ANCHORS_FILE, Anchors
 from visual_ground.adapter.metadata import AdapterMetadata
 from visual_ground.adapter.model_card import PICTURE_FILE, render_card
@@ -103,7 +103,7 @@ class AdapterFiles:
         """
         needed = adapter.state_dict()
         try:
-            check_shapes(self.folder / WEIGHTS_FILE, self.header, needed)
+            check_shapes(self.folder / WEIGHTS_FILE, self.header, needed, NEWER)
         except GroundingValueError as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
             wrong = {name for name in {*shapes, *self.header} if shapes.get(name) != self.header.get(name, (None,))[0]}

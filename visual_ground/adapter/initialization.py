@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visual_ground.adapter.adapter import Adapter, EncoderSpace
+from visual_ground.adapter.adapter import Adapter
+from visual_ground.adapter.encoder_space import EncoderSpace
 from visual_ground.lm.base.weights import EmbeddingStatistics
 from visual_ground.shared_space.accumulator import SharedSpace
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, StoppingCriteriaList
+from transformers import BatchFeature, LogitsProcessor, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
@@ -15,6 +15,7 @@ from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener
 from visual_ground.generation.options import complete_options, ended_by_itself, option_of, silent_ids
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
+from visual_ground.generation.ret_gate import RetGate
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex
@@ -98,28 +99,23 @@ def generate_ids(
     listener: AnswerListener | None = None,
 ) -> Tensor:
     """Run transformers' `generate`; return ids (b * num_return_sequences, s), which begin with the prompts'."""
-    processor, ids = attached.processor, batch["input_ids"]
+    processor, ids, mask = attached.processor, batch["input_ids"], batch["attention_mask"]
     seen = None if listener is None else listener.seen
     count = 0 if image_tokens is None else len(image_tokens)
-    options = complete_options(
-        frozen_lm,
-        processor,
-        options,
-        ids,
-        RetLogitsProcessor(
-            processor.ret_token_id,
-            ids.shape[1],
-            settings,
-            () if seen is None else seen.places,
-            processor.tokenizer.decode,
-        ),
-        ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count),
-    )
+    places = () if seen is None else seen.places
+    first = list[LogitsProcessor]()
+    if attached.adapter.has_ret_gate:
+        first.append(gate := RetGate(frozen_lm, attached, ids, mask))
+        if option_of(frozen_lm, options, "guidance_scale") not in (None, 1):
+            gate.read_prompts(image_tokens)
+    first.append(RetLogitsProcessor(processor.ret_token_id, ids.shape[1], settings, places, processor.tokenizer.decode))
+    last = ForbiddenColumns(processor.vocabulary, attached.config.mask_spare_columns, count)
+    options = complete_options(frozen_lm, processor, options, ids, first, last)
     if seen is not None:  # The ids of one image follow each other in a fixed order, which no other may change.
         options["logits_processor"].append(seen)
     if listener is not None:
         options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), listener])
-    sequences = frozen_lm.generate(ids, image_tokens, attention_mask=batch["attention_mask"], **options)
+    sequences = frozen_lm.generate(ids, image_tokens, attention_mask=mask, **options)
     if listener is not None:
         listener.finish()
     return sequences

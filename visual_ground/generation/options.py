@@ -30,7 +30,7 @@ def complete_options(
     processor: GroundingProcessor,
     options: Mapping[str, Any],
     prompts: Tensor,
-    first: LogitsProcessor,
+    first: Sequence[LogitsProcessor],
     last: LogitsProcessor,
 ) -> dict[str, Any]:
     """Return the options of one call of transformers' `generate`.
@@ -40,7 +40,7 @@ def complete_options(
         processor: of the active adapter.
         options: the caller's.
         prompts: (b, s), the prompts' ids.
-        first: a logits processor that comes before the caller's.
+        first: logits processors that come before the caller's.
         last: one that comes after the caller's.
 
     Raises:
@@ -60,7 +60,7 @@ def complete_options(
     options.pop("max_length", None)
     if any(source.get("stop_strings") for source in sources):  # transformers needs the tokenizer for these.
         options.setdefault("tokenizer", processor.tokenizer)
-    options["logits_processor"] = LogitsProcessorList([first, *given, last])
+    options["logits_processor"] = LogitsProcessorList([*first, *given, last])
     if configs[0] is None:
         return {"pad_token_id": processor.pad_token_id, **options, "max_new_tokens": length}
     options.pop("max_new_tokens", None)

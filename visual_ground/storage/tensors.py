@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,19 +140,22 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...]
         return _header(stored)
 
 
-def check_shapes(path: str | os.PathLike[str], header: Header, expected: Mapping[str, Tensor]) -> None:
+def check_shapes(
+    path: str | os.PathLike[str], header: Header, expected: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> None:
     """Raise unless a safetensors file holds tensors of exactly these names, shapes and dtypes.
 
     Args:
         path: the file, for the error's text; it is not read.
         header: as from `read_shapes`.
         expected: may be on the meta device, so that nothing is allocated for what does not fit.
+        optional: names that may be missing.
 
     Raises:
         GroundingValueError: names, shapes or dtypes differ; each is listed.
     """
     needed = {name: (tuple(tensor.shape), DTYPES[tensor.dtype]) for name, tensor in expected.items()}
-    wrong = [f"missing: {name}" for name in needed if name not in header]
+    wrong = [f"missing: {name}" for name in needed if name not in header and name not in optional]
     wrong += [f"unexpected: {name}" for name in header if name not in needed]
     wrong += [
         f"{name}: the file has {_describe(header[name])}, this model needs {_describe(needed[name])}"
@@ -163,16 +166,24 @@ def check_shapes(path: str | os.PathLike[str], header: Header, expected: Mapping
         raise GroundingValueError(f"{path} does not fit this model:\n  " + "\n  ".join(wrong))
 
 
-def read_tensors(path: str | os.PathLike[str], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(
+    path: str | os.PathLike[str], expected: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Read a safetensors file strictly: finite numbers, and tensors as `check_shapes` expects them.
+
+    Args:
+        path: the file.
+        expected: tensors of the names, shapes and dtypes that it should hold.
+        optional: names that may be missing, and are missing in the result then.
 
     Raises:
         GroundingFileError: missing, damaged, or with numbers that are not finite.
         GroundingValueError: names, shapes or dtypes differ; each is listed.
     """
     with _opened(path) as stored:
-        check_shapes(path, _header(stored), expected)
-        tensors = {name: stored.get_tensor(name) for name in expected}
+        header = _header(stored)
+        check_shapes(path, header, expected, optional)
+        tensors = {name: stored.get_tensor(name) for name in expected if name in header}
     if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
         raise GroundingFileError(f"{path} is damaged: {broken} hold numbers that are not finite. Save it again.")
     return tensors

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
 from tests.training.runs import ROWS, arguments
 from visual_ground import GroundingConfig, GroundingTrainer, ground
-from visual_ground.training.initialization import answers, dialogues, emission, turns
+from visual_ground.training.initialization import answers, dialogues, emission, ret_input, turns
 from visual_ground.training.initialization.answers import answers_to, place_of_picture
 from visual_ground.training.initialization.dialogues import Shown, later_turns, others_about, requests_of
 from visual_ground.training.initialization.greedy import Answer
-from visual_ground.training.initialization.ret_token import Places, fit_output_embedding
+from visual_ground.training.initialization.ret_token import Places, fit_gate, fit_output_embedding
 from visual_ground.training.initialization.wordings import OTHERS
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} w9 {% endfor %}"
@@ -40,6 +40,8 @@ def ends(monkeypatch):
     monkeypatch.setattr(dialogues, "OTHERS", OTHERS[::9])
     monkeypatch.setattr(dialogues, "NUM_NEXT_REQUESTS", 4)
     monkeypatch.setattr(dialogues, "NUM_NEXT_OTHERS", 6)
+    monkeypatch.setattr(turns, "ANSWERED_FIRST", (8, 4))
+    monkeypatch.setattr(turns, "ANSWERED_NEXT", (3, 2))
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 8)
     for module in (answers, emission, turns):
         monkeypatch.setattr(
@@ -58,6 +60,7 @@ def test_every_family_s_ret_is_fitted_and_leaves_its_text_alone(family, ends, tm
     for answer, text in zip(model.generate(chats, **options), before, strict=True):
         said = "".join(takewhile(lambda part: isinstance(part, str), answer.parts))
         assert text.startswith(said)
+    assert model.adapter.has_ret_gate and torch.isfinite(model.adapter.ret_gate_weight).all()
     assert not model.adapter.ret_output.requires_grad and not model.adapter.ret_input.requires_grad
     assert torch.isfinite(model.adapter.ret_output).all()
 
@@ -66,9 +69,29 @@ def test_the_fitted_embedding_says_ret_where_it_was_told_to():
     torch.manual_seed(0)
     states, is_ret = torch.randn(400, 16), torch.rand(400) > 0.9
     states[:, 0] = torch.where(is_ret, 3.0, -1.0)
-    found = fit_output_embedding(Places(states, torch.full((400,), 2.0), is_ret), weight=1.0)
+    found = fit_output_embedding(Places(states, torch.full((400,), 2.0), is_ret, torch.zeros(400)), weight=1.0)
     said = states @ found > 2.0
     assert (said & is_ret).sum() >= 0.9 * is_ret.sum() and (said & ~is_ret).sum() <= 0.1 * is_ret.sum()
+
+
+def test_where_the_gate_is_shut_the_embedding_need_not_say_no():
+    torch.manual_seed(0)
+    states, is_ret = torch.randn(400, 16), torch.arange(400) < 100
+    states[:200, 0] = 3.0  # The same for half of the places at which it does not belong.
+    gate = torch.where((torch.arange(400) >= 100) & (torch.arange(400) < 200), -20.0, 0.0)
+    found = fit_output_embedding(Places(states, torch.full((400,), 2.0), is_ret, gate), weight=1.0)
+    assert ((states @ found + gate > 2.0) == is_ret).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("width", [8, 512])
+def test_the_gate_opens_for_what_is_wanted_and_is_shut_for_the_rest_whatever_the_width(width):
+    torch.manual_seed(0)
+    openings, wanted = torch.randn(300, width) + 40, torch.arange(300) % 3 == 0
+    openings[:, : width // 8] += torch.where(wanted, 3.0, -3.0)[:, None]
+    weight, bias = fit_gate(openings[:200], wanted[:200])
+    gate = (openings @ weight + bias).clamp_max(0)[200:]
+    assert bool((gate[~wanted[200:]] < -2).all())
+    assert (gate[wanted[200:]] > -2).float().mean() > 0.9
 
 
 def test_answers_and_states_are_computed_once(ends, tmp_path, monkeypatch):
@@ -103,7 +126,7 @@ def test_training_keeps_what_was_fitted(ends, tmp_path):
         GroundingTrainer(model, arguments(tmp_path, max_steps=steps), ROWS).train()
         fitted.append([embedding.detach().clone() for embedding in model.adapter.ret_embeddings()])
     assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(*fitted, strict=True))
-    assert len(list((tmp_path / "features" / "answers").iterdir())) == 2
+    assert len(list((tmp_path / "features" / "answers").iterdir())) == 4
 
 
 def test_a_run_goes_on_in_a_new_process_after_ret_was_fitted(ends, tmp_path):
@@ -141,24 +164,29 @@ def test_a_template_that_refuses_system_messages_gets_none():
 def test_later_turns_stand_behind_the_first_turn_and_the_first_sentence_of_its_answer(ends, monkeypatch):
     seen = []
 
-    def recorded(model, asked, others, *options):
-        seen.append((asked, others))
-        return answers_to(model, asked, others, *options)
+    def recorded(model, asked, others, *options, max_new_tokens=None):
+        seen.append((asked, others, max_new_tokens))
+        return answers_to(model, asked, others, *options, max_new_tokens=max_new_tokens)
 
     model = grounded()
     monkeypatch.setattr(turns, "answers_to", recorded)
     first = turns.first_answers(model, CAPTIONS, {}, None)
-    found = [*first.answers, *turns.later_answers(model, first, None, None)]
-    (requests, first_others), (asked, others) = seen
-    wanted = [(requests, True), (first_others, False), (asked, True), (others, False)]
+    later, later_begun = turns.later_answers(model, first, None, None)
+    found = [*first.answers, *first.begun, *later, *later_begun]
+    wanted = [(chats, is_wanted) for *kinds, _ in seen for chats, is_wanted in zip(kinds, (True, False), strict=True)]
+    assert [most for *_, most in seen] == [None, 1, None, 1]
+    assert list(map(len, (chats for *kinds, _ in seen for chats in kinds))) == [8, 4, 4, 12, 3, 2, 1, 4]
+    assert all(len(answer.states) == 1 for answer in [*first.begun, *later_begun])
+    (requests, *_), _, *later_seen = seen
     assert [answer.wanted for answer in found] == [of_all for chats, of_all in wanted for _ in chats]
     of_text = dict(zip(requests, answers_to(model, requests, [], None), strict=True))
-    for text, shown, _ in [*asked, *others]:
-        assert shown.caption == CAPTIONS[requests.index(text)]
+    chats = [chat for *kinds, _ in later_seen for kind in kinds for chat in kind]
+    for text, shown, _ in chats:
+        assert shown.caption == first.shown[text]
         said = of_text[text].ids
         assert shown.sentence == model.tokenizer.decode(list(said[:3])).strip()
         assert shown.rest in ("", model.tokenizer.decode(list(said[3:])).strip())
-    assert {bool(shown.rest) for _, shown, _ in asked} == {True, False}
+    assert {bool(shown.rest) for _, shown, _ in chats} == {True, False}
 
 
 @torch.no_grad()
@@ -189,8 +217,8 @@ def test_a_template_of_one_turn_only_leaves_later_turns_out(ends):
     refusing = "{% if messages[-1]['role'] != messages[0]['role'] or messages|length > 1 %}{{ raise_exception('no') }}"
     model = grounded(template=refusing + "{% endif %}" + TEMPLATE)
     first = turns.first_answers(model, CAPTIONS, {}, None)
-    assert len(first.answers) == len(requests_of(CAPTIONS)) + len(others_about(CAPTIONS))
-    assert turns.later_answers(model, first, None, None) == []
+    assert len(first.answers) + len(first.begun) == len(requests_of(CAPTIONS)) + len(others_about(CAPTIONS))
+    assert turns.later_answers(model, first, None, None) == ([], [])
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
@@ -233,9 +261,9 @@ def test_as_many_texts_are_taken_as_asked_for_at_even_distances(length, count):
 def test_what_stands_before_a_picture_is_read_once_and_alike(family, monkeypatch):
     model = ground(build(family), Eye(), tokenizer(), image_processor, GroundingConfig(retrieval_dim=6)).eval()
     befores, afters = [(1, 20, 21), (1, 20, 21, 22, 30, 31), (1, 40)], [(5, 6, 7), (8,), (9, 10)]
-    read = emission._reader(model, befores, afters)
-    monkeypatch.setattr(emission, "read_beginnings", lambda *args: None)
-    whole = emission._reader(model, befores, afters)
+    read = ret_input._reader(model, befores, afters)
+    monkeypatch.setattr(ret_input, "read_beginnings", lambda *args: None)
+    whole = ret_input._reader(model, befores, afters)
     for scale in (1, -1):
         model.adapter.ret_input.mul_(scale)
         states = read()

@@ -7,8 +7,9 @@ import torch
 
 from tests.tiny import FAMILIES, Eye, build, image_processor, tokenizer
 from visual_ground import GroundingConfig, ground
-from visual_ground.training.initialization import answers, emission, greedy
+from visual_ground.training.initialization import answers, greedy
 from visual_ground.training.initialization.greedy import Answer, greedy_answers
+from visual_ground.training.initialization.ret_input import own_logits
 
 PROMPTS = [(1, 20, 21, 22, 30), (1, 20, 21, 22, 31, 32, 33, 34, 35, 36, 37), (1, 20, 21, 22, 40, 41, 42)]
 
@@ -39,7 +40,7 @@ def test_a_batch_answers_as_each_prompt_alone(family, at_once, monkeypatch):
         whole = torch.tensor([[*prompt, *answer.ids]])
         states = model.frozen_lm.hidden_states(whole, torch.ones_like(whole), torch.tensor(places))[0]
         assert torch.allclose(answer.states, states, atol=1e-4, rtol=1e-3)
-        normaliser = emission._own_logits(model, states).logsumexp(-1)
+        normaliser = own_logits(model, states).logsumexp(-1)
         if "capped" not in family:  # Read again, the head alone caps nothing.
             assert torch.allclose(answer.log_normaliser, normaliser, atol=1e-4, rtol=1e-3)
 

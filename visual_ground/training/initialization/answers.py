@@ -44,6 +44,7 @@ def answers_to(
     progress: bool = False,
     after: int | None = None,
     image_tokens: Mapping[str, Tensor] | None = None,
+    max_new_tokens: int | None = None,
 ) -> list[Answer]:
     """Let the LM answer what users say, every second one of each kind after the system message `ILLUSTRATED`.
 
@@ -55,6 +56,7 @@ def answers_to(
         progress: show a progress bar.
         after: the most ids behind an answer's first sentence; None: any number.
         image_tokens: by caption, (k, d), of the pictures in chats; None: captions stand for them.
+        max_new_tokens: the most ids of an answer; None: `MAX_NEW_TOKENS`.
 
     Returns:
         The answers to `asked`, then those to `others`.
@@ -66,13 +68,14 @@ def answers_to(
     ]
     if not answers:
         return []
-    path = None if folder is None else folder / f"{_key(model, answers, after)}.safetensors"
+    most = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    path = None if folder is None else folder / f"{_key(model, answers, after, most)}.safetensors"
     if (tensors := _kept(path, len(answers))) is not None:
         return _from_tensors(answers, tensors)
     batches = _batches(answers, illustrated, _batch_size(model, max(len(answer.prompt) for answer in answers)))
     for batch in counted(batches, "the LM's own answers", "batches", progress):
         starts, enough = [answers[i] for i in batch], partial(_enough, model, after)
-        for i, answer in zip(batch, greedy_answers(model, starts, MAX_NEW_TOKENS, enough), strict=True):
+        for i, answer in zip(batch, greedy_answers(model, starts, most, enough), strict=True):
             answers[i] = answer
     _keep(path, answers)
     return answers
@@ -135,11 +138,11 @@ def _of_chat(chat: Chat, image_tokens: Mapping[str, Tensor] | None) -> list[Tens
     return [image_tokens[turn.caption] for turn in chat if isinstance(turn, Shown)]
 
 
-def _key(model: GroundedModel, answers: Sequence[Answer], after: int | None) -> str:
+def _key(model: GroundedModel, answers: Sequence[Answer], after: int | None, most: int) -> str:
     """Return a name for the answers of this LM to these prompts."""
     fingerprint, prompts = model.active.spec.fingerprint, [answer.prompt for answer in answers]
     of_lm = None if fingerprint is None else fingerprint.to_dict()
-    key = hashlib.sha256(json.dumps([of_lm, MAX_NEW_TOKENS, after, prompts]).encode())
+    key = hashlib.sha256(json.dumps([of_lm, most, after, prompts]).encode())
     for row in chain(*(answer.image_tokens for answer in answers)):
         key.update(row.float().cpu().numpy().tobytes())
     return key.hexdigest()[:32]

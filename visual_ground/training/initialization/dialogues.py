@@ -11,7 +11,9 @@ from visual_ground.training.initialization.wordings import NEXT_OTHERS, NEXT_REQ
 
 # Chats of two turns that end with a request, and those that end with something else. Without them, `[RET]` is less
 # precise in later turns, which are about two things, and more often missing (docs/recipe.md).
-NUM_NEXT_REQUESTS, NUM_NEXT_OTHERS = 64, 160
+NUM_NEXT_REQUESTS, NUM_NEXT_OTHERS = 160, 280
+# The next chat is behind the first turn that is this part of all further on, so that first turns and wordings mix.
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def later_turns(
 
 
 def _behind(answered: Sequence[tuple[str, str | Shown]], texts: Sequence[str]) -> list[Chat]:
-    """Put each text behind a first turn and its answer, of which those at even distances are taken."""
-    return [(*answered[i * len(answered) // len(texts)], text) for i, text in enumerate(texts)]
+    """Put each text behind a first turn and its answer."""
+    return [(*answered[int(i * GOLDEN % 1 * len(answered))], text) for i, text in enumerate(texts)]
 
 
 def evenly(texts: Sequence[Any], count: int) -> list[Any]:

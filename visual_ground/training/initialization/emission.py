@@ -3,34 +3,29 @@
 An answer to a request for a picture gets its `[RET]` behind its first sentence; nowhere else, and nowhere in an answer
 to anything else, is there one. What the output head reads at these places does not depend on `[RET]`, and was kept when
 the answers were generated. So the output embedding is found by a convex fit, and the text around `[RET]` stays the
-LM's own.
+LM's own. Whether an answer may have pictures at all is read where it begins (`Adapter.ret_gate`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from visual_ground.lm.key_values import copy_of
+from visual_ground.adapter.adapter import Adapter
 from visual_ground.model import GroundedModel
-from visual_ground.training.initialization.answers import CONTINUATION, place_of_picture
-from visual_ground.training.initialization.greedy import Answer, padded, read_beginnings
-from visual_ground.training.initialization.ret_token import Places, fit_output_embedding
+from visual_ground.training.initialization.answers import place_of_picture
+from visual_ground.training.initialization.greedy import Answer
+from visual_ground.training.initialization.ret_input import choose_input_embedding
+from visual_ground.training.initialization.ret_token import Places, fit_gate, fit_output_embedding
 from visual_ground.training.initialization.turns import FirstTurns, first_answers, later_answers
 
 logger = logging.getLogger(__name__)
-
-# Answers whose continuation is compared with each input embedding.
-NUM_COMPARED = 16
-# Text whose embedding may stand for a picture within an answer; the mean embedding is compared too.
-STAND_INS = (" ", ".", "\n")
 
 
 @dataclass(frozen=True)
@@ -147,13 +142,24 @@ def fit_ret_output(
         rows = model.active.image_tokens(image_features=torch.stack(list(features.values())))
         assert rows is not None, "there are pictures"
         image_tokens = dict(zip(features, rows.split(model.config.num_visual_tokens), strict=True))
-    answers = [*begun.first.answers, *later_answers(model, begun.first, image_tokens, folder, progress)]
+    later, later_begun = later_answers(model, begun.first, image_tokens, folder, progress)
+    answers = [*begun.first.answers, *later]
+    gate = _fit_gate(adapter, [*answers, *begun.first.begun, *later_begun])[: len(answers)]
     # A few places behind `[RET]` are enough for no other to follow it at once.
-    places = [places_of(answers, _ends(model, answers)), *([] if begun.behind is None else [begun.behind])]
+    places = [places_of(answers, _ends(model, answers), gate), *([] if begun.behind is None else [begun.behind])]
     adapter.ret_output.copy_(fit_output_embedding(Places.joined(places)))
     # Scaled back to these norms after each step.
     adapter.ret_norms.copy_(torch.stack([embedding.norm() for embedding in adapter.ret_embeddings()]))
     adapter.keep(["ret_input", "ret_output"])  # The text loss would move them to where captions end.
+
+
+def _fit_gate(adapter: Adapter, answers: Sequence[Answer]) -> Tensor:
+    """Fit the gate to where answers begin; return what it adds to `[RET]`'s logit in each, (n,), on the CPU."""
+    openings = torch.stack([answer.states[0] for answer in answers])
+    weight, bias = fit_gate(openings, torch.tensor([answer.wanted for answer in answers]))
+    adapter.ret_gate_weight.copy_(weight)
+    adapter.ret_gate_bias.copy_(bias)
+    return adapter.ret_gate(openings.to(adapter.ret_gate_weight.device)).cpu()
 
 
 def _ends(model: GroundedModel, answers: Sequence[Answer]) -> list[int | None]:
@@ -161,87 +167,16 @@ def _ends(model: GroundedModel, answers: Sequence[Answer]) -> list[int | None]:
     return [place_of_picture(model, answer) if answer.wanted else None for answer in answers]
 
 
-def choose_input_embedding(
-    model: GroundedModel, answers: Sequence[Answer], ends: Sequence[int | None]
-) -> tuple[Tensor, Places | None]:
-    """Return the embedding (d,) after which the LM continues most nearly as it does without a picture.
-
-    Args:
-        model: the grounded model.
-        answers: the LM's own.
-        ends: for each, where its picture belongs, or None.
-
-    Returns:
-        It, and the places at and behind it in the continuations that were compared, if there are any.
-    """
-    candidates = [model.adapter.embedding_mean]
-    for text in STAND_INS:
-        ids = model.processor.encode_text(text)
-        if ids and model.tokenizer.unk_token_id not in ids:
-            candidates.insert(-1, model.frozen_lm.embed(torch.tensor(ids)).float().mean(0))
-    pairs = [(a, end) for a, end in zip(answers, ends, strict=True) if end is not None and len(a.ids) - end >= 2]
-    if not pairs:
-        return candidates[0], None
-    befores = [(*answer.prompt, *answer.ids[:end]) for answer, end in pairs[:NUM_COMPARED]]
-    afters = [answer.ids[end : end + CONTINUATION] for answer, end in pairs[:NUM_COMPARED]]
-    read = _reader(model, befores, afters)
-    targets = torch.tensor([token for after in afters for token in after])
-    kept, compared = model.adapter.ret_input.clone(), list[tuple[float, Tensor, Places]]()
-    for candidate in candidates:
-        model.adapter.ret_input.copy_(candidate)
-        states = read()
-        logits = _own_logits(model, states)
-        behind = Places(states.float().cpu(), logits.logsumexp(-1).cpu(), torch.zeros(len(states), dtype=torch.bool))
-        compared.append((float(F.cross_entropy(logits, targets.to(logits.device))), candidate, behind))
-    model.adapter.ret_input.copy_(kept)
-    _, best, behind = min(compared, key=lambda one: one[0])
-    return best, behind
-
-
-def places_of(answers: Sequence[Answer], ends: Sequence[int | None]) -> Places:
-    """Return all places of the answers, as the LM goes on without a picture; with one, it should go on alike.
+def places_of(answers: Sequence[Answer], ends: Sequence[int | None], gate: Tensor) -> Places:
+    """Return all places of n answers, as the LM goes on without a picture; with one, it should go on alike.
 
     Args:
         answers: the LM's own.
         ends: for each, where its picture belongs, or None.
+        gate: (n,), what the gate adds to `[RET]`'s logit in each.
     """
     is_ret = [place == end for answer, end in zip(answers, ends, strict=True) for place in range(answer.num_places)]
     states = torch.cat([answer.states for answer in answers])
-    return Places(states, torch.cat([answer.log_normaliser for answer in answers]), torch.tensor(is_ret))
-
-
-def _reader(
-    model: GroundedModel, befores: Sequence[tuple[int, ...]], afters: Sequence[tuple[int, ...]]
-) -> Callable[[], Tensor]:
-    """Return a function that reads `[RET]` and n ids behind each text, and returns what the head reads of it, (n, h).
-
-    The states are those before each of these ids. What stands before `[RET]` is read once, if the LM allows that.
-    """
-    asked = [(*before, model.ret_token_id) for before in befores]
-    ids, mask = padded(model, asked, "left")
-    cache = read_beginnings(model, asked, ids, mask, None)
-    begins = list(map(len, befores)) if cache is None else [0] * len(afters)
-    whole = [
-        (*one[len(before) - begin :], *after[:-1])
-        for one, before, begin, after in zip(asked, befores, begins, afters, strict=True)
-    ]
-    ids, own_mask = padded(model, whole, "right")
-    places = [
-        row * ids.shape[1] + begin + n
-        for row, (begin, after) in enumerate(zip(begins, afters, strict=True))
-        for n in range(len(after))
-    ]
-    positions = torch.tensor(places, device=ids.device)
-    if cache is None:
-        return lambda: model.frozen_lm.hidden_states(ids, own_mask, positions)[0]
-    mask = torch.cat([mask[:, :-1], own_mask], 1)
-    return lambda: model.frozen_lm.hidden_states(
-        ids, mask, positions, cache=copy_of(cache, lambda tensor: tensor), use_cache=True
-    )[0]
-
-
-def _own_logits(model: GroundedModel, states: Tensor) -> Tensor:
-    """Return the output head's logits (n, columns) with `[RET]`'s column at -inf."""
-    logits = model.frozen_lm.head_logits(states)
-    logits[:, model.ret_token_id] = float("-inf")
-    return logits
+    log_normaliser = torch.cat([answer.log_normaliser for answer in answers])
+    counts = torch.tensor([answer.num_places for answer in answers])
+    return Places(states, log_normaliser, torch.tensor(is_ret), gate.repeat_interleave(counts))

@@ -21,7 +21,12 @@ from visual_ground.training.losses.retrieval import CaptionLikelihoods
 MAX_STEPS = 200
 # What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
 # inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
-WEIGHT, PENALTY = 0.03, 3e-4
+WEIGHT, PENALTY = 0.1, 1e-3
+# What answers that want no picture weigh together in the gate's fit, in parts of the others, and the penalty on its
+# weights, whose inputs have unit norm: chosen likewise.
+UNWANTED, GATE_PENALTY = 6.0, 1e-4
+# By how much the gate lowers `[RET]`'s logit for each nat of evidence that no picture is wanted: enough to shut it.
+SLOPE = 8.0
 
 
 @dataclass(frozen=True)
@@ -32,16 +37,18 @@ class Places:
         states: (n, h), what the output head reads there.
         log_normaliser: (n,), of the LM's own columns.
         is_ret: (n,), whether `[RET]` belongs there.
+        gate: (n,), what the gate adds to `[RET]`'s logit there.
     """
 
     states: Tensor
     log_normaliser: Tensor
     is_ret: Tensor
+    gate: Tensor
 
     @classmethod
     def joined(cls, parts: Sequence[Places]) -> Places:
         """Return the places of all parts."""
-        columns = zip(*((part.states, part.log_normaliser, part.is_ret) for part in parts), strict=True)
+        columns = zip(*((part.states, part.log_normaliser, part.is_ret, part.gate) for part in parts), strict=True)
         return cls(*(torch.cat(column) for column in columns))
 
 
@@ -63,10 +70,10 @@ def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float 
     r"""Return the embedding (h,) with which `[RET]` is likely where it belongs, and only there.
 
     .. math::
-        \min_w \sum_i c_i\, \ell(y_i, w \cdot h_i - \log Z_i) + \tfrac{\lambda}{2} \|w\|^2
+        \min_w \sum_i c_i\, \ell(y_i, w \cdot h_i + g_i - \log Z_i) + \tfrac{\lambda}{2} \|w\|^2
 
-    :math:`\ell` is the logistic loss, :math:`Z_i` the normaliser of the LM's own logits, and the states are in units of
-    their root mean square.
+    :math:`\ell` is the logistic loss, :math:`g_i` what the gate adds, :math:`Z_i` the normaliser of the LM's own
+    logits, and the states are in units of their root mean square.
 
     Args:
         places: where `[RET]` belongs, at one at least, and where not.
@@ -74,7 +81,7 @@ def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float 
         penalty: :math:`\lambda`.
     """
     scale = places.states.square().mean().sqrt()
-    states, offset, is_ret = places.states / scale, places.log_normaliser, places.is_ret.float()
+    states, offset, is_ret = places.states / scale, places.log_normaliser - places.gate, places.is_ret.float()
     weights = torch.where(places.is_ret, weight * (1 - is_ret).sum() / is_ret.sum(), 1.0)
     weights = weights / weights.sum()
 
@@ -83,6 +90,30 @@ def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float 
         return losses + penalty * point.square().sum() / 2
 
     return _minimum(torch.zeros(states.shape[1]), loss) / scale
+
+
+def fit_gate(openings: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit whether an answer may have pictures, by logistic regression.
+
+    Args:
+        openings: (n, h), what the output head reads where the answers begin.
+        wanted: (n,), whether a picture was asked for: once at least, and not always.
+
+    Returns:
+        The weight (h,) and the bias () of `Adapter.ret_gate`.
+    """
+    mean, std = openings.mean(0), openings.std(0, correction=0).clamp_min(1e-6) * openings.shape[1] ** 0.5
+    states, target = (openings - mean) / std, wanted.float()
+    states = torch.cat([states, torch.ones(len(states), 1)], 1)
+    weights = torch.where(wanted, 1 / target.sum(), UNWANTED / (1 - target).sum()) / (1 + UNWANTED)
+
+    def loss(point: Tensor) -> Tensor:
+        losses = F.binary_cross_entropy_with_logits(states @ point, target, weights, reduction="sum")
+        return losses + GATE_PENALTY * point[:-1].square().sum() / 2
+
+    found = SLOPE * _minimum(torch.zeros(states.shape[1]), loss)
+    weight = found[:-1] / std
+    return weight, found[-1] - weight @ mean
 
 
 def _minimum(start: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
