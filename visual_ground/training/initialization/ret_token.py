@@ -24,9 +24,10 @@ MAX_STEPS = 200
 WEIGHT, PENALTY = 0.1, 1e-3
 # What answers that want no picture weigh together in the gate's fit, in parts of the others, and the penalty on its
 # weights, whose inputs have unit norm: chosen likewise.
-UNWANTED, GATE_PENALTY = 6.0, 1e-4
-# By how much the gate lowers `[RET]`'s logit for each nat of evidence that no picture is wanted: enough to shut it.
-SLOPE = 8.0
+UNWANTED, GATE_PENALTY = 4.0, 1e-4
+# The gate opens for so many nats of evidence that a picture is wanted. For each nat less it lowers `[RET]`'s logit by
+# the second number, enough to shut it.
+EVIDENCE, SLOPE = 0.4, 8.0
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def fit_gate(openings: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         losses = F.binary_cross_entropy_with_logits(states @ point, target, weights, reduction="sum")
         return losses + GATE_PENALTY * point[:-1].square().sum() / 2
 
-    found = SLOPE * _minimum(torch.zeros(states.shape[1]), loss)
-    weight = found[:-1] / std
-    return weight, found[-1] - weight @ mean
+    found = _minimum(torch.zeros(states.shape[1]), loss)
+    weight = SLOPE * found[:-1] / std
+    return weight, SLOPE * (found[-1] - EVIDENCE) - weight @ mean
 
 
 def _minimum(start: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
