@@ -34,6 +34,7 @@ ORDER = (
     "index/milvus",
     "indexing",
     "scoring",
+    "generation/logits",
     "generation",
     "components",
     "model",

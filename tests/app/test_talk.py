@@ -114,7 +114,9 @@ def test_a_picture_that_is_none_is_said_in_plain_words_and_forgotten(engine, alb
     list(talk.say("w4", [], engine, wishes(album)))
     fresh = Talk()
     list(fresh.say("w4", [], engine, wishes(album)))
-    assert talk.turns[1].answer == fresh.turns[0].answer, "what failed is not heard of again"
+    # Scores differ by a rounding, as only the first of these answers reads its branches one by one.
+    again, anew = ([getattr(part, "id", part) for part in turn.answer] for turn in (talk.turns[1], fresh.turns[0]))
+    assert again == anew, "what failed is not heard of again"
 
 
 def test_a_conversation_that_is_too_long_says_so(engine):

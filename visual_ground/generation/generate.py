@@ -11,11 +11,11 @@ from transformers import BatchFeature, LogitsProcessor, StoppingCriteriaList
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingTypeError, GroundingValueError
-from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.listener import AnswerListener
+from visual_ground.generation.logits.forbidden import ForbiddenColumns
+from visual_ground.generation.logits.ret_gate import RetGate
 from visual_ground.generation.options import complete_options, ended_by_itself, option_of, silent_ids
 from visual_ground.generation.output import InterleavedOutput, RetrievedImage
-from visual_ground.generation.ret_gate import RetGate
 from visual_ground.generation.retrieval_token import RetLogitsProcessor, RetrievalSettings, retrieve, split_at_ret
 from visual_ground.generation.sentences import cut_to_sentences
 from visual_ground.index.base import RetrievalIndex

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from visual_ground.errors import GroundingStateError
-from visual_ground.generation.forbidden import ForbiddenColumns
 from visual_ground.generation.generate import generate_ids, with_padding
 from visual_ground.generation.listener import AnswerListener
+from visual_ground.generation.logits.forbidden import ForbiddenColumns
 from visual_ground.generation.options import end_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.generation.seeing import SeenImages

@@ -59,26 +59,23 @@ def answers_to(
         max_new_tokens: the most ids of an answer; None: `MAX_NEW_TOKENS`.
 
     Returns:
-        The answers to `asked`, then those to `others`.
+        The answers to `asked`, then to `others`.
     """
-    illustrated = [bool(i % 2) for i in (*range(len(asked)), *range(len(others)))]
-    answers = [
-        Answer(_prompt(model, chat, own, image_tokens), (), False, n < len(asked), _of_chat(chat, image_tokens))
-        for n, (chat, own) in enumerate(zip([*asked, *others], illustrated, strict=True))
-    ]
+    illustrated, chats = [bool(i % 2) for kind in (asked, others) for i in range(len(kind))], [*asked, *others]
+    prompts = [_prompt(model, chat, own, image_tokens) for chat, own in zip(chats, illustrated, strict=True)]
+    read = zip(prompts, map(partial(_of_chat, image_tokens), chats), strict=True)
+    answers = [Answer(prompt, (), False, n < len(asked), shown) for n, (prompt, shown) in enumerate(read)]
+    most = max_new_tokens or MAX_NEW_TOKENS
+    path = None if folder is None else folder / f"{_key(model, answers, after, most)}.safetensors"
     if not answers:
         return []
-    most = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-    path = None if folder is None else folder / f"{_key(model, answers, after, most)}.safetensors"
     if (tensors := _kept(path, len(answers))) is not None:
         return _from_tensors(answers, tensors)
-    batches = _batches(answers, illustrated, _batch_size(model, max(len(answer.prompt) for answer in answers)))
-    for batch in counted(batches, "the LM's own answers", "batches", progress):
-        starts, enough = [answers[i] for i in batch], partial(_enough, model, after)
-        for i, answer in zip(batch, greedy_answers(model, starts, most, enough), strict=True):
+    for batch in counted(_batches(model, answers, illustrated), "the LM's own answers", "batches", progress):
+        given = greedy_answers(model, [answers[i] for i in batch], most, partial(_enough, model, after))
+        for i, answer in zip(batch, given, strict=True):
             answers[i] = answer
-    _keep(path, answers)
-    return answers
+    return _keep(path, answers)
 
 
 def _enough(model: GroundedModel, after: int | None, answer: Answer) -> int | None:
@@ -96,9 +93,9 @@ def _batch_size(model: GroundedModel, longest: int) -> int:
     return max(1, min(BATCH_SIZE, BATCH_BYTES // max(kept, 1)))
 
 
-def _batches(answers: Sequence[Answer], illustrated: Sequence[bool], size: int) -> list[list[int]]:
+def _batches(model: GroundedModel, answers: Sequence[Answer], illustrated: Sequence[bool]) -> list[list[int]]:
     """Put prompts (by number) that begin alike, and have about the same length, into batches of about one size."""
-    batches = []
+    size, batches = _batch_size(model, max(len(answer.prompt) for answer in answers)), []
     for kind in (False, True):
         chosen = [i for i, own in enumerate(illustrated) if own == kind]
         order, count = sorted(chosen, key=lambda i: len(answers[i].prompt)), -(-len(chosen) // size)
@@ -131,7 +128,7 @@ def _content(turn: str | Shown, with_picture: bool) -> Any:
     return " ".join([turn.sentence, without_sentence_marks(turn.caption), *rest])
 
 
-def _of_chat(chat: Chat, image_tokens: Mapping[str, Tensor] | None) -> list[Tensor]:
+def _of_chat(image_tokens: Mapping[str, Tensor] | None, chat: Chat) -> list[Tensor]:
     """Return the tokens (k, d) of each picture in a chat."""
     if isinstance(chat, str) or image_tokens is None:
         return []
@@ -163,10 +160,10 @@ def _kept(path: Path | None, count: int) -> dict[str, Tensor] | None:
     return tensors if whole and set(places) == {int((lengths + ended).sum())} else None
 
 
-def _keep(path: Path | None, answers: Sequence[Answer]) -> None:
-    """Write answers to disk, if they have a place there."""
+def _keep(path: Path | None, answers: list[Answer]) -> list[Answer]:
+    """Write answers to disk, if they have a place there, and return them."""
     if path is None:
-        return
+        return answers
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         "ids": torch.tensor([token for answer in answers for token in answer.ids], dtype=torch.long),
@@ -176,6 +173,7 @@ def _keep(path: Path | None, answers: Sequence[Answer]) -> None:
         "log_normaliser": torch.cat([answer.log_normaliser for answer in answers]),
     }
     write_tensors(path, tensors)
+    return answers
 
 
 def _from_tensors(starts: Sequence[Answer], tensors: Mapping[str, Tensor]) -> list[Answer]:
