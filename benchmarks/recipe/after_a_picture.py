@@ -1,8 +1,9 @@
 """When `[RET]` is said in a chat that has shown a picture, and in the same chat without it, by a saved demo adapter.
 
-    RECIPE_CACHE=demo/cache python after_a_picture.py ADAPTER validation|test
+    RECIPE_CACHE=demo/cache python after_a_picture.py ADAPTER validation|test [own|other]
 
-Each of 60 chats is about a seen thing, in words that were not fitted on (those of benchmarks/emission.py): a request,
+Each of 60 chats is about a seen thing, in words that were not fitted on (those of benchmarks/emission.py, or with
+"other" the second author's in other_wordings.py): a request,
 the first sentence of the LM's answer, the thing's Twemoji picture, perhaps the next sentence, and then a request for
 another thing, or something else. Counts as benchmarks/emission.py does. Writes results/after_a_picture.json.
 """
@@ -22,7 +23,9 @@ from visual_ground.training.initialization.answers import CONTINUATION, answers_
 from visual_ground.training.initialization.dialogues import Shown
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from emission import NEXT, NEXT_OTHERS, OTHERS, WORDINGS, filled, score
+import emission
+import other_wordings
+from emission import filled, score
 
 COUNT, TWEMOJI = 60, 1
 
@@ -30,14 +33,15 @@ COUNT, TWEMOJI = 60, 1
 @torch.no_grad()
 def main() -> None:
     """Chat, count, write."""
-    (model, pairs), split = load_adapter(sys.argv[1]), sys.argv[2]
+    (model, pairs), (split, author) = load_adapter(sys.argv[1]), (*sys.argv[2:], "own")[:2]
+    words = other_wordings if author == "other" else emission
     seen = sorted(pairs.numbers("train"), key=lambda i: emoji.stable_number(pairs.concepts[i].code + "evaluate"))
     chosen = seen[:COUNT] if split == "validation" else seen[COUNT : 2 * COUNT]
     concepts = [pairs.concepts[i] for i in chosen]
     others = concepts[1:] + concepts[:1]
-    requests = filled(WORDINGS[split], concepts)
+    requests = filled(words.WORDINGS[split], concepts)
     folder = CACHE / "answers"
-    first = answers_to(model, requests, filled(OTHERS[split], concepts), folder, True)
+    first = answers_to(model, requests, filled(words.OTHERS[split], concepts), folder, True)
     ends = [place_of_picture(model, answer) for answer in first[: len(requests)]]
     said, rests = [], []
     for answer, end in zip(first, ends, strict=False):
@@ -46,7 +50,7 @@ def main() -> None:
         rests.append(rest[: max(rest.rfind("."), 0) + 1].strip() or said[-1])
     rows = model.active.image_tokens(image_features=pairs.features[chosen, TWEMOJI])
     tokens = {str(n): row for n, row in enumerate(rows.split(model.config.num_visual_tokens))}
-    found = {"first turns": score(model, first)}
+    found, everything = {"first turns": score(model, first)}, [*first]
     histories = {
         "after a picture": [Shown(text, str(n)) for n, text in enumerate(said)],
         "after a picture and more text": [
@@ -57,15 +61,18 @@ def main() -> None:
     for name, behind in histories.items():
         asked, unasked = (
             list(zip(requests, behind, filled(wordings[split], others), strict=True))
-            for wordings in (NEXT, NEXT_OTHERS)
+            for wordings in (words.NEXT, words.NEXT_OTHERS)
         )
-        found[name] = score(model, answers_to(model, asked, unasked, folder, True, CONTINUATION, tokens))
+        answers = answers_to(model, asked, unasked, folder, True, CONTINUATION, tokens)
+        found[name] = score(model, answers)
+        everything += answers
+    found["all"] = score(model, everything)
     for one in found.values():
         del one["wrong"]
     print(json.dumps(found, indent=1))
     out = Path(__file__).parent / "results" / "after_a_picture.json"
     known = json.loads(out.read_text()) if out.exists() else {}
-    out.write_text(json.dumps({**known, f"{Path(sys.argv[1]).name}, {split}": found}, indent=1) + "\n")
+    out.write_text(json.dumps({**known, f"{Path(sys.argv[1]).name}, {split}, {author}": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

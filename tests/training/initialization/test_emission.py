@@ -40,6 +40,8 @@ def ends(monkeypatch):
     monkeypatch.setattr(dialogues, "OTHERS", OTHERS[::9])
     monkeypatch.setattr(dialogues, "NUM_NEXT_REQUESTS", 4)
     monkeypatch.setattr(dialogues, "NUM_NEXT_OTHERS", 6)
+    monkeypatch.setattr(dialogues, "NUM_PICTURED_REQUESTS", 2)
+    monkeypatch.setattr(dialogues, "NUM_PICTURED_OTHERS", 3)
     monkeypatch.setattr(turns, "ANSWERED_FIRST", (8, 4))
     monkeypatch.setattr(turns, "ANSWERED_NEXT", (3, 2))
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 8)
@@ -126,7 +128,7 @@ def test_training_keeps_what_was_fitted(ends, tmp_path):
         GroundingTrainer(model, arguments(tmp_path, max_steps=steps), ROWS).train()
         fitted.append([embedding.detach().clone() for embedding in model.adapter.ret_embeddings()])
     assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(*fitted, strict=True))
-    assert len(list((tmp_path / "features" / "answers").iterdir())) == 4
+    assert len(list((tmp_path / "features" / "answers").iterdir())) == 5
 
 
 def test_a_run_goes_on_in_a_new_process_after_ret_was_fitted(ends, tmp_path):
@@ -174,10 +176,10 @@ def test_later_turns_stand_behind_the_first_turn_and_the_first_sentence_of_its_a
     later, later_begun = turns.later_answers(model, first, None, None)
     found = [*first.answers, *first.begun, *later, *later_begun]
     wanted = [(chats, is_wanted) for *kinds, _ in seen for chats, is_wanted in zip(kinds, (True, False), strict=True)]
-    assert [most for *_, most in seen] == [None, 1, None, 1]
-    assert list(map(len, (chats for *kinds, _ in seen for chats in kinds))) == [8, 4, 4, 12, 3, 2, 1, 4]
+    assert [most for *_, most in seen] == [None, 1, None, 1, 1]
+    assert list(map(len, (chats for *kinds, _ in seen for chats in kinds))) == [8, 4, 4, 12, 3, 2, 1, 4, 2, 3]
     assert all(len(answer.states) == 1 for answer in [*first.begun, *later_begun])
-    (requests, *_), _, *later_seen = seen
+    (requests, *_), _, *later_seen, _ = seen
     assert [answer.wanted for answer in found] == [of_all for chats, of_all in wanted for _ in chats]
     of_text = dict(zip(requests, answers_to(model, requests, [], None), strict=True))
     chats = [chat for *kinds, _ in later_seen for kind in kinds for chat in kind]
@@ -187,6 +189,24 @@ def test_later_turns_stand_behind_the_first_turn_and_the_first_sentence_of_its_a
         assert shown.sentence == model.tokenizer.decode(list(said[:3])).strip()
         assert shown.rest in ("", model.tokenizer.decode(list(said[3:])).strip())
     assert {bool(shown.rest) for _, shown, _ in chats} == {True, False}
+
+
+@given(st.integers(1, 120))
+def test_users_show_pictures_of_their_own_whatever_there_is(count):
+    captions = [f"A w{i}." for i in range(count)]
+    asked, others = dialogues.pictured_turns(captions)
+    assert (len(asked), len(others)) == (dialogues.NUM_PICTURED_REQUESTS, dialogues.NUM_PICTURED_OTHERS)
+    for (turn,) in [*asked, *others]:
+        assert turn.caption in captions and turn.rest and not turn.sentence and "{" not in turn.rest
+
+
+@torch.no_grad()
+def test_a_picture_of_the_user_s_own_stands_before_the_words():
+    model, chat = grounded(), (Shown("", "w21", "w5 w6"),)
+    tokens = torch.randn(1, model.adapter.embedding_mean.shape[0])
+    (shown,), (in_words,) = (answers_to(model, [chat], [], None, image_tokens=t) for t in ({"w21": tokens}, None))
+    assert [token for token in shown.prompt if token in (-1, 5, 6)] == [-1, 5, 6]
+    assert [token for token in in_words.prompt if token in (21, 5, 6)] == [21, 5, 6]
 
 
 @torch.no_grad()

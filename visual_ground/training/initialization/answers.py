@@ -122,10 +122,10 @@ def _prompt(
 def _content(turn: str | Shown, with_picture: bool) -> Any:
     if isinstance(turn, str):
         return turn
-    rest = [turn.rest] if turn.rest else []
+    before, behind = ([text] if text else [] for text in (turn.sentence, turn.rest))
     if with_picture:
-        return [turn.sentence, BLANK, *rest]
-    return " ".join([turn.sentence, without_sentence_marks(turn.caption), *rest])
+        return [*before, BLANK, *behind]
+    return " ".join([*before, without_sentence_marks(turn.caption), *behind])
 
 
 def _of_chat(image_tokens: Mapping[str, Tensor] | None, chat: Chat) -> list[Tensor]:

@@ -7,18 +7,27 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from visual_ground.training.initialization.idf import without_sentence_marks
-from visual_ground.training.initialization.wordings import NEXT_OTHERS, NEXT_REQUESTS, OTHERS, REQUESTS
+from visual_ground.training.initialization.wordings import (
+    NEXT_OTHERS,
+    NEXT_REQUESTS,
+    OTHERS,
+    PICTURED_OTHERS,
+    PICTURED_REQUESTS,
+    REQUESTS,
+)
 
 # Chats of two turns that end with a request, and those that end with something else. Without them, `[RET]` is less
 # precise in later turns, which are about two things, and more often missing (docs/recipe.md).
 NUM_NEXT_REQUESTS, NUM_NEXT_OTHERS = 160, 280
+# What users say behind a picture of their own, the same two kinds.
+NUM_PICTURED_REQUESTS, NUM_PICTURED_OTHERS = 44, 60
 # The next chat is behind the first turn that is this part of all further on, so that first turns and wordings mix.
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the assistant said, the caption of the picture that it showed then, and what it went on to say."""
+    """What was said, the caption of the picture that was shown then, and what was said behind it."""
 
     sentence: str
     caption: str
@@ -67,6 +76,24 @@ def later_turns(
         NEXT_OTHERS[i % len(NEXT_OTHERS)].replace("{it}", things[i % len(things)]) for i in range(NUM_NEXT_OTHERS)
     ]
     return _behind(answered, asked), _behind(answered, others)
+
+
+def pictured_turns(captions: Sequence[str]) -> tuple[list[Chat], list[Chat]]:
+    """Return chats that a user begins with a picture: those in which another one is asked for, and the others."""
+    return (
+        _with_pictures(PICTURED_REQUESTS, captions, NUM_PICTURED_REQUESTS),
+        _with_pictures(PICTURED_OTHERS, captions, NUM_PICTURED_OTHERS),
+    )
+
+
+def _with_pictures(wordings: Sequence[str], captions: Sequence[str], count: int) -> list[Chat]:
+    """Put so many texts behind pictures at even distances; the thing that a text names is another one."""
+    chats = list[Chat]()
+    for i in range(count):
+        n = i * len(captions) // count
+        text = wordings[i % len(wordings)].replace("{it}", without_sentence_marks(captions[-1 - n]))
+        chats.append((Shown("", captions[n], text),))
+    return chats
 
 
 def _behind(answered: Sequence[tuple[str, str | Shown]], texts: Sequence[str]) -> list[Chat]:

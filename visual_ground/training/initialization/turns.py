@@ -13,7 +13,15 @@ from torch import Tensor
 from visual_ground.errors import GroundingValueError
 from visual_ground.model import GroundedModel
 from visual_ground.training.initialization.answers import CONTINUATION, answers_to, place_of_picture
-from visual_ground.training.initialization.dialogues import Chat, Shown, evenly, later_turns, others_about, requests_of
+from visual_ground.training.initialization.dialogues import (
+    Chat,
+    Shown,
+    evenly,
+    later_turns,
+    others_about,
+    pictured_turns,
+    requests_of,
+)
 from visual_ground.training.initialization.greedy import Answer
 
 logger = logging.getLogger(__name__)
@@ -106,7 +114,8 @@ def later_answers(
     try:
         answers = answers_to(model, asked, others, folder, progress, CONTINUATION, image_tokens)
         begun = answers_to(model, asked_begun, others_begun, folder, progress, None, image_tokens, max_new_tokens=1)
-        return answers, begun
+        pictured = pictured_turns(first.captions)
+        return answers, begun + answers_to(model, *pictured, folder, progress, None, image_tokens, max_new_tokens=1)
     except GroundingValueError as error:  # A chat template for one turn only.
         logger.info("[RET] is fitted to first turns only. %s", error)
         return [], []

@@ -16,3 +16,5 @@ REQUESTS = _lines("requests.txt")
 OTHERS = _lines("others.txt")
 # Said in a chat's second turn, the same two kinds.
 NEXT_REQUESTS, NEXT_OTHERS = _lines("next_requests.txt"), _lines("next_others.txt")
+# Said behind a picture of the user's own.
+PICTURED_REQUESTS, PICTURED_OTHERS = _lines("pictured_requests.txt"), _lines("pictured_others.txt")
