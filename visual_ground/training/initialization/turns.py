@@ -30,6 +30,8 @@ ChatT = TypeVar("ChatT", bound=Chat)
 
 # Requests that are used at most; the LM's answers to them are cached, but the first run has to wait for them.
 MAX_REQUESTS = 160
+# Where the data has requests, as many are made of captions too: in more different words than most data has.
+NUM_MADE_REQUESTS = 120
 # Of what users say first and next, how many requests and how many others the LM answers. Of the rest, only what it
 # reads where an answer would begin is used, which takes a small part of the time.
 ANSWERED_FIRST, ANSWERED_NEXT = (96, 48), (40, 16)
@@ -75,10 +77,11 @@ def first_answers(
     shown = dict(captions_of or zip(requests_of(captions), captions, strict=True))
     requests = evenly(list(shown), MAX_REQUESTS)
     asked, asked_begun = _divided(requests, ANSWERED_FIRST[0])
+    made = requests_of(evenly(captions, NUM_MADE_REQUESTS)) if captions_of else []
     others, others_begun = _divided(others_about(captions), ANSWERED_FIRST[1])
     answers = answers_to(model, asked, others, folder, progress, CONTINUATION)
-    begun = answers_to(model, asked_begun, others_begun, folder, progress, max_new_tokens=1)
-    return FirstTurns(captions, shown, requests, [*asked, *others], answers, begun)
+    begun = answers_to(model, [*asked_begun, *made], others_begun, folder, progress, max_new_tokens=1)
+    return FirstTurns(captions, shown, [*requests, *made], [*asked, *others], answers, begun)
 
 
 def later_answers(
