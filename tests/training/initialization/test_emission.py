@@ -200,6 +200,14 @@ def test_users_show_pictures_of_their_own_whatever_there_is(count):
         assert turn.caption in captions and turn.rest and not turn.sentence and "{" not in turn.rest
 
 
+def test_where_the_data_has_requests_the_gate_hears_others_too(ends):
+    model = grounded()
+    first = turns.first_answers(model, CAPTIONS, {"w5 w6": CAPTIONS[0]}, None)
+    assert first.requests == ["w5 w6", *requests_of(CAPTIONS)] and first.answered[0] == "w5 w6"
+    assert sum(answer.wanted for answer in first.answers) == 1
+    assert sum(answer.wanted for answer in first.begun) == len(CAPTIONS)
+
+
 @torch.no_grad()
 def test_a_picture_of_the_user_s_own_stands_before_the_words():
     model, chat = grounded(), (Shown("", "w21", "w5 w6"),)

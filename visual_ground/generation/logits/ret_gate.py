@@ -55,5 +55,5 @@ class RetGate(LogitsProcessor):
         return scores
 
     def _keep(self, states: Tensor) -> None:
-        lowered = self.attached.adapter.ret_gate(states).cpu()
-        self._lowered = lowered * self._opens.repeat_interleave(len(lowered) // len(self._opens))
+        lowered = self.attached.adapter.ret_gate(states)
+        self._lowered = lowered * self._opens.to(lowered.device).repeat_interleave(len(lowered) // len(self._opens))
