@@ -111,10 +111,10 @@ def story_bias(model: GroundedModel) -> float:
     messages = [SYSTEM, {"role": "user", "content": OTHER_STORY}]
     story = model.generate(messages, None, max_new_tokens=64, max_images=0, do_sample=False)[0].text
     prompt_ids, story_ids = model.processor.encode(messages).ids, model.processor.encode_text(story)
-    ids, opening = torch.tensor([[*prompt_ids, *story_ids]]), torch.tensor([len(prompt_ids) - 1])
-    logits = model(ids).logits[0, len(prompt_ids) - 1 :]
-    gate = model.adapter.ret_gate(model.frozen_lm.hidden_states(ids, torch.ones_like(ids), opening)[0])
-    gap = logits.max(-1).values - logits[:, model.ret_token_id] - gate
+    ids = torch.tensor([[*prompt_ids, *story_ids]])
+    reading = model.frozen_lm.read(ids, torch.ones_like(ids), torch.arange(len(prompt_ids) - 1, ids.shape[1]))
+    gate = model.adapter.ret_gate(reading.head_input[:1])
+    gap = reading.logits.max(-1).values - reading.logits[:, model.ret_token_id] - gate
     return round(max(0.0, float(torch.quantile(gap.float(), 1 / 16))), 2)
 
 

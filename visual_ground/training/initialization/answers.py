@@ -61,14 +61,13 @@ def answers_to(
     Returns:
         The answers to `asked`, then to `others`.
     """
-    illustrated, chats = [bool(i % 2) for kind in (asked, others) for i in range(len(kind))], [*asked, *others]
-    prompts = [_prompt(model, chat, own, image_tokens) for chat, own in zip(chats, illustrated, strict=True)]
-    read = zip(prompts, map(partial(_of_chat, image_tokens), chats), strict=True)
-    answers = [Answer(prompt, (), False, n < len(asked), shown) for n, (prompt, shown) in enumerate(read)]
-    most = max_new_tokens or MAX_NEW_TOKENS
-    path = None if folder is None else folder / f"{_key(model, answers, after, most)}.safetensors"
+    kinds = (asked, True), (others, False)
+    starts = [(chat, bool(i % 2), wanted) for chats, wanted in kinds for i, chat in enumerate(chats)]
+    answers, illustrated = [_start(model, *one, image_tokens) for one in starts], [own for _, own, _ in starts]
     if not answers:
         return []
+    most = max_new_tokens or MAX_NEW_TOKENS
+    path = None if folder is None else folder / f"{_key(model, answers, after, most)}.safetensors"
     if (tensors := _kept(path, len(answers))) is not None:
         return _from_tensors(answers, tensors)
     for batch in counted(_batches(model, answers, illustrated), "the LM's own answers", "batches", progress):
@@ -76,6 +75,13 @@ def answers_to(
         for i, answer in zip(batch, given, strict=True):
             answers[i] = answer
     return _keep(path, answers)
+
+
+def _start(
+    model: GroundedModel, chat: Chat, illustrated: bool, wanted: bool, image_tokens: Mapping[str, Tensor] | None
+) -> Answer:
+    """Return an answer that has no ids yet."""
+    return Answer(_prompt(model, chat, illustrated, image_tokens), (), False, wanted, _of_chat(chat, image_tokens))
 
 
 def _enough(model: GroundedModel, after: int | None, answer: Answer) -> int | None:
@@ -128,7 +134,7 @@ def _content(turn: str | Shown, with_picture: bool) -> Any:
     return " ".join([*before, without_sentence_marks(turn.caption), *behind])
 
 
-def _of_chat(image_tokens: Mapping[str, Tensor] | None, chat: Chat) -> list[Tensor]:
+def _of_chat(chat: Chat, image_tokens: Mapping[str, Tensor] | None) -> list[Tensor]:
     """Return the tokens (k, d) of each picture in a chat."""
     if isinstance(chat, str) or image_tokens is None:
         return []

@@ -10,7 +10,7 @@ def _lines(name: str) -> tuple[str, ...]:
     return tuple((Path(__file__).parent / "texts" / name).read_text(encoding="utf-8").splitlines())
 
 
-# What captions become if the data has no requests.
+# What captions become: the requests of data that has none, and further ones for `[RET]`'s gate.
 REQUESTS = _lines("requests.txt")
 # Said first, without wanting a picture. Many are about things as well, so that not every thing that is named is shown.
 OTHERS = _lines("others.txt")
