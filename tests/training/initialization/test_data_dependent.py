@@ -10,6 +10,7 @@ from visual_ground.training.initialization.data_dependent import (
     Imitation,
     initialize_from_data,
     layer_at,
+    mean_distance,
     target_hidden_states,
 )
 from visual_ground.training.losses.objective import GroundingObjective
@@ -88,6 +89,14 @@ def test_rows_learn_to_do_what_captions_do():
     before = distance()
     data_dependent.start_image_tokens(model, pairs, features)
     assert distance() < 0.5 * before
+
+
+def test_an_image_that_is_far_off_pulls_no_harder_than_others():
+    error = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [1.0], [100.0]])
+    error[1] = 0
+    mean_distance(error.requires_grad_()).backward()
+    pulls = error.grad.norm(dim=-1)
+    assert torch.allclose(pulls[0], pulls[2], rtol=1e-3) and pulls[1] == 0
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
