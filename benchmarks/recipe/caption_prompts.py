@@ -111,17 +111,25 @@ class Pictures:
         weight = weight * aims.std(0).norm() / (own @ weight.T).std(0).norm()
         return weight, middle - weight @ centre
 
-    def _steps(self, captioner: Captioner, base: DynamicCache, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def _steps(
+        self,
+        captioner: Captioner,
+        base: DynamicCache,
+        weight: Tensor,
+        bias: Tensor,
+        steps: int = STEPS,
+        batch: int = BATCH,
+    ) -> tuple[Tensor, Tensor]:
         """Return weight and bias after the captioning steps."""
         ids = [[self.data.ids(" " + text) for text in self.data.captions(kind)] for kind in (0, 1)]
         weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
         groups = [{"params": [weight], "lr": WEIGHT_STEP / weight.shape[1]}, {"params": [bias], "lr": BIAS_STEP}]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         draw = torch.Generator().manual_seed(0)
-        for _ in range(STEPS):
-            chosen = torch.randint(len(self.fitted), (BATCH,), generator=draw).tolist()
-            kinds = torch.randint(2, (2, BATCH), generator=draw).tolist()
+        for _ in range(steps):
+            chosen = torch.randint(len(self.fitted), (batch,), generator=draw).tolist()
+            kinds = torch.randint(2, (2, batch), generator=draw).tolist()
             z = torch.stack([self.z[self.fitted[i], style] for i, style in zip(chosen, kinds[0], strict=True)])
             texts = [ids[kind][self.fitted[i]] for i, kind in zip(chosen, kinds[1], strict=True)]
             rows = self.mean + self.std * (z @ weight.T + bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -13,6 +14,11 @@ from transformers.cache_utils import DynamicCache
 from visual_ground.demo import emoji
 from visual_ground.training.initialization.idf import idf_weights as telling
 from visual_ground.training.initialization.idf import without_sentence_marks as within_a_sentence
+
+
+def mean_square(error: Tensor) -> Tensor:
+    """Return the mean square of all errors."""
+    return error.square().mean()
 
 
 class _Reached(Exception):
@@ -111,6 +117,7 @@ class Imitation:
         batch: int = 64,
         step: float = 0.2,
         seed: int = 0,
+        measure: Callable[[Tensor], Tensor] = mean_square,
     ) -> tuple[Tensor, Tensor]:
         """Return weight (k d, q) and bias of rows `mean + std * (W z + b)`; z (n, styles, q), wanted per depth."""
         weight, bias = (one.clone().requires_grad_() for one in start)
@@ -130,7 +137,7 @@ class Imitation:
             read = torch.cat([rows, after.float().expand(batch, -1, -1)], 1) if colon else rows
             for state, aim, spread in zip(self.states(read), wanted, spreads, strict=True):
                 own = torch.stack([state[:, copies - 1], state[:, -1]], 1) if colon else state[:, -1]
-                loss = loss + ((own - aim[chosen]) / spread).square().mean() / len(wanted)
+                loss = loss + measure((own - aim[chosen]) / spread) / len(wanted)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

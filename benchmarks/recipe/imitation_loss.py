@@ -21,16 +21,16 @@ from caption_prompts import Pictures
 from data import Data, families
 from fitting import Form, Maps, Moments, Solver, unit
 from image_tokens import Captioner, pair_accuracy, word_targets
-from imitation import Imitation
+from imitation import Imitation, mean_square
 from lm import CACHE, Kept, States, load
 from torch import Tensor
 
 from visual_ground import GroundingConfig
 from visual_ground.training.initialization.data_dependent import mean_distance
 
-STEPS, BATCH, STEP = 100, 128, 0.2
-LOSSES = {"squares": lambda error: error.square().mean(), "distances": mean_distance}
-STYLES = (0, 1)
+LOSSES = {"squares": mean_square, "distances": mean_distance}
+# What `Pictures` keeps the names' states under, and the sentences'.
+KEPT = ("caption_prompts", "captions1")
 
 
 class Study(Pictures):
@@ -55,45 +55,31 @@ class Study(Pictures):
         self.words = word_targets(data, self.table.weight.detach(), self.fitted)
         states = Kept(CACHE / "recipe" / "smollm2-fp32", States(lm, self.table.weight.mean(0)))
         looks = {"looks": data.ids(" It looks like a")}
-        self.texts = [
-            unit(
-                states.get(f"captions{kind}", [data.caption(text) for text in texts], looks, 1)["looks"][:, -1].float()
-            )
-            for kind, texts in enumerate(self.captions)
+        read = [
+            states.get(name, [data.caption(text) for text in texts], looks, 1)["looks"]
+            for name, texts in zip(KEPT, self.captions, strict=True)
         ]
+        self.texts = [unit(one[:, -1].float()) for one in read]
         maps = self._maps(beta=1)
         z = (data.features - maps.image_mean) @ maps.image.T
         self.z = z / z[self.places].square().mean().sqrt()
 
     def _maps(self, beta: float) -> Maps:
-        chosen = [(texts[self.places], style) for texts in self.texts for style in STYLES]
-        moments = [Moments.of(texts, self.data.features[self.places, style]) for texts, style in chosen]
-        return Solver(moments[0] + moments[1] + moments[2] + moments[3]).solve(Form(a=1, b=3, beta=beta))
+        pairs = [(texts[self.places], self.data.features[self.places, n]) for texts in self.texts for n in (0, 1)]
+        texts, images = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return Solver(Moments.of(texts, images)).solve(Form(a=1, b=3, beta=beta))
 
-    def imitate(self, seed: int, loss: str) -> tuple[Tensor, Tensor, list[float]]:
-        """Return weight and bias, and what a step's loss is at first and at last."""
-        imitation = Imitation(self.lm, self.captioner, (8,))
-        [wanted], own = imitation.told(self.fitted), self.z[self.places]
-        spread, draw = wanted.std(0, correction=0) + 1e-6, torch.Generator().manual_seed(seed)
-        weight, bias = (one.clone().requires_grad_() for one in self._closed())
-        groups = [{"params": [weight], "lr": STEP / own.shape[-1]}, {"params": [bias], "lr": STEP / 10}]
-        optimizer, losses = torch.optim.Adam(groups, betas=(0.9, 0.95)), []
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-        for _ in range(STEPS):
-            chosen = torch.randint(len(own), (BATCH,), generator=draw)
-            rows = self.mean + self.std * (own[chosen, torch.randint(2, (BATCH,), generator=draw)] @ weight.T + bias)
-            error = (imitation.states(rows[:, None])[0][:, -1] - wanted[chosen]) / spread
-            optimizer.zero_grad()
-            found = LOSSES[loss](error)
-            torch.autograd.backward(found)
-            optimizer.step()
-            schedule.step()
-            losses.append(round(found.item(), 3))
-        return weight.detach(), bias.detach(), [losses[0], losses[-1]]
+    def imitate(self, seed: int, loss: str) -> tuple[Tensor, Tensor]:
+        """Return weight and bias after imitation."""
+        imitation, own = Imitation(self.lm, self.captioner, (8,)), self.z[self.places]
+        wanted = imitation.told(self.fitted)
+        start = self._closed()
+        return imitation.fit(own, start, wanted, self.mean, self.std, batch=128, seed=seed, measure=LOSSES[loss])
 
     def captioned(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight and bias after captioning steps."""
-        return self._steps(self.captioner, Imitation(self.lm, self.captioner, (8,)).base, weight, bias)
+        base = Imitation(self.lm, self.captioner, (8,)).base
+        return self._steps(self.captioner, base, weight, bias, steps=20, batch=32)
 
     def pairs(self, weight: Tensor, bias: Tensor, every: int = 1) -> float:
         """Return the percentage of caption pairs told by likelihoods."""
@@ -124,11 +110,9 @@ def main() -> None:
         study = Study(lm, data, captioner, 1.0 if what == "losses" else float(one))
         if what == "losses":
             for loss in LOSSES:
-                weight, bias, losses = study.imitate(int(one), loss)
-                found[loss] = {"pairs": study.pairs(weight, bias, 2), "first_and_last_loss": losses}
+                found[loss] = {"pairs": study.pairs(*study.imitate(int(one), loss), every=2)}
         else:
-            weight, bias, _ = study.imitate(0, "distances")
-            pairs = study.pairs(*study.captioned(weight, bias))
+            pairs = study.pairs(*study.captioned(*study.imitate(0, "distances")))
             found = {"concepts": len(study.fitted), "pairs": pairs, "shared_space": study.shared()}
         print(what, one, found, flush=True)
         known.setdefault(what, {})[one] = found
