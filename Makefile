@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 .PHONY: demo demo-short app test test-app fuzz test-slow test-architectures test-vision test-real lint types docs package clean
 
-# The main job on real weights and real images: trains, evaluates, converses; see demo/index.html.
+# The main job on real weights and real images: fits, evaluates, converses; see demo/index.html.
 demo: $(VENV)/demo-installed
 	$(VENV)/bin/visual-ground demo
 

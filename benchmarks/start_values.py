@@ -36,13 +36,9 @@ def prompt_accuracy(model: GroundedModel, concepts: list[emoji.Concept], prompt:
     before, _, after = prompt.partition("{image}")
     lead = [*encoder.sink, *encoder.encode_text(before), -1, *encoder.encode_text(after)]
     tails = [encoder.encode_text(" " + emoji.captions(concept)[0]) for concept in concepts]
-    whole = [EncodedPrompt((*lead, *tail), ()) for tail in tails]
-    model.adapter.image_tokens = lambda given: given
-    own, other = (
-        model.tail_log_likelihood(whole, [len(tail) for tail in tails], image_features=given)
-        for given in (rows, rows.roll(-1, 0))
-    )
-    del model.adapter.image_tokens
+    batch = encoder.batch([EncodedPrompt((*lead, *tail), ()) for tail in tails])
+    inputs, lengths = (batch["input_ids"], batch["attention_mask"]), [len(tail) for tail in tails]
+    own, other = (model.frozen_lm.log_likelihood(*inputs, lengths, given) for given in (rows, rows.roll(-1, 0)))
     return round(100 * float((own > other).float().mean()), 1)
 
 

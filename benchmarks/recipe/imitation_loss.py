@@ -60,8 +60,12 @@ class Study(Pictures):
             for name, texts in zip(KEPT, self.captions, strict=True)
         ]
         self.texts = [unit(one[:, -1].float()) for one in read]
+        self.read_pictures()
+
+    def read_pictures(self) -> None:
+        """Give each picture its place in the retrieval space of what is fitted to."""
         maps = self._maps(beta=1)
-        z = (data.features - maps.image_mean) @ maps.image.T
+        z = (self.data.features - maps.image_mean) @ maps.image.T
         self.z = z / z[self.places].square().mean().sqrt()
 
     def _maps(self, beta: float) -> Maps:

@@ -1,4 +1,4 @@
-"""The main job, end to end: ground, train, evaluate, converse, save, load again.
+"""The main job, end to end: ground, fit, evaluate, converse, save, load again.
 
     make demo
     visual-ground demo --choose

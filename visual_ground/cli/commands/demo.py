@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from visual_ground.cli.shared.arguments import Commands
 
-DESCRIPTION = "The main job on real weights and images: train, evaluate, converse, save, load again."
+DESCRIPTION = "The main job on real weights and images: fit, evaluate, converse, save, load again."
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
     """Add the command to the others, and return its parser."""
-    parser = commands.add_parser("demo", help="train and try an adapter on emoji, end to end", description=DESCRIPTION)
+    parser = commands.add_parser("demo", help="fit and try an adapter on emoji, end to end", description=DESCRIPTION)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the page and the results")
     parser.add_argument("--cache", type=Path, default=Path("demo/cache"), help="folder for weights and features")
-    parser.add_argument("--short", action="store_true", help="few concepts, few steps: only to see that it runs")
+    parser.add_argument("--short", action="store_true", help="few concepts: only to see that it runs")
     parser.add_argument("--choose", action="store_true", help="report on the validation concepts")
     return parser
 
