@@ -21,10 +21,9 @@ from visual_ground.training.losses.retrieval import CaptionLikelihoods
 MAX_STEPS = 200
 # What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
 # inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
-WEIGHT, PENALTY = 0.1, 1e-3
-# What answers that want no picture weigh together in the gate's fit, in parts of the others, and the penalty on its
-# weights, whose inputs have unit norm: chosen likewise.
-UNWANTED, GATE_PENALTY = 4.0, 1e-4
+WEIGHT, PENALTY = 0.2, 3e-3
+# The penalty on the gate's weights, whose inputs have unit norm.
+GATE_PENALTY = 1e-4
 # The gate opens for so many nats of evidence that a picture is wanted. For each nat less it lowers `[RET]`'s logit by
 # the second number, enough to shut it.
 EVIDENCE, SLOPE = 0.4, 8.0
@@ -94,7 +93,7 @@ def fit_output_embedding(places: Places, weight: float = WEIGHT, penalty: float 
 
 
 def fit_gate(openings: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit whether an answer may have pictures, by logistic regression.
+    """Fit whether an answer may have pictures, by logistic regression; both kinds of answers weigh the same.
 
     Args:
         openings: (n, h), what the output head reads where the answers begin.
@@ -106,7 +105,7 @@ def fit_gate(openings: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = openings.mean(0), openings.std(0, correction=0).clamp_min(1e-6) * openings.shape[1] ** 0.5
     states, target = (openings - mean) / std, wanted.float()
     states = torch.cat([states, torch.ones(len(states), 1)], 1)
-    weights = torch.where(wanted, 1 / target.sum(), UNWANTED / (1 - target).sum()) / (1 + UNWANTED)
+    weights = torch.where(wanted, 1 / target.sum(), 1 / (1 - target).sum()) / 2
 
     def loss(point: Tensor) -> Tensor:
         losses = F.binary_cross_entropy_with_logits(states @ point, target, weights, reduction="sum")
