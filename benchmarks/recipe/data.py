@@ -130,10 +130,7 @@ def own_concepts(data: Data, split: str) -> list[int]:
 
 def families(data: Data) -> list[int]:
     """Number the families of names that the demo never splits between training and test (`emoji._split`)."""
-    content = [
-        frozenset(w.rstrip("s") for w in c.name.lower().split() if w not in emoji.LIGHT_WORDS) or {c.code}
-        for c in data.concepts
-    ]
+    content = [emoji.content_words(c.name) or {c.code} for c in data.concepts]
     parent = list(range(len(content)))
 
     def root(i: int) -> int:

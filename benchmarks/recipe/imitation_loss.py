@@ -50,9 +50,6 @@ class Study(Pictures):
         kept = sorted({of[i] for i in self.fitted})
         draw.shuffle(kept)
         kept = set(kept[: int(part * len(kept))])
-        self.fitted = [i for i in self.fitted if of[i] in kept]
-        self.places = torch.tensor(self.fitted)
-        self.words = word_targets(data, self.table.weight.detach(), self.fitted)
         states = Kept(CACHE / "recipe" / "smollm2-fp32", States(lm, self.table.weight.mean(0)))
         looks = {"looks": data.ids(" It looks like a")}
         read = [
@@ -60,10 +57,12 @@ class Study(Pictures):
             for name, texts in zip(KEPT, self.captions, strict=True)
         ]
         self.texts = [unit(one[:, -1].float()) for one in read]
-        self.read_pictures()
+        self.fit_to([i for i in self.fitted if of[i] in kept])
 
-    def read_pictures(self) -> None:
-        """Give each picture its place in the retrieval space of what is fitted to."""
+    def fit_to(self, concepts: list[int]) -> None:
+        """Take these concepts as what is fitted to, and give each picture its place in their retrieval space."""
+        self.fitted, self.places = concepts, torch.tensor(concepts)
+        self.words = word_targets(self.data, self.table.weight.detach(), concepts)
         maps = self._maps(beta=1)
         z = (self.data.features - maps.image_mean) @ maps.image.T
         self.z = z / z[self.places].square().mean().sqrt()

@@ -19,10 +19,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from caption_prompts import Pictures
 from data import Data
 from fitting import unit
-from image_tokens import Captioner, word_targets
+from image_tokens import Captioner
 from imitation_loss import KEPT, Study
 from lm import CACHE, Kept, States, load
 from PIL import Image, UnidentifiedImageError
@@ -40,11 +39,6 @@ NOT_NAMES = set(
     "pattern patterns clipart cliparts various untitled unsorted menu card another outline contour logo sign".split()
 )
 LARGEST_FILE, PICTURES_A_NAME = 400_000, 4
-
-
-def content(name: str) -> set[str]:
-    """Return the words that tell a thing."""
-    return {word.rstrip("s") for word in name.lower().split() if word not in emoji.LIGHT_WORDS}
 
 
 def name_in(title: str) -> str:
@@ -67,7 +61,7 @@ def sources() -> dict[str, list[Path]]:
         if pictures and path.relative_to(STAMPS).parts[0] not in LEFT_OUT:
             found[name_in(path.read_text(errors="ignore").partition("\n")[0])].append(pictures[0])
     named = {name: paths[:PICTURES_A_NAME] for name, paths in found.items() if name and len(name.split()) <= 4}
-    return {n: p for n, p in named.items() if content(n) and all(w in known - NOT_NAMES for w in n.split())}
+    return {n: p for n, p in named.items() if emoji.content_words(n) and all(w in known - NOT_NAMES for w in n.split())}
 
 
 def draw(path: Path, folder: Path, size: int = 224) -> str | None:
@@ -100,13 +94,13 @@ class WithClipArt(Study):
 
     def __init__(self, lm: torch.nn.Module, data: Data, captioner: Captioner) -> None:
         super().__init__(lm, data, captioner)
-        measured = set().union(*(content(data.concepts[i].name) for i in self.held_out))
+        measured = set().union(*(emoji.content_words(data.concepts[i].name) for i in self.held_out))
         folder = CACHE / "recipe" / "clip_art"
         folder.mkdir(parents=True, exist_ok=True)
         pictures = {
             name: [png for path in paths if (png := draw(path, folder))]
             for name, paths in sources().items()
-            if not content(name) & measured
+            if not emoji.content_words(name) & measured
         }
         pictures = {name: paths for name, paths in pictures.items() if paths}
         first, cache = len(data.concepts), FeatureCache(CACHE / "features", load_vision())
@@ -114,17 +108,13 @@ class WithClipArt(Study):
         features = cache.features([path for pair in own for path in pair]).float().view(len(own), len(emoji.STYLES), -1)
         data.concepts = [*data.concepts, *(emoji.Concept(f"x{n}", n, (), "train", "picture") for n in pictures)]
         data.features = torch.cat([data.features, features])
-        self.captions, self.fitted = (
-            [data.captions(kind) for kind in (0, 1)],
-            [*self.fitted, *range(first, first + len(own))],
-        )
-        self.places, states = torch.tensor(self.fitted), Kept(folder, States(lm, self.table.weight.mean(0)))
+        self.captions = [data.captions(kind) for kind in (0, 1)]
+        states = Kept(folder, States(lm, self.table.weight.mean(0)))
         for kind, name in enumerate(KEPT):
             texts = [data.caption(text) for text in self.captions[kind][first:]]
             read = states.get(f"{name}_{len(own)}", texts, {"looks": data.ids(" It looks like a")}, 1)["looks"]
             self.texts[kind] = torch.cat([self.texts[kind], unit(read[:, -1].float())])
-        self.words = word_targets(data, self.table.weight.detach(), self.fitted)
-        self.read_pictures()
+        self.fit_to([*self.fitted, *range(first, first + len(own))])
 
 
 def main() -> None:
@@ -133,7 +123,7 @@ def main() -> None:
     found = {}
     for kind in (Study, WithClipArt):
         data = Data(tokenizer)
-        study: Pictures = kind(lm, data, Captioner(lm, tokenizer, data, GroundingConfig().image_prompt))
+        study = kind(lm, data, Captioner(lm, tokenizer, data, GroundingConfig().image_prompt))
         imitated = study.imitate(0, "distances")
         found[kind.__name__] = {
             "concepts": len(study.fitted),

@@ -132,12 +132,14 @@ def _keywords(name: str, aliases: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted(plain - in_name, key=lambda word: stable_number(name + word)))
 
 
+def content_words(name: str) -> frozenset[str]:
+    """Return the words of a name that tell its picture from others, without an s at their end."""
+    return frozenset(word.rstrip("s") for word in name.lower().split() if word not in LIGHT_WORDS)
+
+
 def _split(names: dict[str, str]) -> dict[str, str]:
     """Give each code its split, family by family in a stable random order."""
-    content = {
-        code: frozenset(word.rstrip("s") for word in name.lower().split() if word not in LIGHT_WORDS) or {code}
-        for code, name in names.items()
-    }
+    content = {code: content_words(name) or {code} for code, name in names.items()}
     family = {code: code for code in names}
 
     def root(code: str) -> str:

@@ -20,7 +20,7 @@ from visual_ground.training.losses.retrieval import CaptionLikelihoods
 # A bound only: L-BFGS stops by itself if the convex loss falls no further.
 MAX_STEPS = 200
 # What all places of a picture together weigh, in parts of all other places, and the penalty on the embedding, whose
-# inputs have unit mean square: chosen on other wordings (benchmarks/emission.py).
+# inputs have unit mean square: chosen on other wordings (benchmarks/recipe/after_a_picture.py).
 WEIGHT, PENALTY = 0.2, 3e-3
 # The penalty on the gate's weights, whose inputs have unit norm.
 GATE_PENALTY = 1e-4
