@@ -85,7 +85,7 @@ def _with_new_adapter(
         config = replace(config, retrieval_dim=parts.vision.pooled_dim)
     model = GroundedModel(parts, config)
     try:
-        initialize_from_lm(model.adapter, *model.frozen_lm.statistics())
+        initialize_from_lm(model.adapter, model.frozen_lm)
     except BaseException:
         model.unground()
         raise

@@ -147,7 +147,7 @@ class GroundedModel(nn.Module):
         self.adapters.check_new(adapter_name, config)
         vision = self.vision if vision_encoder is None else vision_encoder
         parts = components_beside(self.frozen_lm, self.active, config, vision, **given)
-        initialize_from_lm(self._attach(adapter_name, config, parts).adapter, *self.frozen_lm.statistics())
+        initialize_from_lm(self._attach(adapter_name, config, parts).adapter, self.frozen_lm)
 
     def load_adapter(
         self,

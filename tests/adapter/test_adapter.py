@@ -4,7 +4,7 @@ import torch
 from tests.tiny import Eye, grounded, image_processor, tokenizer
 from visual_ground import GroundedModel, GroundingConfig
 from visual_ground.adapter.adapter import Adapter
-from visual_ground.adapter.initialization import initialize_from_lm, standardize_features
+from visual_ground.adapter.initialization import initialize_from_statistics, standardize_features
 from visual_ground.lm.base.weights import EmbeddingStatistics
 
 
@@ -23,7 +23,7 @@ def test_image_rows_start_with_the_embedding_s_statistics():
     torch.manual_seed(0)
     table, features = torch.randn(4000, 8) * torch.arange(1, 9) + 3, torch.randn(5000, 5) * 7 + 2
     adapter = Adapter(GroundingConfig(), 8, 5, (8,), 8, tied=True)
-    initialize_from_lm(adapter, EmbeddingStatistics.of(table.split(999)), None)
+    initialize_from_statistics(adapter, EmbeddingStatistics.of(table.split(999)), None)
     standardize_features(adapter, features)
     rows = adapter.image_tokens(features).detach()
     assert torch.allclose(rows.mean(0), table.mean(0), atol=0.3)
@@ -33,7 +33,7 @@ def test_image_rows_start_with_the_embedding_s_statistics():
 def test_ret_starts_along_the_mean_at_the_mean_norm():
     table, head = torch.randn(50, 8) + 1, torch.randn(50, 7) + 1
     adapter = make()
-    initialize_from_lm(adapter, EmbeddingStatistics.of([table]), EmbeddingStatistics.of([head]))
+    initialize_from_statistics(adapter, EmbeddingStatistics.of([table]), EmbeddingStatistics.of([head]))
     for row, rows in zip(adapter.ret_embeddings(), (table, head), strict=True):
         assert torch.allclose(row.norm(), rows.norm(dim=-1).mean(), atol=1e-4)
         assert torch.allclose(torch.cosine_similarity(row, rows.mean(0), dim=0), torch.tensor(1.0), atol=1e-5)

@@ -53,6 +53,19 @@ def test_evaluators_give_what_the_functions_give(batch_size):
         assert isinstance(evaluator, Evaluator) and evaluator.primary_metric in evaluator(model)
 
 
+@pytest.mark.parametrize("name", ["llama_untied", "qwen2_tied"])  # Qwen2's [RET] takes a row that the LM has.
+def test_ret_takes_no_part_in_the_likelihood_of_captions(name):
+    model = grounded(name)
+    accuracy = CaptionPairEvaluator(PAIRS, wrong_images=8)
+    before = accuracy(model)
+    prompts, words = [["w1", picture(0)], ["w2", picture(1)]], ["w5 w6", "w7"]
+    free = model.log_likelihood(prompts, words)
+    with torch.no_grad():
+        model.adapter.ret_output.mul_(30)
+    assert accuracy(model) == before
+    assert not torch.allclose(model.log_likelihood(prompts, words), free, atol=1e-2)
+
+
 def test_images_are_encoded_once_per_encoder(monkeypatch):
     model, other = grounded(), grounded("qwen2_tied")
     encoded = []

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from visual_ground.adapter.adapter import Adapter
 from visual_ground.adapter.encoder_space import EncoderSpace
-from visual_ground.lm.base.weights import EmbeddingStatistics
+from visual_ground.lm.base.weights import EmbeddingStatistics, embedding_vectors, head_vectors
+from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.shared_space.accumulator import SharedSpace
 
 # How far image tokens start from the mean embedding, as a fraction of the embedding's standard deviation. Tokens that
@@ -22,8 +23,21 @@ FEATURE_STD_FLOOR = 1e-2
 
 
 @torch.no_grad()
-def initialize_from_lm(adapter: Adapter, embedding: EmbeddingStatistics, head: EmbeddingStatistics | None) -> None:
-    """Set the start values from the LM's own embeddings; `scaling="none"` takes only their norms.
+def initialize_from_lm(adapter: Adapter, frozen_lm: FrozenLM) -> None:
+    """Set a new adapter's start values from the LM's own embeddings; `scaling="none"` takes only their norms."""
+    lm, spec, vocabulary = frozen_lm.lm, frozen_lm.spec, frozen_lm.vocabulary
+    count = min(vocabulary.num_rows, vocabulary.num_tokens)
+    with frozen_lm.bare():
+        embedding = EmbeddingStatistics.of(embedding_vectors(lm, count))
+        head = None if spec.tied else EmbeddingStatistics.of(head_vectors(lm, count, spec.head_dim))
+    initialize_from_statistics(adapter, embedding, head)
+
+
+@torch.no_grad()
+def initialize_from_statistics(
+    adapter: Adapter, embedding: EmbeddingStatistics, head: EmbeddingStatistics | None
+) -> None:
+    """As `initialize_from_lm`, from statistics that are known.
 
     Args:
         adapter: a new adapter.

@@ -57,7 +57,8 @@ def caption_pair_accuracy(
 ) -> float:
     """Return the percentage of comparisons in which a caption is likelier after its own image than after another's.
 
-    The likelihood is summed over the caption's tokens.
+    The likelihood is summed over the caption's tokens. `[RET]` takes no part in it, as a caption has none: otherwise
+    the figure would tell how likely `[RET]` is in the middle of a caption.
 
     Args:
         model: the grounded model.
@@ -121,5 +122,5 @@ def _caption_scores(model: GroundedModel, captions: Sequence[str], features: Ten
         batch = model.processor.batch(prompts).to(model.frozen_lm.device)
         image_tokens = model.active.image_tokens(image_features=features[numbers])
         inputs = batch["input_ids"], batch["attention_mask"]
-        scores[numbers] = model.frozen_lm.log_likelihood(*inputs, lengths, image_tokens).float().cpu()
+        scores[numbers] = model.frozen_lm.log_likelihood(*inputs, lengths, image_tokens, without_ret=True).cpu()
     return scores

@@ -115,7 +115,7 @@ def _forget(model: GroundedModel) -> None:
     adapter = model.adapter
     adapter.feature_mean.zero_()
     adapter.feature_std.fill_(1)
-    initialize_from_lm(adapter, *model.frozen_lm.statistics())
+    initialize_from_lm(adapter, model.frozen_lm)
 
 
 def _fit_ret_token(

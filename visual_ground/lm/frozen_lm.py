@@ -15,9 +15,9 @@ from visual_ground.errors import GroundingStateError
 from visual_ground.lm.base.freezing import FreezeGuard
 from visual_ground.lm.base.peft import base_model_of, tuner_layers
 from visual_ground.lm.base.spec import LMSpec
-from visual_ground.lm.base.weights import EmbeddingStatistics, embedding_device, embedding_vectors, head_vectors
+from visual_ground.lm.base.weights import embedding_device
 from visual_ground.lm.hook_context import HookContext
-from visual_ground.lm.reading import LMReading, states_at
+from visual_ground.lm.reading import LMReading, log_likelihoods, states_at
 from visual_ground.lm.virtual_tokens import VirtualTokens
 
 LAST = (-1,)  # As in `GroundingConfig.text_layers`: what the output head reads.
@@ -197,7 +197,12 @@ class FrozenLM:
         return self.read(input_ids, attention_mask, positions, image_tokens, layers, 1, **options).states
 
     def log_likelihood(
-        self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int], image_tokens: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        lengths: Sequence[int],
+        image_tokens: Tensor | None = None,
+        without_ret: bool = False,
     ) -> Tensor:
         """Return the log-likelihood of each sequence's last ids, summed, in nats, (b,).
 
@@ -206,14 +211,15 @@ class FrozenLM:
             attention_mask: (b, s).
             lengths: how many ids of each sequence are scored, at least 1.
             image_tokens: (n * k, d).
+            without_ret: given that none of the scored ids is `[RET]`, which then takes no probability from them.
         """
         width = input_ids.shape[1]
         ends = [i * width + j for i, n in enumerate(lengths) for j in range(width - n, width)]
         scored = torch.tensor(ends, device=input_ids.device)
         logits = self.read(input_ids, attention_mask, scored - 1, image_tokens).logits
-        targets = input_ids.flatten()[scored].to(logits.device)
-        values = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
-        return torch.stack([part.sum() for part in torch.split(values, list(lengths))])
+        if without_ret and logits.shape[-1] > self.vocabulary.ret_token_id:  # Else, the adapter is disabled.
+            logits = logits.index_fill(-1, torch.tensor(self.vocabulary.ret_token_id, device=logits.device), -torch.inf)
+        return log_likelihoods(logits, input_ids.flatten()[scored], lengths)
 
     def generate(self, input_ids: Tensor, image_tokens: Tensor | None = None, **options: Any) -> Tensor:
         """Run transformers' own `generate`; return ids (b * num_return_sequences, s).
@@ -240,11 +246,3 @@ class FrozenLM:
         with self.bare():
             embeddings: Tensor = self.lm.get_input_embeddings()(ids.reshape(1, -1).to(self.device))
         return embeddings[0].view(*ids.shape, -1)
-
-    def statistics(self) -> tuple[EmbeddingStatistics, EmbeddingStatistics | None]:
-        """Return the statistics of the input embeddings, and of the output embeddings if they are not tied."""
-        count = min(self.vocabulary.num_rows, self.vocabulary.num_tokens)
-        with self.bare():
-            inputs = EmbeddingStatistics.of(embedding_vectors(self.lm, count))
-            head = None if self.spec.tied else head_vectors(self.lm, count, self.spec.head_dim)
-            return inputs, None if head is None else EmbeddingStatistics.of(head)

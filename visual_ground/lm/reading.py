@@ -46,6 +46,19 @@ def states_at(output: Any, head_input: Tensor, layers: Sequence[int], positions:
     return [head_input if h is None else h.flatten(0, 1).index_select(0, positions.to(h.device)) for h in hidden]
 
 
+def log_likelihoods(logits: Tensor, targets: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the log-likelihood of each of n texts, summed over its ids, in nats, (n,).
+
+    Args:
+        logits: (r, columns), what predicts each id, text after text.
+        targets: (r,) the ids.
+        lengths: how many of them each text has; r in all.
+    """
+    targets = targets.to(logits.device)
+    values = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0]
+    return torch.stack([part.sum() for part in torch.split(values, list(lengths))])
+
+
 @dataclass(eq=False)
 class ExtraIds:
     """Further ids, read in the same forward as a step of `generate`.

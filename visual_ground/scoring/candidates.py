@@ -13,6 +13,7 @@ from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.errors import GroundingStateError, GroundingValueError
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.lm.key_values import cache_of, copy_of, plain_layers
+from visual_ground.lm.reading import log_likelihoods
 from visual_ground.prompts.encoded import EncodedPrompt
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,5 @@ class CandidateScorer:
         mask = torch.tensor([[1] * (length + n) + [0] * (width - n) for n in counts], device=device)
         copied = copy_of(cache, lambda tensor: tensor.expand(len(texts), *tensor.shape[1:]))
         logits = self.frozen_lm.read(ids, mask, read, cache=copied, use_cache=True).logits
-        targets = torch.tensor([label for text in texts for label in text[1:]], device=logits.device)
-        values = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0].cpu()
-        return torch.stack([part.sum() for part in torch.split(values, counts)])
+        targets = torch.tensor([label for text in texts for label in text[1:]])
+        return log_likelihoods(logits, targets, counts).cpu()

@@ -72,7 +72,7 @@ def transfer(
 
 def _fit(model: GroundedModel, side: ImageSide, anchors: Anchors) -> None:
     _check_width("vision encoder gives", model.vision.feature_dim, side)
-    initialize_from_lm(model.adapter, *model.frozen_lm.statistics())
+    initialize_from_lm(model.adapter, model.frozen_lm)
     _copy_image_side(model.adapter, side)
     fit_text_layers(model, anchors)
     fit_image_tokens(model, anchors)
