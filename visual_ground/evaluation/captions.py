@@ -57,8 +57,7 @@ def caption_pair_accuracy(
 ) -> float:
     """Return the percentage of comparisons in which a caption is likelier after its own image than after another's.
 
-    The likelihood is summed over the caption's tokens. `[RET]` takes no part in it, as a caption has none: otherwise
-    the figure would tell how likely `[RET]` is in the middle of a caption.
+    The likelihood is summed over the caption's tokens; `[RET]`, which no caption has, takes no part in it.
 
     Args:
         model: the grounded model.

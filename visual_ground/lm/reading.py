@@ -46,6 +46,11 @@ def states_at(output: Any, head_input: Tensor, layers: Sequence[int], positions:
     return [head_input if h is None else h.flatten(0, 1).index_select(0, positions.to(h.device)) for h in hidden]
 
 
+def last_positions(ids: Tensor) -> Tensor:
+    """Return the flat position (b,) of the last id of each row of ids (b, s)."""
+    return torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
+
+
 def log_likelihoods(logits: Tensor, targets: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return the log-likelihood of each of n texts, summed over its ids, in nats, (n,).
 

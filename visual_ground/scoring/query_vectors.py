@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.lm.reading import last_positions
 from visual_ground.prompts.turns import last_turn
 
 # How many contexts are read together; a bound on the memory that long answers take.
@@ -38,8 +39,7 @@ def last_vectors(
     frozen_lm: FrozenLM, attached: AttachedAdapter, ids: Tensor, mask: Tensor, image_tokens: Tensor | None
 ) -> Tensor:
     """Return the unit vectors (b, q) read at the last position of ids (b, s), which are padded on the left."""
-    last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
-    states = frozen_lm.hidden_states(ids, mask, last, attached.config.text_layers, image_tokens)
+    states = frozen_lm.hidden_states(ids, mask, last_positions(ids), attached.config.text_layers, image_tokens)
     return attached.embed_states(states)
 
 

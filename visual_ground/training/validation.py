@@ -12,6 +12,7 @@ from torch import Tensor
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.metrics import retrieval_recalls
 from visual_ground.evaluation.pairs import image_features
+from visual_ground.lm.reading import last_positions
 from visual_ground.model import GroundedModel
 from visual_ground.processes import Processes
 from visual_ground.progress import counted
@@ -105,7 +106,7 @@ def embed_texts(model: GroundedModel, examples: Sequence[Mapping[str, Any]]) -> 
     images = ExampleCollator(model).prompt_images(examples)
     tokens = model.active.image_tokens(images.get("prompt_pixels"), images.get("prompt_features"))
     # Padded on the left, every sequence is read in the last column; positions count through the whole batch.
-    ends = torch.arange(1, len(ids) + 1) * ids.shape[1] - 1
+    ends = last_positions(ids)
     # The position at the caption's end, whose logits predict `[RET]`, and that whose hidden states are embedded.
     positions = torch.stack([ends - torch.tensor([len(suffix) for suffix in suffixes]), ends], 1).flatten()
     reading = model.frozen_lm.read(

@@ -12,6 +12,7 @@ from torch import Tensor
 from visual_ground.errors import GroundingValueError
 from visual_ground.evaluation.running.prompts import batch_of, without_features
 from visual_ground.generation.growing import joined
+from visual_ground.lm.reading import last_positions
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 
@@ -130,8 +131,7 @@ def _first_tokens(
     """Return the log-likelihoods of ids right after each prompt, (n, ids), on the CPU."""
     batch, tokens = batch_of(model, encoded, [image for images in features for image in images])
     ids = batch["input_ids"]
-    last = torch.arange(1, len(encoded) + 1, device=ids.device) * ids.shape[1] - 1
-    reading = model.frozen_lm.read(ids, batch["attention_mask"], last, tokens)
+    reading = model.frozen_lm.read(ids, batch["attention_mask"], last_positions(ids), tokens)
     scores = torch.log_softmax(reading.logits.float(), -1)[:, list(first)].cpu()
     if bool(scores.isnan().any()):
         raise GroundingValueError(

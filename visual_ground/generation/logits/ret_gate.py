@@ -8,6 +8,7 @@ from transformers import LogitsProcessor
 
 from visual_ground.adapter.attached import AttachedAdapter
 from visual_ground.lm.frozen_lm import FrozenLM
+from visual_ground.lm.reading import last_positions
 
 
 class RetGate(LogitsProcessor):
@@ -34,8 +35,9 @@ class RetGate(LogitsProcessor):
         Args:
             image_tokens: (n * k, d), of the prompts' images.
         """
-        last = torch.arange(1, len(self.ids) + 1, device=self.ids.device) * self.ids.shape[1] - 1
-        self._keep(self.frozen_lm.hidden_states(self.ids, self.mask, last, image_tokens=image_tokens)[0])
+        ids = self.ids
+        states = self.frozen_lm.hidden_states(ids, self.mask, last_positions(ids), image_tokens=image_tokens)
+        self._keep(states[0])
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from visual_ground.generation.options import end_ids
 from visual_ground.generation.retrieval_token import RetrievalSettings
 from visual_ground.lm.frozen_lm import FrozenLM
 from visual_ground.lm.key_values import cache_of, copy_of, plain_layers, shortened
+from visual_ground.lm.reading import last_positions
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt, pad_batch
 
@@ -203,17 +204,18 @@ def _read(
     frozen_lm: FrozenLM, ids: Tensor, mask: Tensor, image_tokens: Tensor | None, shared: DynamicCache | None
 ) -> Any:
     """Return what the LM keeps of ids (b, s), padded on the left, given what it kept of those that all begin with."""
-    count, cache, (rows, length) = 0, None, ids.shape
+    count, cache = 0, None
     if shared is not None:
         # Each row has its own padding, so a short one takes fewer of the shared ids, and reads the rest of them anew.
-        count = min(shared.get_seq_length(), length - 1)
+        count = min(shared.get_seq_length(), ids.shape[1] - 1)
         columns = torch.arange(count, device=ids.device) - (mask == 0).sum(1, keepdim=True)
         columns = columns.clamp_min(0)  # What is read as padding is masked.
         cache = copy_of(shared, lambda tensor: tensor[0][:, columns.to(tensor.device)].transpose(0, 1))
         cache = shortened(cache, count)
-    last = torch.arange(1, rows + 1, device=ids.device) * (length - count) - 1
-    options: dict[str, Any] = {"max_logits": 1, "use_cache": True, "cache": cache}
-    return cache_of(frozen_lm.read(ids[:, count:], mask, last, image_tokens, **options).output)
+    ids = ids[:, count:]
+    last = last_positions(ids)
+    reading = frozen_lm.read(ids, mask, last, image_tokens, max_logits=1, use_cache=True, cache=cache)
+    return cache_of(reading.output)
 
 
 def _joined(caches: Sequence[DynamicCache]) -> DynamicCache:
