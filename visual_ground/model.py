@@ -116,7 +116,7 @@ class GroundedModel(nn.Module):
         return embed_prompts(self.frozen_lm, self.active, prompts)
 
     def log_likelihood(self, prompts: Prompts, continuations: Sequence[str]) -> Tensor:
-        """Return log p(continuation | prompt), (n,), in nats, summed over the tokens; `[RET]` may be among them."""
+        """Return log p(continuation | prompt), (n,), in nats, by the logits of `forward`; `[RET]` may be in either."""
         return log_likelihood(self.frozen_lm, self.active, prompts, continuations)
 
     def generate(
