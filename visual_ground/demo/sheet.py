@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class _Sheet:
             if isinstance(part, str):
                 if x > left and part.strip():
                     self.y, x = self.y + PICTURE + 6, left
-                for line in textwrap.wrap(part.strip(), int((self.image.width - left - MARGIN) / LETTER)):
+                width = int((self.image.width - left - MARGIN) / LETTER)
+                for line in chain.from_iterable(textwrap.wrap(own, width) for own in part.strip().splitlines()):
                     self.draw.text((left, self.y), line, "black", font)
                     self.y += 20
             elif part.image is not None:
