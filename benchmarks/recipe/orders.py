@@ -20,9 +20,7 @@ from adapters import load_adapter
 from lm import CACHE
 from torch import Tensor
 
-from visual_ground import GroundedModel
 from visual_ground.demo import emoji
-from visual_ground.demo.pairs import Pairs
 from visual_ground.demo.run import fit_arguments
 from visual_ground.evaluation.captions import caption_pair_accuracy
 from visual_ground.evaluation.pairs import image_features
@@ -43,14 +41,14 @@ class Study:
     """What steps are run on, and what is measured.
 
     Args:
-        model: the demo's model, whose image projection is replaced again and again.
-        pairs: the demo's concepts.
-        folder: for what training would write.
+        adapter: the demo's, in a folder, whose image projection is replaced again and again.
     """
 
-    def __init__(self, model: GroundedModel, pairs: Pairs, folder: Path) -> None:
-        self.model, self.parameters = model, list(model.adapter.image_projection.parameters())
-        args = fit_arguments(folder, CACHE)
+    def __init__(self, adapter: str) -> None:
+        self.model, self.pairs = model, pairs = load_adapter(adapter)
+        model.adapter.train().requires_grad_(True)
+        self.parameters = list(model.adapter.image_projection.parameters())
+        args = fit_arguments(Path(tempfile.gettempdir()), CACHE)
         self.dtype = torch.bfloat16 if args.bf16 else None
         examples = setup.training_examples(pairs.examples(), setup.data_preparation(model, args))
         self.objective, self.collate = GroundingObjective(model), setup.build_collator(model, args)
@@ -101,21 +99,16 @@ def mean(layers: Sequence[Layer]) -> Layer:
 
 def main() -> None:
     """Fit, measure, write."""
-    model, pairs = load_adapter(sys.argv[1])
-    model.adapter.train()
-    for parameter in model.adapter.parameters():
-        parameter.requires_grad_(True)
-    with tempfile.TemporaryDirectory() as folder:
-        study = Study(model, pairs, Path(folder))
-        imitated = [study.imitate(order) for order in ORDERS]
-        captioned = [[study.caption(layer, order) for order in ORDERS] for layer in imitated]
-        found = {
-            "imitations": [study.told(layer) for layer in imitated],
-            "captioning_steps": [[study.told(layer) for layer in of_one] for of_one in captioned],
-            "means_of_captioning_steps": [study.told(mean(of_one)) for of_one in captioned],
-            "mean_of_imitations": study.told(mean(imitated)),
-            "mean_of_all": study.told(mean([layer for of_one in captioned for layer in of_one])),
-        }
+    study = Study(sys.argv[1])
+    imitated = [study.imitate(order) for order in ORDERS]
+    captioned = [[study.caption(layer, order) for order in ORDERS] for layer in imitated]
+    found = {
+        "imitations": [study.told(layer) for layer in imitated],
+        "captioning_steps": [[study.told(layer) for layer in of_one] for of_one in captioned],
+        "means_of_captioning_steps": [study.told(mean(of_one)) for of_one in captioned],
+        "mean_of_imitations": study.told(mean(imitated)),
+        "mean_of_all": study.told(mean([layer for of_one in captioned for layer in of_one])),
+    }
     print(json.dumps(found, indent=1))
     (Path(__file__).parent / "results" / "orders.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -14,13 +14,11 @@ from __future__ import annotations
 import json
 import random
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from adapters import load_adapter
 from data import families
 from orders import ORDERS, Layer, Study
 from torch import Tensor
@@ -28,8 +26,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visual_ground.demo import emoji
-from visual_ground.demo.pairs import Pairs
 from visual_ground.fitting.autocast import autocast_lm
+from visual_ground.lm.reading import log_likelihoods
 from visual_ground.training.initialization.data_dependent import start_image_tokens
 from visual_ground.training.speedups.kv_cache import SharedPrefixCache, expanded, fixed_cache
 
@@ -44,11 +42,11 @@ class Tokens:
 
     Args:
         study: fits and measures.
-        pairs: the demo's concepts.
     """
 
-    def __init__(self, study: Study, pairs: Pairs) -> None:
-        self.study, self.pairs, self.numbers = study, pairs, pairs.numbers("train")
+    def __init__(self, study: Study) -> None:
+        self.study, pairs = study, study.pairs
+        self.numbers = pairs.numbers("train")
         of = families(SimpleNamespace(concepts=pairs.concepts))
         known = sorted({of[i] for i in self.numbers})
         random.Random(0).shuffle(known)
@@ -67,8 +65,8 @@ class Tokens:
     def _fit(self, numbers: list[int]) -> None:
         examples, features = [], []
         for i in numbers:
-            for style in self.pairs.features[i]:
-                for caption in emoji.captions(self.pairs.concepts[i])[:2]:
+            for style in self.study.pairs.features[i]:
+                for caption in emoji.captions(self.study.pairs.concepts[i])[:2]:
                     examples.append({"caption": caption, "group": i})
                     features.append(style)
         with autocast_lm(self.study.model.lm, self.study.dtype):
@@ -91,32 +89,23 @@ class Teller:
     def scores(self, tokens: Tensor, captions: list[tuple[int, ...]]) -> Tensor:
         """Return log p (n, m) of n captions, each after each of m image tokens (m, d)."""
         frozen_lm, (n, m) = self.model.frozen_lm, (len(captions), len(tokens))
-        width, lead = max(map(len, captions)), len(self.after) + 1
-        first = frozen_lm.vocabulary.first_image_id
-        rows = [[first + i * m + j, *self.after, *ids, *[0] * (width - len(ids))]
-                for i, ids in enumerate(captions) for j in range(m)]  # fmt: skip
-        ids = torch.tensor(rows)
-        read = torch.arange(n * m)[:, None] * ids.shape[1] + torch.arange(lead - 1, lead + width - 1)
-        cache = fixed_cache(expanded(self.keys_values, n * m))
-        mask = torch.ones(n * m, ids.shape[1] + self.keys_values[0][0].shape[2], dtype=torch.long)
-        options = {"cache": cache, "use_cache": True}
-        logits = frozen_lm.read(ids, mask, read.flatten(), tokens.repeat(n, 1), **options).logits.float()
-        said = ids[:, lead:]
-        found = (logits.gather(-1, said.flatten()[:, None])[:, 0] - logits.logsumexp(-1)).view(n, m, width)
-        kept = torch.tensor([[1.0] * len(own) + [0.0] * (width - len(own)) for own in captions])
-        return (found * kept[:, None]).sum(-1)
+        rows = [(*self.after, *caption) for caption in captions for _ in range(m)]
+        width, pad_id = 1 + max(map(len, rows)), self.model.processor.pad_token_id
+        own = frozen_lm.vocabulary.first_image_id + torch.arange(n * m)
+        rest = torch.tensor([[*row, *[pad_id] * (width - 1 - len(row))] for row in rows])
+        ids, lengths = torch.cat([own[:, None], rest], 1), [len(row) - len(self.after) for row in rows]
+        scored = [i * width + j for i, row in enumerate(rows) for j in range(1 + len(self.after), 1 + len(row))]
+        read, options = torch.tensor(scored), {"cache": fixed_cache(expanded(self.keys_values, n * m))}
+        mask = torch.ones(n * m, width + self.keys_values[0][0].shape[2], dtype=torch.long)
+        logits = frozen_lm.read(ids, mask, read - 1, tokens.repeat(n, 1), use_cache=True, **options).logits
+        return log_likelihoods(logits, ids.flatten()[read], lengths).view(n, m)
 
 
 def main() -> None:
     """Fit, learn, measure, write."""
-    model, pairs = load_adapter(sys.argv[1])
-    steps = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
-    model.adapter.train()
-    for parameter in model.adapter.parameters():
-        parameter.requires_grad_(True)
-    with tempfile.TemporaryDirectory() as folder:
-        study = Study(model, pairs, Path(folder))
-    tokens, teller, adapter = Tokens(study, pairs), Teller(model), model.adapter
+    study, steps = Study(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
+    model, pairs = study.model, study.pairs
+    tokens, teller, adapter = Tokens(study), Teller(model), model.adapter
     found: dict[str, Any] = {"imitation": study.told(tokens.layer)}
     print(found, flush=True)
     captions = [[tuple(model.processor.encode_caption(text)) for text in emoji.captions(pairs.concepts[i])[:2]]

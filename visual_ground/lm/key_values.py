@@ -40,6 +40,12 @@ def plain_layers(cache: Any, length: int) -> list[Any] | None:
     return list(layers)
 
 
+def keeps_all(cache: Any, length: int) -> bool:
+    """Whether a cache has plain keys and values of so many positions; a sliding window may be shorter than that."""
+    layers = plain_layers(cache, length)
+    return layers is not None and all(layer.keys.shape[-2] == length for layer in layers)
+
+
 def copy_of(cache: Any, change: Callable[[Tensor], Tensor]) -> DynamicCache:
     """Return a copy of a cache of plain layers, which a run may add to without harm to the original.
 

@@ -10,6 +10,7 @@ from visual_ground import GroundingConfig, ground
 from visual_ground.training.initialization import answers, greedy
 from visual_ground.training.initialization.greedy import Answer, greedy_answers
 from visual_ground.training.initialization.ret_input import own_logits
+from visual_ground.training.speedups import beginnings
 
 PROMPTS = [(1, 20, 21, 22, 30), (1, 20, 21, 22, 31, 32, 33, 34, 35, 36, 37), (1, 20, 21, 22, 40, 41, 42)]
 
@@ -23,11 +24,11 @@ def grounded(family):
     return ground(build(family), Eye(), tokenizer(), image_processor, config).eval()
 
 
-@pytest.mark.parametrize("at_once", [greedy.READ_AT_ONCE, 11], ids=["together", "one_by_one"])
+@pytest.mark.parametrize("at_once", [beginnings.READ_AT_ONCE, 11], ids=["together", "one_by_one"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_batch_answers_as_each_prompt_alone(family, at_once, monkeypatch):
-    monkeypatch.setattr(greedy, "READ_AT_ONCE", at_once)
+    monkeypatch.setattr(beginnings, "READ_AT_ONCE", at_once)
     model = grounded(family)
     together = greedy_answers(model, starts(PROMPTS), 10)
     for prompt, answer in zip(PROMPTS, together, strict=True):
@@ -57,7 +58,7 @@ def test_answers_stop_where_they_are_long_enough(prompts):
 
 @pytest.mark.parametrize(("at_once", "expected"), [(33, [4, 3 * 6, 3]), (11, [4, 1, 6, 2, 3])])
 def test_what_all_prompts_begin_with_is_read_once(at_once, expected, monkeypatch):
-    monkeypatch.setattr(greedy, "READ_AT_ONCE", at_once)
+    monkeypatch.setattr(beginnings, "READ_AT_ONCE", at_once)
     model, read = grounded("llama_untied"), []
     model.lm.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
     greedy_answers(model, starts(PROMPTS), 1)
@@ -68,7 +69,7 @@ def test_what_all_prompts_begin_with_is_read_once(at_once, expected, monkeypatch
 @pytest.mark.parametrize("at_once", [1024, 11])
 @torch.no_grad()
 def test_each_prompt_reads_its_own_pictures(at_once, monkeypatch):
-    monkeypatch.setattr(greedy, "READ_AT_ONCE", at_once)
+    monkeypatch.setattr(beginnings, "READ_AT_ONCE", at_once)
     model = grounded("llama_untied")
     rows = 3 * torch.randn(3, model.adapter.embedding_mean.numel(), generator=torch.Generator().manual_seed(0))
     prompts = [((1, 20, -1, 30), rows[:1]), ((1, 20, 31, 32, 33), rows[:0]), ((1, 20, -1, 21, 22, -2, 30), rows[1:])]

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from visual_ground.lm.key_values import copy_of
 from visual_ground.model import GroundedModel
 from visual_ground.training.initialization.answers import CONTINUATION
-from visual_ground.training.initialization.greedy import Answer, padded, read_beginnings
+from visual_ground.training.initialization.greedy import Answer, padded
 from visual_ground.training.initialization.ret_token import Places
+from visual_ground.training.speedups.beginnings import read_beginnings
 
 # Answers whose continuation is compared with each input embedding.
 NUM_COMPARED = 16

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from visual_ground.errors import GroundingStateError
-from visual_ground.lm.key_values import cache_of, plain_layers
+from visual_ground.lm.key_values import cache_of, keeps_all, plain_layers
 from visual_ground.model import GroundedModel
 
 # Prefixes whose keys and values are held; the least recently computed go first. Chats give every question its own.
@@ -56,8 +56,7 @@ def keys_values_of(output: Any, length: int) -> KeysValues:
     layers = plain_layers(cache_of(output), length)
     if layers is None:
         raise GroundingStateError(f"{type(cache_of(output)).__name__} is not one plain key-value cache per layer.")
-    # A sliding window keeps fewer if it is shorter than what was run.
-    if any(layer.keys.shape[-2] != length for layer in layers):
+    if not keeps_all(cache_of(output), length):
         raise GroundingStateError(f"A layer keeps fewer than the {length} positions that were run.")
     return [(layer.keys, layer.values) for layer in layers]
 

@@ -17,6 +17,7 @@ from visual_ground.evaluation.running.prompts import embed_encoded, embed_prompt
 from visual_ground.evaluation.running.records import pack, unpack
 from visual_ground.evaluation.running.task import Task
 from visual_ground.evaluation.tasks.retrieval.visdial_files import IMAGE, SPLIT, Dialog, read_dialogs
+from visual_ground.lm.reading import log_likelihoods
 from visual_ground.model import GroundedModel
 from visual_ground.prompts.encoded import EncodedPrompt
 from visual_ground.scoring.candidates import CandidateScorer
@@ -168,10 +169,8 @@ def _published_scores(
         ends = [row * width + j for row, text in enumerate(part) for j in range(width - len(text), width)]
         read = torch.tensor(ends, device=ids.device)
         logits = scorer.frozen_lm.read(ids, batch["attention_mask"], read, tokens).logits
-        targets = ids.flatten()[read].to(logits.device)
-        values = torch.log_softmax(logits.float(), -1).gather(-1, targets[:, None])[:, 0].cpu()
-        scores += [one.sum() for one in torch.split(values, list(map(len, part)))]
-    return torch.stack(scores)
+        scores.append(log_likelihoods(logits, ids.flatten()[read], list(map(len, part))).cpu())
+    return torch.cat(scores)
 
 
 def _published_vectors(model: GroundedModel, texts: Sequence[str]) -> Tensor:
